@@ -1,0 +1,41 @@
+"""What a reward takes and gives. A failure is a value of its own and is never a score."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+from agro_lightning.types import Prompt
+
+FailureKind = Literal["error", "timeout", "non_finite"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """The reward of one completion, or why there is none."""
+
+    reward: float | None
+    """The scalar reward; None when scoring failed."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Each reward's own value by name, before weights."""
+    failure: FailureKind | None = None
+    """Why there is no reward; the completion is dropped and counted under this kind."""
+    message: str = ""
+    """What went wrong, for the log."""
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores completions in batches. Implementations are classes whose constructor holds the options."""
+
+    name: str
+    """The key of this reward in reward_parts and in metrics."""
+    weight: float
+    """Its factor in the total."""
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Score]:
+        """Scores completions[i], decoded text without special tokens, as an answer to prompts[i].
+
+        Returns one Score per completion, in order. Never raises for a single bad completion: that is a Score
+        with a failure.
+        """
+        ...
