@@ -1,0 +1,1 @@
+"""Prompts, buffers, mixing and the data module."""

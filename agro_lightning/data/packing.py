@@ -1,0 +1,167 @@
+"""Packs whole prompt groups into one TokenBatch, and cuts one into pieces of bounded size."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agro_lightning.types import PromptGroup, TokenBatch
+
+
+def pack_groups(groups: Sequence[PromptGroup], *, num_groups: float, policy_version: int = 0,
+                reference_id: str | None = None) -> TokenBatch:
+    """Packs groups into one row of tokens: each prompt once, then its completions without their last token.
+
+    Args:
+        groups: whole prompt groups; every prompt and completion has at least one token.
+        num_groups: groups of the whole optimiser step, what the loss is divided by.
+        policy_version: optimiser steps taken so far.
+        reference_id: cached ref_logprobs count only where their reference_id equals this; when every completion
+            has them the batch carries them, otherwise it carries none.
+
+    Raises:
+        ValueError: no groups, a group of fewer than 2 completions, or an empty prompt or completion.
+    """
+    _check(groups)
+    completions = [completion for group in groups for completion in group.completions]
+    sizes = np.array([len(group) for group in groups])
+    prompt_lengths = np.array([len(group.prompt.prompt_ids) for group in groups])
+    lengths = np.array([len(completion) for completion in completions])
+    group_ids = np.repeat(np.arange(len(groups)), sizes)
+
+    pieces: list[Sequence[int]] = []
+    positions: list[np.ndarray] = []
+    at = 0
+    starts = np.empty(len(completions), dtype=np.int64)  # place of each completion's first input token
+    prompt_ends = np.empty(len(groups), dtype=np.int64)  # place of each prompt's last token
+    row = 0
+    for g, group in enumerate(groups):
+        prompt_length = int(prompt_lengths[g])
+        pieces.append(group.prompt.prompt_ids)
+        positions.append(np.arange(prompt_length))
+        at += prompt_length
+        prompt_ends[g] = at - 1
+        for completion in group.completions:
+            pieces.append(completion.completion_ids[:-1])
+            positions.append(np.arange(prompt_length, prompt_length + len(completion) - 1))
+            starts[row] = at
+            at += len(completion) - 1
+            row += 1
+
+    sequence_ids = np.repeat(np.arange(len(completions)), lengths)
+    within = np.arange(len(sequence_ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    predictors = np.where(within == 0, prompt_ends[group_ids][sequence_ids], starts[sequence_ids] + within - 1)
+    cached = reference_id is not None and all(
+        c.ref_logprobs is not None and c.reference_id == reference_id for c in completions)
+    return TokenBatch(
+        input_ids=torch.from_numpy(np.concatenate([np.asarray(piece, dtype=np.int64) for piece in pieces])),
+        position_ids=torch.from_numpy(np.concatenate(positions)),
+        prompt_lengths=torch.from_numpy(prompt_lengths),
+        completion_lengths=torch.from_numpy(lengths - 1),
+        predictors=torch.from_numpy(predictors),
+        targets=torch.from_numpy(np.concatenate([np.asarray(c.completion_ids, dtype=np.int64) for c in completions])),
+        sequence_ids=torch.from_numpy(sequence_ids),
+        group_ids=torch.from_numpy(group_ids),
+        rewards=torch.tensor([c.reward for c in completions], dtype=torch.float32),
+        ref_logprobs=_tokens([c.ref_logprobs for c in completions], lengths) if cached else None,
+        behavior_logprobs=_tokens([c.behavior_logprobs for c in completions], lengths),
+        truncated=torch.tensor([c.finish_reason == "length" for c in completions]),
+        policy_versions=torch.tensor([c.policy_version for c in completions]),
+        sources=tuple(c.source for c in completions),
+        prompt_ids=tuple(group.prompt.prompt_id for group in groups),
+        num_groups=float(num_groups),
+        policy_version=policy_version,
+    )
+
+
+def _check(groups: Sequence[PromptGroup]) -> None:
+    if not groups:
+        raise ValueError("a batch needs at least one prompt group; 0 came")
+    for group in groups:
+        name = group.prompt.prompt_id
+        if len(group) < 2:
+            raise ValueError(f"group {name} has {len(group)} completion; AGRO compares completions of one prompt and "
+                             "needs at least 2: raise group_size, or drop the group (on_bad_row: drop)")
+        if not group.prompt.prompt_ids:
+            raise ValueError(f"group {name} has an empty prompt; give it at least one token (a BOS, say)")
+        for i, completion in enumerate(group.completions):
+            if not len(completion):
+                raise ValueError(f"completion {i} of group {name} (source {completion.source}) is empty; it needs at "
+                                 "least one token, the EOS: drop it, or append the EOS")
+
+
+def _tokens(values: Sequence[Sequence[float] | None], lengths: np.ndarray) -> Tensor | None:
+    """Lays per-token values of all completions end to end, NaN where a completion has none."""
+    if all(value is None for value in values):
+        return None
+    parts = [np.full(length, np.nan, dtype=np.float32) if value is None else np.asarray(value, dtype=np.float32)
+             for value, length in zip(values, lengths, strict=True)]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def split_batch(batch: TokenBatch, max_tokens: int) -> list[TokenBatch]:
+    """Cuts a packed batch into pieces of at most max_tokens input tokens, each holding whole completions.
+
+    A group may span pieces, and its prompt then stands in each of them; a single completion longer than the
+    budget makes a piece of its own. Group ids are renumbered in each piece, so statistics over groups must be
+    made from the whole batch. Targets keep their order: the pieces' targets laid end to end are the batch's.
+    """
+    prompt_lengths, lengths = batch.prompt_lengths.numpy(), batch.completion_lengths.numpy()
+    group_ids = batch.group_ids.cpu().numpy()
+    pieces: list[list[int]] = []
+    used, last_group = max_tokens + 1, -1
+    for row, (group, length) in enumerate(zip(group_ids, lengths, strict=True)):
+        cost = int(length) + (int(prompt_lengths[group]) if group != last_group else 0)
+        if used + cost > max_tokens:
+            pieces.append([])
+            used, cost = 0, int(length) + int(prompt_lengths[group])
+        pieces[-1].append(row)
+        used += cost
+        last_group = group
+    return [batch] if len(pieces) == 1 else [select_completions(batch, rows) for rows in pieces]
+
+
+def select_completions(batch: TokenBatch, rows: Sequence[int]) -> TokenBatch:
+    """The packed batch that holds only the given completions (indices in rising order) and their prompts."""
+    device = batch.input_ids.device
+    prompts, lengths, groups = batch.prompt_lengths, batch.completion_lengths, batch.group_ids.cpu()
+    keep = torch.zeros(lengths.numel(), dtype=torch.bool)
+    keep[list(rows)] = True
+    keep_group = torch.zeros(prompts.numel(), dtype=torch.bool)
+    keep_group[groups[keep]] = True
+    new_group = torch.cumsum(keep_group, 0) - 1
+
+    flags, sizes, row = [], [], 0
+    for g, count in enumerate(torch.bincount(groups, minlength=prompts.numel()).tolist()):
+        flags += [keep_group[g : g + 1], keep[row : row + count]]
+        sizes += [prompts[g : g + 1], lengths[row : row + count]]
+        row += count
+    kept_inputs = torch.repeat_interleave(torch.cat(flags), torch.cat(sizes)).to(device)
+    kept_targets = torch.repeat_interleave(keep, lengths + 1).to(device)
+    new_place = torch.cumsum(kept_inputs, 0) - 1
+    new_row = (torch.cumsum(keep, 0) - 1).to(device)
+    on_device = keep.to(device)
+
+    def tokens(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[kept_targets]
+
+    return replace(
+        batch,
+        input_ids=batch.input_ids[kept_inputs],
+        position_ids=batch.position_ids[kept_inputs],
+        prompt_lengths=prompts[keep_group],
+        completion_lengths=lengths[keep],
+        predictors=new_place[batch.predictors[kept_targets]],
+        targets=batch.targets[kept_targets],
+        sequence_ids=new_row[batch.sequence_ids[kept_targets]],
+        group_ids=new_group.to(device)[batch.group_ids[on_device]],
+        rewards=batch.rewards[on_device],
+        ref_logprobs=tokens(batch.ref_logprobs),
+        behavior_logprobs=tokens(batch.behavior_logprobs),
+        truncated=batch.truncated[on_device],
+        policy_versions=batch.policy_versions[on_device],
+        sources=tuple(source for source, kept in zip(batch.sources, keep.tolist(), strict=True) if kept),
+        prompt_ids=tuple(name for name, kept in zip(batch.prompt_ids, keep_group.tolist(), strict=True) if kept),
+    )
