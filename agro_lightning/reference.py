@@ -1,0 +1,133 @@
+"""The reference policy that the objective regularises towards: a frozen copy, the adapter off, or cached log-probs."""
+
+import copy
+import hashlib
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from agro_lightning.data.packing import split_batch
+from agro_lightning.policy import Policy
+from agro_lightning.types import TokenBatch
+
+ReferenceKind = Literal["auto", "frozen", "adapter_off", "cached"]
+
+
+def weights_hash(module: nn.Module) -> str:
+    """A hash of the module's parameters (names, shapes, values), 16 hex digits; buffers do not count."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        tensor = parameter.detach()
+        if hasattr(tensor, "full_tensor"):
+            tensor = tensor.full_tensor()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+class Reference(Protocol):
+    """Gives the reference's log-probs of a batch's targets, at the policy's temperature."""
+
+    reference_id: str
+    """Hash of the weights and the temperature; cached log-probs count only where it matches."""
+
+    def logprobs(self, batch: TokenBatch, *, max_tokens: int | None = None) -> Tensor:
+        """(N,) fp32, without gradient; in pieces of at most max_tokens input tokens."""
+        ...
+
+    def reset_to(self, policy: Policy) -> None:
+        """Makes the current policy the reference."""
+        ...
+
+
+class FrozenReference:
+    """A second, frozen instance of the policy.
+
+    It is deliberately no submodule of the training module: checkpoints, the optimiser and the strategy do not see
+    it. After a reset its weights are saved by the caller, since no checkpoint holds them.
+    """
+
+    def __init__(self, policy: Policy):
+        self.policy = policy.requires_grad_(False)
+        self.reference_id = self._identify()
+
+    def _identify(self) -> str:
+        return f"{weights_hash(self.policy.base)}@{self.policy.temperature:g}"
+
+    def to(self, device: torch.device) -> None:
+        self.policy.to(device)
+
+    @torch.no_grad()
+    def logprobs(self, batch: TokenBatch, *, max_tokens: int | None = None) -> Tensor:
+        pieces = [batch] if max_tokens is None else split_batch(batch, max_tokens)
+        return torch.cat([self.policy.logprobs(piece).logprobs for piece in pieces])
+
+    @torch.no_grad()
+    def reset_to(self, policy: Policy) -> None:
+        for mine, theirs in zip(self.policy.parameters(), policy.parameters(), strict=True):
+            mine.copy_(theirs)
+        self.reference_id = self._identify()
+
+    def save(self, path: Path) -> None:
+        """Writes the weights as safetensors, aside and then renamed."""
+        aside = path.with_name(f".{path.name}.partial")
+        save_file({name: p.detach().cpu().contiguous() for name, p in self.policy.named_parameters()}, aside)
+        aside.replace(path)
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        """Reads back what `save` wrote."""
+        weights = load_file(path)
+        for name, parameter in self.policy.named_parameters():
+            parameter.copy_(weights[name])
+        self.reference_id = self._identify()
+
+
+class AdapterOffReference:
+    """The LoRA policy's own base, with the adapters switched off: no second model in memory."""
+
+    def __init__(self, policy: Policy):
+        if policy.settings.lora is None:
+            raise ValueError("reference: adapter_off needs a LoRA policy; set model.policy.lora, or use "
+                             "reference: frozen")
+        self.policy = policy
+        frozen = nn.ParameterDict({name.replace(".", "/"): parameter for name, parameter in
+                                   policy.base.named_parameters() if "lora_" not in name})
+        self.reference_id = f"{weights_hash(frozen)}@{policy.temperature:g}"
+
+    @torch.no_grad()
+    def logprobs(self, batch: TokenBatch, *, max_tokens: int | None = None) -> Tensor:
+        pieces = [batch] if max_tokens is None else split_batch(batch, max_tokens)
+        with self.policy.adapters_off():
+            return torch.cat([self.policy.logprobs(piece).logprobs for piece in pieces])
+
+    def reset_to(self, policy: Policy) -> None:
+        raise ValueError("reference_reset_every cannot be used with the adapter as the reference: the base stays what "
+                         "it is. Use reference: frozen")
+
+
+class CachedReference:
+    """Log-probs that stand in the data (made by `annotate`); no reference model in memory."""
+
+    def __init__(self, reference_id: str):
+        if not reference_id:
+            raise ValueError("reference: cached needs model.reference_id, the id that `annotate` printed")
+        self.reference_id = reference_id
+
+    def logprobs(self, batch: TokenBatch, *, max_tokens: int | None = None) -> Tensor:
+        if batch.ref_logprobs is None:
+            raise ValueError(f"reference: cached, but a completion of prompts {', '.join(batch.prompt_ids[:3])} has no "
+                             f"ref_logprobs with reference_id {self.reference_id}; run `annotate` on the buffer, or "
+                             "use reference: frozen")
+        return batch.ref_logprobs
+
+    def reset_to(self, policy: Policy) -> None:
+        raise ValueError("reference_reset_every needs reference: frozen; cached log-probs cannot be reset")
+
+
+def frozen_copy(policy: Policy) -> FrozenReference:
+    """A frozen reference that starts as the policy is now."""
+    return FrozenReference(copy.deepcopy(policy))
