@@ -1,0 +1,79 @@
+"""The quick start's task: two-digit addition and subtraction, written one character a token.
+
+Prompts read "37+48=" and answers "85"; the first operand of a subtraction is never the smaller one.
+"""
+
+import random
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from agro_lightning.types import Prompt
+
+PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
+CHARACTERS = "0123456789+-="
+VAL_PROMPTS = 500
+
+
+def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of single characters that puts <bos> before a text; a sequence ends with <eos>."""
+    vocabulary = {token: index for index, token in enumerate((PAD, BOS, EOS, UNK, *CHARACTERS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, vocabulary[BOS])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def needs_carry(first: int, second: int, *, add: bool) -> bool:
+    """Whether the ones digits carry into the tens (addition) or borrow from them (subtraction)."""
+    return first % 10 + second % 10 >= 10 if add else first % 10 < second % 10
+
+
+def all_prompts(tokenizer: PreTrainedTokenizerFast) -> list[Prompt]:
+    """Every problem with operands 10..99: 8100 additions, and 4095 subtractions without a negative result."""
+    prompts = []
+    for first in range(10, 100):
+        for second in range(10, 100):
+            prompts.append(_prompt(tokenizer, first, second, add=True))
+            if first >= second:
+                prompts.append(_prompt(tokenizer, first, second, add=False))
+    return prompts
+
+
+def split_prompts(prompts: list[Prompt], *, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Shuffles and splits: VAL_PROMPTS for validation, half additions and half subtractions; the rest trains.
+
+    Returns:
+        The training and the validation prompts; they share none.
+    """
+    shuffled = list(prompts)
+    random.Random(seed).shuffle(shuffled)
+    additions = [prompt for prompt in shuffled if "+" in prompt.prompt]
+    subtractions = [prompt for prompt in shuffled if "-" in prompt.prompt]
+    val = additions[: VAL_PROMPTS // 2] + subtractions[: VAL_PROMPTS // 2]
+    held_out = {prompt.prompt_id for prompt in val}
+    return [prompt for prompt in shuffled if prompt.prompt_id not in held_out], val
+
+
+def _prompt(tokenizer: PreTrainedTokenizerFast, first: int, second: int, *, add: bool) -> Prompt:
+    problem = f"{first}{'+' if add else '-'}{second}"
+    ids = tokenizer(f"{problem}=")["input_ids"]
+    return Prompt(
+        prompt_id=problem,
+        prompt=f"{problem}=",
+        prompt_ids=tuple(ids),
+        answer=str(first + second if add else first - second),
+        fields={"carry": needs_carry(first, second, add=add)},
+    )
