@@ -1,0 +1,242 @@
+"""AgroModule: policy, reference and objective as a LightningModule with automatic optimisation."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from agro_lightning.data.packing import split_batch
+from agro_lightning.metrics import StepResult, batch_metrics
+from agro_lightning.objectives import Agro
+from agro_lightning.objectives.base import Objective
+from agro_lightning.policy import Policy, PolicySettings
+from agro_lightning.reference import (
+    AdapterOffReference,
+    CachedReference,
+    FrozenReference,
+    Reference,
+    ReferenceKind,
+    frozen_copy,
+)
+from agro_lightning.types import TokenBatch
+
+
+@dataclass(kw_only=True)
+class OptimizerSettings:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 4e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the gradient's mean and square."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    warmup_steps: int = 5
+    """Optimiser steps over which the rate rises linearly."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """After the warm-up: stay, or fall to final_fraction of the peak at trainer.max_steps."""
+    final_fraction: float = 0.1
+    """Where the cosine ends, as a fraction of the peak."""
+
+    def factor(self, step: int, total: int) -> float:
+        """The learning rate at `step`, as a fraction of the peak."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self.schedule == "constant":
+            return 1.0
+        done = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
+        return self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class AgroModule(L.LightningModule):
+    """Trains a policy against a frozen reference with one objective over prompt groups.
+
+    Args:
+        policy: which causal LM is trained, and how.
+        objective: the loss over groups; AGRO unless a baseline is asked for.
+        optimizer: AdamW and its schedule.
+        reference: "frozen" (a second copy), "adapter_off" (the LoRA policy's own base), "cached" (log-probs that
+            `annotate` put into the data), or "auto": adapter_off with LoRA, else frozen.
+        reference_id: with "cached": the id that `annotate` printed.
+        reference_reset_every: make the current policy the reference every so many steps; 0 never does.
+        max_tokens: input tokens that one forward and backward may hold; larger batches are computed in pieces with
+            the same gradient. None: no limit.
+        max_skipped_steps: stop the run after so many steps in a row were skipped for a NaN or infinity.
+        temperature: the sampling temperature (linked to data.sampling.temperature).
+    """
+
+    def __init__(
+        self,
+        policy: PolicySettings = PolicySettings(),  # noqa: B008 - a dataclass of settings, read by the CLI
+        objective: Objective = Agro(beta=0.02),  # noqa: B008
+        optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008
+        reference: ReferenceKind = "auto",
+        reference_id: str | None = None,
+        reference_reset_every: int = 0,
+        max_tokens: int | None = None,
+        max_skipped_steps: int = 10,
+        temperature: float = 1.0,
+    ):
+        super().__init__()
+        self.policy_settings, self.objective, self.optimizer_settings = policy, objective, optimizer
+        self.reference_kind, self.cached_reference_id = reference, reference_id
+        self.reference_reset_every, self.max_tokens = reference_reset_every, max_tokens
+        self.max_skipped_steps, self.temperature = max_skipped_steps, temperature
+        self.policy: Policy | None = None
+        self._outside: list[Reference] = []  # a list hides the reference from the optimiser, strategy, checkpoints
+        self._pieces: list[tuple[TokenBatch, Tensor, Tensor]] = []
+
+    # ------------------------------------------------------------------ building
+
+    def configure_model(self) -> None:
+        """Builds policy and reference once; called by Lightning inside the strategy's context."""
+        if self.policy is not None:
+            return
+        policy = Policy(self.policy_settings, temperature=self.temperature)
+        kind = self.reference_kind
+        if kind == "auto":
+            kind = "adapter_off" if self.policy_settings.lora else "frozen"
+        if kind == "frozen":
+            reference: Reference = frozen_copy(policy)
+        elif kind == "adapter_off":
+            reference = AdapterOffReference(policy)
+        else:
+            reference = CachedReference(self.cached_reference_id or "")
+        self.policy, self._outside = policy, [reference]
+
+    @property
+    def reference(self) -> Reference:
+        """The frozen reference; built by configure_model."""
+        return self._outside[0]
+
+    @property
+    def world_size(self) -> int:
+        return self.trainer.world_size
+
+    def on_fit_start(self) -> None:
+        if isinstance(self.reference, FrozenReference):
+            self.reference.to(self.device)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        settings = self.optimizer_settings
+        trained = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, betas=settings.betas,
+                                      weight_decay=settings.weight_decay, fused=False, foreach=True)
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: settings.factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # ------------------------------------------------------------------ training
+
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        ref_logprobs = self.reference_logprobs(batch)
+        self._pieces = []
+        if self._all_ranks_fit(batch):
+            result = self._whole(batch, ref_logprobs)
+        else:
+            result = self._in_pieces(batch, ref_logprobs)
+        self.last_metrics = batch_metrics(batch, result, self.sources)
+        self.last_batch, self.last_logprobs = batch, result.logprobs.detach()
+        # the loss is divided by the groups of the whole step already; undo what Lightning and the strategy average
+        return result.loss * self.world_size * self.trainer.accumulate_grad_batches
+
+    def reference_logprobs(self, batch: TokenBatch) -> Tensor:
+        """(N,) reference log-probs of the batch, cached where the data has them."""
+        if batch.ref_logprobs is not None:
+            return batch.ref_logprobs
+        return self.reference.logprobs(batch, max_tokens=self.max_tokens)
+
+    def _whole(self, batch: TokenBatch, ref_logprobs: Tensor) -> StepResult:
+        """One pass; AGRO's loss is fused with the head, other objectives take its log-probs."""
+        assert self.policy is not None
+        beta = self.objective.beta
+        if type(self.objective) is Agro:
+            fused = self.policy.agro_loss(batch, ref_logprobs, beta=beta)
+            return StepResult(loss=fused.loss, objective=fused.objective.detach(), logprobs=fused.logprobs.detach(),
+                              ref_logprobs=ref_logprobs, log_ratios=fused.log_ratios.detach(),
+                              regularized_rewards=batch.rewards - beta * fused.log_ratios.detach(),
+                              advantages=-fused.coefficients.detach() * batch.num_groups)
+        return self._composed(batch, self.policy.logprobs(batch).logprobs, ref_logprobs)
+
+    def _composed(self, batch: TokenBatch, logprobs: Tensor, ref_logprobs: Tensor) -> StepResult:
+        out = self.objective(logprobs, ref_logprobs, batch.rewards, batch.sequence_ids, batch.group_ids,
+                             num_groups=batch.num_groups, behavior_logprobs=batch.behavior_logprobs)
+        return StepResult(loss=out.loss, objective=out.objective, logprobs=logprobs.detach(),
+                          ref_logprobs=ref_logprobs, log_ratios=out.log_ratios,
+                          regularized_rewards=out.regularized_rewards, advantages=out.advantages)
+
+    # ------------------------------------------------------------------ batches above the token budget
+
+    def _all_ranks_fit(self, batch: TokenBatch) -> bool:
+        return self.max_tokens is None or self._over_ranks(batch.num_tokens) <= self.max_tokens
+
+    def _over_ranks(self, number: int) -> int:
+        """The largest of all ranks' numbers: ranks must run the same collectives."""
+        if self.world_size == 1:
+            return number
+        largest = torch.tensor(number, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    def _in_pieces(self, batch: TokenBatch, ref_logprobs: Tensor) -> StepResult:
+        """Measures without gradient, then leaves (piece, logsumexp, dloss/dlogprob) for `backward` to work off."""
+        assert self.policy is not None and self.max_tokens is not None
+        pieces = split_batch(batch, self.max_tokens)
+        idle = self._over_ranks(len(pieces)) - len(pieces)
+        with torch.no_grad():
+            measured = [self.policy.logprobs(piece) for piece in pieces + pieces[:1] * idle][: len(pieces)]
+        logprobs = torch.cat([m.logprobs for m in measured]).requires_grad_()
+        result = self._composed(batch, logprobs, ref_logprobs)
+        (slopes,) = torch.autograd.grad(result.loss, logprobs)
+        sizes = [piece.targets.numel() for piece in pieces]
+        self._pieces = list(zip(pieces, [m.logsumexp for m in measured], slopes.split(sizes), strict=True))
+        self._pieces += [(pieces[0], measured[0].logsumexp, torch.zeros_like(measured[0].logprobs))] * idle
+        return result
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Lightning's hook: the ordinary backward, or piece by piece where the batch was above the budget."""
+        if not self._pieces:
+            loss.backward(*args, **kwargs)
+            return
+        assert self.policy is not None
+        for piece, logsumexp, slopes in self._pieces:
+            (self.policy.weighted_logprobs(piece, logsumexp, slopes) * self.world_size).backward()
+        self._pieces = []
+
+    # ------------------------------------------------------------------ guards
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None,
+                                    gradient_clip_algorithm: str | None = None) -> None:
+        """Clips by global norm, and drops a step whose gradient is not finite on any rank."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()  # type: ignore[operator]
+        self.last_gradient_norm = norm.detach()
+        self.step_skipped = not bool(torch.isfinite(norm))
+        if self.step_skipped:
+            for parameter in parameters:
+                parameter.grad = None  # AdamW leaves parameters without a gradient, and their state, as they are
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+    def on_train_batch_end(self, outputs: Any, batch: TokenBatch, batch_idx: int) -> None:
+        every = self.reference_reset_every
+        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        if every and stepped and self.trainer.global_step % every == 0:
+            assert self.policy is not None
+            self.reference.reset_to(self.policy)
+            rank_zero_info(f"step {self.trainer.global_step}: the reference is now the policy "
+                           f"(reference_id {self.reference.reference_id})")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the data module's sources, for metrics by source."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return tuple(getattr(datamodule, "source_names", ()))
