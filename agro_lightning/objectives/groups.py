@@ -36,21 +36,20 @@ class Groups:
                 num_groups is not positive.
         """
         if group_ids.dim() != 1 or group_ids.shape != rewards.shape:
-            raise ValueError(f"rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)} must be 1-D "
-                             "and of one length, an entry per completion")
+            raise ValueError(f"rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)} must "
+                             "be 1-D and of one length, an entry per completion")
         if group_ids.numel() == 0 and num_groups is None:
             raise ValueError("the batch has no completions; give num_groups where a part may be empty")
         if num_groups is not None and not 0 < num_groups < math.inf:
-            raise ValueError(f"num_groups is {num_groups}; it must be the number of groups of the step, above 0")
+            raise ValueError(f"num_groups is {num_groups}; it must be the step's number of groups, above 0")
         if group_ids.numel() and int(group_ids.min()) < 0:
             raise ValueError(f"group_ids holds {int(group_ids.min())}; groups are counted from 0")
         sizes = torch.bincount(group_ids)
         if bool((sizes < 2).any()):
             group = int((sizes < 2).nonzero()[0])
-            size = int(sizes[group])
-            raise ValueError(f"group {group} has {size} completion{'s' if size != 1 else ''}; AGRO needs at least 2 "
-                             "of the same prompt to compare: raise group_size, or drop the group and renumber the "
-                             "others")
+            came = "1 completion" if int(sizes[group]) == 1 else f"{int(sizes[group])} completions"
+            raise ValueError(f"group {group} has {came}; AGRO needs at least 2 of the same prompt to compare: raise "
+                             "group_size, or drop the group and renumber the others")
         return cls(ids=group_ids, sizes=sizes, divisor=sizes.numel() if num_groups is None else num_groups)
 
     @property
@@ -108,8 +107,9 @@ def sequence_log_ratios(
                          f"{num_sequences} completions they must lie in 0..{num_sequences - 1}")
     lengths = torch.bincount(sequence_ids, minlength=num_sequences)
     if bool((lengths == 0).any()):
-        raise ValueError(f"completion {int((lengths == 0).nonzero()[0])} has no token in sequence_ids; a "
-                         "completion has at least its EOS: drop empty ones before they form a group")
+        empty = int((lengths == 0).nonzero()[0])
+        raise ValueError(f"completion {empty} has no token in sequence_ids; a completion has at least its EOS: "
+                         "drop empty ones before they form a group")
     widest = torch.promote_types(torch.promote_types(logprobs.dtype, ref_logprobs.dtype), torch.float32)
     log_ratios = logprobs.to(widest) - ref_logprobs.detach().to(widest)
     return sum_by_sequence(log_ratios, sequence_ids, num_sequences)

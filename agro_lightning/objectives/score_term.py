@@ -67,7 +67,7 @@ class AgroScoreTerm(Objective):
 
 
 def score_weights(regularized: Float[Tensor, " B"], groups: Groups) -> Float[Tensor, " B"]:
-    """q_i - b_i of :class:`AgroScoreTerm`; with d = R - Rbar, sum_{j != i} (R_i - R_j)^2 = n d_i^2 + sum d^2."""
+    """q_i - b_i of :class:`AgroScoreTerm`; sum_{j != i} (R_i - R_j)^2 = n d_i^2 + sum d^2, d = R - Rbar."""
     n = groups.size
     squares = groups.center(regularized).square()  # d_i^2
     variance = groups.variance(regularized)[groups.ids]
