@@ -1,7 +1,7 @@
 """What every benchmark writes: flat records, a table on the screen, a JSON list.
 
-A benchmark builds its records with :func:`record`, parses `[--quick] [--json PATH]` with :func:`parser`, and ends
-with :func:`emit`. One record is one figure.
+A benchmark builds its records with :func:`record`, parses `[--quick] [--json PATH]` with :func:`parser`, and
+ends with :func:`emit`. One record is one figure.
 """
 
 import argparse
@@ -33,7 +33,8 @@ def device_name() -> str:
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of Python, of the packages that decide the figures, and of the GPU driver where there is one."""
+    """Versions of Python, of the packages that decide the figures, and of the GPU driver where there is
+    one."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -50,10 +51,14 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str:
-    """The commit that was measured, with `+changes` where tracked files differ from it; `unknown` outside git."""
+    """The commit that was measured, with `+changes` where tracked files differ from it; `unknown` outside
+    git."""
+
     def git(*arguments: str) -> str:
         root = Path(__file__).parent
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
@@ -61,8 +66,15 @@ def commit() -> str:
         return "unknown"
 
 
-def record(bench: str, case: str, provider: str, metric: str, value: float | int | None, unit: str,
-           note: str | None = None) -> dict[str, Any]:
+def record(
+    bench: str,
+    case: str,
+    provider: str,
+    metric: str,
+    value: float | int | None,
+    unit: str,
+    note: str | None = None,
+) -> dict[str, Any]:
     """One figure.
 
     Args:
@@ -76,8 +88,8 @@ def record(bench: str, case: str, provider: str, metric: str, value: float | int
     """
     if isinstance(value, float) and not math.isfinite(value):
         value = None
-    fields = dict(zip(FIELDS, (bench, case, provider, metric, value, unit, device_name(), versions(), commit()),
-                      strict=True))
+    figures = (bench, case, provider, metric, value, unit, device_name(), versions(), commit())
+    fields: dict[str, Any] = dict(zip(FIELDS, figures, strict=True))
     return fields if note is None else {**fields, "note": note}
 
 
@@ -89,7 +101,9 @@ def absent(bench: str, case: str, provider: str, reason: str) -> dict[str, Any]:
 def parser(description: str | None) -> argparse.ArgumentParser:
     """An argument parser with the two options every benchmark has."""
     arguments = argparse.ArgumentParser(description=description)
-    arguments.add_argument("--quick", action="store_true", help="small cases only: under 2 minutes on 2 cores")
+    arguments.add_argument(
+        "--quick", action="store_true", help="small cases only: under 2 minutes on 2 cores"
+    )
     arguments.add_argument("--json", type=Path, metavar="PATH", help="also write the records to this file")
     return arguments
 
@@ -100,10 +114,14 @@ def table(records: list[dict[str, Any]]) -> str:
     for item in records:
         value = item["value"]
         shown = "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-        rows.append((item["case"], item["provider"], item["metric"], shown, item["unit"], item.get("note", "")))
+        rows.append(
+            (item["case"], item["provider"], item["metric"], shown, item["unit"], item.get("note", ""))
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = ("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]]).rstrip()
-             for row in rows)
+    lines = (
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]]).rstrip()
+        for row in rows
+    )
     return "\n".join(lines)
 
 

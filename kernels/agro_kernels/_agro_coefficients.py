@@ -1,0 +1,100 @@
+"""From per-token log-probs to AGRO's per-completion coefficients; no atomics, so bitwise repeatable."""
+
+import torch
+from torch import Tensor
+
+
+def segment_sums(values: Tensor, segments: Tensor, count: int) -> Tensor:
+    """Sums of `values` (N,) by segment id in [0, count), in fp64 and in the rows' order. -> (count,)"""
+    if values.device.type == "cpu":  # sequential there, hence repeatable
+        return torch.zeros(count, dtype=torch.float64).index_add_(0, segments, values.double())
+    ordered, order = segments.sort(stable=True)
+    bounds = torch.searchsorted(ordered, torch.arange(count + 1, device=values.device))
+    start, lengths = bounds[:-1], bounds.diff()
+    place = torch.arange(int(lengths.max()) if count else 0, device=values.device)
+    inside = place < lengths[:, None]  # (count, longest)
+    index = torch.where(inside, start[:, None] + place, 0)
+    return torch.where(inside, values.double()[order][index], 0.0).sum(1)
+
+
+def group_coefficients(
+    log_ratios: Tensor, rewards: Tensor, group_ids: Tensor, beta: float, num_groups: float
+) -> tuple[Tensor, Tensor]:
+    """Coefficients and objective of AGRO's off-policy loss (arXiv 2503.19612; the sample form is derived).
+
+    R_i = r_i - beta s_i;  c_i = -(R_i - mean R) / ((n - 1) num_groups), mean and n of i's group;
+    objective = sum over groups of 1/2 sum_i (R_i - mean R)² / (n - 1), over num_groups.
+
+    Args:
+        log_ratios: (B,) s.
+        rewards: (B,) r.
+        group_ids: (B,), any integers.
+        beta: the regulariser's temperature, >= 0.
+        num_groups: the normaliser; 0.0 stands for the number of groups here.
+
+    Returns:
+        c (B,), and the objective (); both fp64.
+
+    Raises:
+        ValueError: a group has one completion.
+    """
+    groups, member, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
+    if bool((sizes < 2).any()):
+        lonely = int(groups[(sizes < 2).nonzero()[0, 0]])
+        raise ValueError(
+            f"group {lonely} has 1 completion; AGRO needs at least 2 of each prompt: raise group_size, "
+            "or drop the group"
+        )
+    residual = rewards.double() - beta * log_ratios.double()
+    deviation = residual - (segment_sums(residual, member, groups.numel()) / sizes)[member]
+    divisor = (sizes - 1)[member] * (num_groups or float(groups.numel()))
+    return -deviation / divisor, 0.5 * (deviation.square() / divisor).sum()
+
+
+@torch.library.custom_op("agro_kernels::agro_coefficients", mutates_args=())
+def agro_coefficients(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    sequence_ids: Tensor,
+    rewards: Tensor,
+    group_ids: Tensor,
+    beta: float,
+    num_groups: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-ratios (B,), coefficients (B,), the rows' coefficients (N,), and the objective (), in logprobs'
+    dtype.
+
+    Args:
+        logprobs: (N,).
+        ref_logprobs: (N,).
+        targets: (N,); rows that hold ignore_index count for nothing, whatever their sequence id is.
+        ignore_index: see targets.
+        sequence_ids: (N,), the completion of each row, in [0, B).
+        rewards: (B,).
+        group_ids: (B,).
+        beta: the regulariser's temperature.
+        num_groups: the normaliser; 0.0 stands for the number of groups here.
+
+    Raises:
+        ValueError: a sequence id outside [0, B), or a group of one completion.
+    """
+    count = rewards.numel()
+    active = targets != ignore_index
+    sequences = torch.where(active, sequence_ids.to(torch.int64), 0)
+    if sequences.numel() and not 0 <= int(sequences.min()) <= int(sequences.max()) < count:
+        wrong = int(sequences.min()) if int(sequences.min()) < 0 else int(sequences.max())
+        raise ValueError(f"sequence id {wrong} is outside [0, {count}); rewards has {count} completions")
+    ratios = torch.where(active, logprobs.double() - ref_logprobs.double(), 0.0)
+    log_ratios = segment_sums(ratios, sequences, count)
+    coefficients, objective = group_coefficients(log_ratios, rewards, group_ids, beta, num_groups)
+    rows = torch.where(active, coefficients[sequences] if count else 0.0, 0.0)
+    dtype = logprobs.dtype
+    return log_ratios.to(dtype), coefficients.to(dtype), rows.to(dtype), objective.to(dtype)
+
+
+@agro_coefficients.register_fake
+def _(logprobs, ref_logprobs, targets, ignore_index, sequence_ids, rewards, group_ids, beta, num_groups):
+    completions = logprobs.new_empty(rewards.shape[0])
+    return completions, torch.empty_like(completions), torch.empty_like(logprobs), logprobs.new_empty(())

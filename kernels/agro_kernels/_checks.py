@@ -1,0 +1,103 @@
+"""The kernels' door: what comes in is checked here, once."""
+
+import math
+import os
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+BACKENDS = ("auto", "triton", "chunked", "reference")
+
+
+def check_targets_on_device() -> bool:
+    """Whether AGRO_KERNELS_CHECK=1 asks for a device-side assert on targets (on CPU they are always
+    checked)."""
+    return os.environ.get("AGRO_KERNELS_CHECK", "0") == "1"
+
+
+def check_head_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    """Raises ValueError or TypeError where shapes, dtypes or devices of the head's tensors do not fit."""
+    named = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
+    for name, tensor in named.items():
+        if isinstance(tensor, DTensor):
+            raise TypeError(
+                f"{name} is a DTensor; the fused head needs a plain tensor: call it inside the FSDP "
+                f"root's forward (register_fsdp_forward_method), or pass {name}.full_tensor(), or the "
+                "local slice together with vocab_group"
+            )
+    if hidden.dim() != 2:
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)}; expected (N, H): flatten batch and time first"
+        )
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; expected (V, H) with H = {hidden.shape[1]}"
+        )
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected at least one row and one column")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}; expected ({hidden.shape[0]},), one per row"
+        )
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"targets has dtype {targets.dtype}; expected integer token ids")
+    if hidden.dtype not in FLOATS:
+        raise ValueError(f"hidden has dtype {hidden.dtype}; expected one of {FLOATS}")
+    if weight.dtype != hidden.dtype:
+        raise ValueError(
+            f"weight has dtype {weight.dtype} and hidden {hidden.dtype}; cast one of them, or run "
+            "under torch.autocast"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},)")
+    if bias is not None and not bias.is_floating_point():
+        raise ValueError(f"bias has dtype {bias.dtype}; expected a floating dtype")
+    for name, tensor in named.items():
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}; move one of them")
+
+
+def check_head_options(
+    temperature: float, logit_scale: float, softcap: float | None, dropped_mass: float, backend: str
+) -> None:
+    """Raises ValueError for options outside their range."""
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature is {temperature}; expected a positive number")
+    if not (math.isfinite(logit_scale) and logit_scale != 0):
+        raise ValueError(f"logit_scale is {logit_scale}; expected a finite number other than 0")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap is {softcap}; expected a positive number, or None")
+    if not 0.0 <= dropped_mass < 1.0:
+        raise ValueError(f"dropped_mass is {dropped_mass}; expected a probability mass in [0, 1)")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; expected one of {BACKENDS}")
+
+
+def check_target_range(targets: Tensor, columns: int, ignore_index: int) -> None:
+    """On CPU raises ValueError for a target outside [0, V) other than ignore_index; on a GPU asserts if
+    asked."""
+    wrong = ((targets < 0) | (targets >= columns)) & (targets != ignore_index)
+    if targets.device.type == "cpu":
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0, 0])
+            raise ValueError(
+                f"target {int(targets[row])} at row {row} is outside [0, {columns}) and is not "
+                f"ignore_index ({ignore_index})"
+            )
+    elif check_targets_on_device():
+        torch.ops.aten._assert_async.msg(
+            ~wrong.any(), f"a target is outside [0, {columns}) and is not ignore_index"
+        )
+
+
+def check_rows(name: str, tensor: Tensor, rows: int, hidden: Tensor, kind: str) -> None:
+    """Raises ValueError unless `tensor` is (rows,) on hidden's device, and integer or floating as `kind`
+    says."""
+    if tensor.shape != (rows,):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({rows},)")
+    if tensor.device != hidden.device:
+        raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}; move one of them")
+    if (kind == "float") != tensor.is_floating_point() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; expected {kind} values")

@@ -1,0 +1,69 @@
+"""What `chunked` does with one tile of logits: statistics in the forward, dL/du in the backward."""
+
+import torch
+from torch import Tensor
+
+from agro_kernels._head import Head, Upstream
+
+
+def tile_stats_(
+    tile: Tensor, local_targets: Tensor, target_logit: Tensor, mean: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The tile's logsumexp (n,) and, on request, its mean logit (n,); overwrites the tile.
+
+    Args:
+        tile: (n, v) logits.
+        local_targets: (n,) targets counted from the tile's first column; outside [0, v) means elsewhere.
+        target_logit: (n,); the targets in this tile get their logit written.
+        mean: whether the mean logit is wanted.
+    """
+    owned = (local_targets >= 0) & (local_targets < tile.shape[1])
+    column = torch.where(owned, local_targets, 0)[:, None]
+    target_logit.copy_(torch.where(owned, tile.gather(1, column)[:, 0], target_logit))
+    # A row of -inf (a masking bias) must not give inf - inf.
+    peak = tile.amax(1).clamp_(min=torch.finfo(tile.dtype).min)
+    tile.sub_(peak[:, None])
+    if not mean:
+        return tile.exp_().sum(1).log_().add_(peak), None
+    weights = tile.exp()
+    total = weights.sum(1)
+    below = torch.linalg.vecdot(weights, tile.clamp_(min=-1e30))  # 0 * -inf would be NaN
+    return total.log().add_(peak), below.div_(total).nan_to_num_(0.0).add_(peak)
+
+
+def tile_grads_(
+    tile: Tensor,
+    local_targets: Tensor,
+    head: Head,
+    upstream: Upstream,
+    rows: slice | Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """dL/du of a tile, in `dtype`; overwrites the tile.
+
+    With p = exp(z - logsumexp), c the log-prob's and e the entropy's upstream gradient, H the entropy:
+    dL/dz = c * (onehot - p) - e * p * (log p + H), and dL/du = dL/dz * dz/du.
+
+    Args:
+        tile: (n, v) logits.
+        local_targets: (n,) targets counted from the tile's first column; outside [0, v) means elsewhere.
+        head: the logit transform.
+        upstream: per-row figures of the whole batch.
+        rows: which rows of the batch the tile holds.
+        dtype: of the result, the matmul's operand type; the arithmetic stays in the tile's.
+    """
+    slope = head.slope(tile)
+    log_p = tile.sub_(upstream.logsumexp[rows][:, None])
+    coefficient = upstream.coefficient[rows][:, None]
+    if upstream.entropy_coefficient is None or upstream.entropy is None:
+        grad = log_p.exp_().mul_(-coefficient)
+    else:
+        weight = log_p.clamp(min=-1e30).add_(upstream.entropy[rows][:, None])
+        weight.mul_(upstream.entropy_coefficient[rows][:, None]).add_(coefficient)
+        grad = log_p.exp_().mul_(weight.neg_())
+    owned = (local_targets >= 0) & (local_targets < tile.shape[1])
+    column = torch.where(owned, local_targets, 0)[:, None]
+    grad.scatter_add_(1, column, torch.where(owned[:, None], coefficient, 0.0))
+    if not isinstance(slope, float) or slope != 1.0:
+        grad.mul_(slope)
+    return grad.to(dtype)

@@ -1,0 +1,79 @@
+"""The head's options: how raw products X Wᵀ + b become the logits whose softmax is taken."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """u = X Wᵀ + b;  z = (softcap * tanh(logit_scale * u / softcap), or logit_scale * u without softcap) /
+    T."""
+
+    temperature: float = 1.0
+    """T, the sampling temperature."""
+    logit_scale: float = 1.0
+    """Cohere's `logit_scale`, or 1 / Granite's `logits_scaling`."""
+    softcap: float = 0.0
+    """Gemma's `final_logit_softcapping`; 0.0 is none."""
+
+    def logits_(self, raw: Tensor) -> Tensor:
+        """Turns u into z in place. (..., V) -> (..., V)"""
+        if self.softcap:
+            return raw.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+        factor = self.logit_scale / self.temperature
+        return raw if factor == 1.0 else raw.mul_(factor)
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """dz/du, from z: logit_scale/T * (1 - tanh²), or a plain number without softcap."""
+        factor = self.logit_scale / self.temperature
+        if not self.softcap:
+            return factor
+        return (logits * (self.temperature / self.softcap)).square_().neg_().add_(1.0).mul_(factor)
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits and statistics: fp32, or fp64 for fp64 inputs (the oracle of tests)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def spans(total: int, step: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) pairs that cover `total` in steps."""
+    for start in range(0, total, step):
+        yield start, min(start + step, total)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Row statistics of the softmax over this vocabulary (slice), in the statistics' dtype."""
+
+    logsumexp: Tensor
+    """(N,)"""
+    target_logit: Tensor
+    """(N,): the target's logit; 0 where the target is not in this slice."""
+    mean_logit: Tensor | None
+    """(N,): sum of p * z over this slice, with p normalised within it; None unless asked for."""
+    tile_logsumexp: Tensor | None
+    """(N, ceil(V / SPARSE_TILE)): logsumexp of each vocabulary tile; None unless asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upstream:
+    """What the backward needs to know of each row, and of the parts that are wanted."""
+
+    logsumexp: Tensor
+    """(N,): over the whole vocabulary."""
+    coefficient: Tensor
+    """(N,): gradient of the scalar with respect to the row's log-prob."""
+    entropy: Tensor | None = None
+    """(N,): the row's entropy; needed with entropy_coefficient."""
+    entropy_coefficient: Tensor | None = None
+    """(N,): gradient of the scalar with respect to the row's entropy."""
+    keep: Tensor | None = None
+    """(N, tiles) bool: vocabulary tiles that are recomputed; None is all of them (dense)."""
+
+
+SPARSE_TILE = 1024
+"""Vocabulary columns of one tile of the certified sparse backward."""

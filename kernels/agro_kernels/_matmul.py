@@ -1,0 +1,36 @@
+"""The library's matmuls with fp32 results, in one place for every device and version."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """out = left @ right, kept in out's dtype (fp32 for low-precision operands on a GPU)."""
+    if left.dtype == out.dtype:
+        return torch.mm(left, right, out=out)
+    return torch.ops.aten.mm.dtype_out(left, right, out.dtype, out=out)
+
+
+def accumulate(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """total += left @ right, with an fp32 accumulator for low-precision operands; returns total."""
+    if left.dtype == total.dtype:
+        return total.addmm_(left, right)
+    if _fused_accumulation(total.device, left.dtype):
+        return torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
+    return total.add_(torch.mm(left, right, out_dtype=total.dtype))
+
+
+@cache
+def _fused_accumulation(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds low-precision products to an fp32 matrix in one call (older ones refuse)."""
+    total = torch.ones(16, 16, device=device)
+    ones = torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        torch.ops.aten.addmm.dtype_out(total, ones, ones, torch.float32, out=total)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return bool((total == 17).all())

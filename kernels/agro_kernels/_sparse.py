@@ -1,0 +1,54 @@
+"""The certified sparse backward: which vocabulary tiles of a row may be left out, and by how much that can
+err."""
+
+import torch
+from torch import Tensor
+
+from agro_kernels._head import SPARSE_TILE
+
+ROUNDING = 1e-4
+"""Share of the bound that is held back for the rounding of masses in fp32."""
+
+
+def keep_tiles(
+    tile_logsumexp: Tensor, logsumexp: Tensor, local_targets: Tensor, dropped_mass: float
+) -> Tensor:
+    """The tiles of each row that the backward must recompute, when mass up to `dropped_mass` a row may be
+    lost.
+
+    A row's tiles are dropped smallest first while their masses m_t = sum of p_j over the tile add up to at
+    most `dropped_mass`; the tile of the row's target is never dropped.
+
+    Bound. With the log-prob's upstream gradient c, the exact gradient is dz_j = c (onehot_j - p_j). In a
+    dropped tile onehot is 0, so the exact entries there are -c p_j, and the sparse backward has 0 in their
+    place; the other entries are computed as in the dense form. Hence, for each row,
+
+        |Δdz|_1 = |c| * sum of p_j over dropped tiles <= |c| * dropped_mass,
+
+    and with it |ΔdX_n|_2 <= |c_n| * dropped_mass * max_j |W_j|_2, and for dW, row j: |ΔdW_j|_2 <= sum over
+    the rows n that dropped j's tile of |c_n| p_nj |X_n|_2; both times dz/du's largest value (logit_scale /
+    T).
+
+    Args:
+        tile_logsumexp: (N, tiles), as the forward gave them; -inf for ignored rows.
+        logsumexp: (N,), over the whole vocabulary.
+        local_targets: (N,), counted from this slice's first column; may lie outside of it.
+        dropped_mass: the bound, > 0.
+
+    Returns:
+        (N, tiles) bool.
+    """
+    mass = torch.exp(tile_logsumexp.double() - logsumexp.double()[:, None])
+    tiles = torch.arange(mass.shape[1], device=mass.device)
+    is_target = tiles == torch.div(local_targets, SPARSE_TILE, rounding_mode="floor")[:, None]
+    mass.masked_fill_(is_target, torch.inf)
+    mass.nan_to_num_(nan=torch.inf, posinf=torch.inf)  # what cannot be certified is kept
+    ordered, order = mass.sort(dim=1, stable=True)
+    kept = ordered.cumsum(1) > dropped_mass * (1 - ROUNDING)
+    return torch.empty_like(kept).scatter_(1, order, kept)
+
+
+def skipped_fraction(keep: Tensor, active: Tensor) -> Tensor:
+    """The fraction of (active row, tile) pairs that the backward leaves out; () float32."""
+    pairs = active.sum().clamp(min=1) * keep.shape[1]
+    return 1.0 - (keep & active[:, None]).sum() / pairs
