@@ -33,6 +33,10 @@ class _Block:
     distance: Int[Tensor, "rows 1 queries keys"]
     """Position of the query minus position of the key, for sliding windows."""
 
+    def to(self, device: torch.device) -> "_Block":
+        return _Block(queries=self.queries.to(device), keys=self.keys.to(device),
+                      visible=self.visible.to(device), distance=self.distance.to(device))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedLayout:
@@ -76,41 +80,44 @@ def plan_layout(batch: TokenBatch, *, flex: bool) -> PackedLayout:
     blocks: tuple[_Block, ...] = ()
     inverse = torch.empty(0, dtype=torch.long)
     if not flex:
-        prompt_block = _block(starts, prompts, starts[:, None][:, :0], prompts[:, None][:, :0])
         some = completions > 0
-        completion_block = _block(completion_starts[some], completions[some], starts[group_of][some, None],
-                                  prompts[group_of][some, None])
-        blocks = (prompt_block, completion_block) if bool(some.any()) else (prompt_block,)
-        inverse = torch.empty(batch.num_tokens, dtype=torch.long)
-        place = 0
-        for block, real in zip(blocks, (prompts, completions[some]), strict=False):
-            kept = torch.arange(block.queries.shape[1])[None] < real[:, None]
-            places = place + torch.arange(block.queries.numel()).view_as(block.queries)
-            inverse[block.queries[kept]] = places[kept]
-            place += block.queries.numel()
-        blocks = tuple(
-            _Block(queries=b.queries.to(device), keys=b.keys.to(device), visible=b.visible.to(device),
-                   distance=b.distance.to(device)) for b in blocks)
+        blocks = (_block(starts, prompts),)
+        if bool(some.any()):
+            owner = group_of[some]
+            blocks += (_block(completion_starts[some], completions[some], starts[owner], prompts[owner]),)
+        inverse = _inverse(blocks, (prompts, completions[some]), batch.num_tokens)
+        blocks = tuple(block.to(device) for block in blocks)
     return PackedLayout(blocks=blocks, inverse=inverse.to(device), segments=segments, groups=groups,
                         positions=batch.position_ids, flex=flex, masks={})
 
 
-def _block(starts: Tensor, lengths: Tensor, prefix_starts: Tensor, prefix_lengths: Tensor) -> _Block:
-    """Rows of `lengths` queries from `starts`, each seeing its prefix (a prompt; may be absent) and itself."""
+def _inverse(blocks: tuple[_Block, ...], lengths: tuple[Tensor, ...], num_tokens: int) -> Tensor:
+    """(T,) the place of each token among the blocks' queries laid end to end, their padding included."""
+    inverse = torch.empty(num_tokens, dtype=torch.long)
+    before = 0
+    for block, real in zip(blocks, lengths, strict=False):
+        kept = torch.arange(block.queries.shape[1])[None] < real[:, None]
+        places = before + torch.arange(block.queries.numel()).view_as(block.queries)
+        inverse[block.queries[kept]] = places[kept]
+        before += block.queries.numel()
+    return inverse
+
+
+def _block(starts: Tensor, lengths: Tensor, prefix_starts: Tensor | None = None,
+           prefix_lengths: Tensor | None = None) -> _Block:
+    """Rows of `lengths` queries from `starts`; each sees its prefix (a prompt), where there is one, and itself."""
     own = torch.arange(int(lengths.max()))
-    queries = torch.where(own[None] < lengths[:, None], starts[:, None] + own[None], starts[:, None])
-    causal = (own[None, :, None] >= own[None, None, :]) & (own[None, None, :] < lengths[:, None, None])
-    distance = (own[:, None] - own[None, :]).expand(len(starts), -1, -1)
+    queries = torch.where(own < lengths[:, None], starts[:, None] + own, starts[:, None])
+    visible = (own[:, None] >= own) & (own < lengths[:, None, None])  # (rows, queries, own keys)
+    distance = (own[:, None] - own).expand(len(starts), -1, -1)
     keys = queries
-    if prefix_starts.numel():
+    if prefix_starts is not None and prefix_lengths is not None:
         prefix = torch.arange(int(prefix_lengths.max()))
-        prefix_keys = torch.where(prefix[None] < prefix_lengths, prefix_starts + prefix[None], prefix_starts)
-        sees = (prefix[None, None] < prefix_lengths[:, :, None]).expand(-1, len(own), -1)
-        keys = torch.cat([prefix_keys, queries], 1)
-        causal = torch.cat([sees, causal], 2)
-        gap = prefix_lengths[:, :, None] + own[None, :, None] - prefix[None, None, :]
-        distance = torch.cat([gap, distance], 2)
-    return _Block(queries=queries, keys=keys, visible=causal[:, None], distance=distance[:, None])
+        inside = prefix < prefix_lengths[:, None]  # (rows, prefix keys)
+        keys = torch.cat([torch.where(inside, prefix_starts[:, None] + prefix, prefix_starts[:, None]), keys], 1)
+        visible = torch.cat([inside[:, None].expand(-1, len(own), -1), visible], 2)
+        distance = torch.cat([prefix_lengths[:, None, None] + own[:, None] - prefix, distance], 2)
+    return _Block(queries=queries, keys=keys, visible=visible[:, None], distance=distance[:, None])
 
 
 def _dense_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None,

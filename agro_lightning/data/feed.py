@@ -1,0 +1,287 @@
+"""The training feed: draws each optimiser step's prompt groups from the sources, and hands them out as batches.
+
+Everything that is drawn follows from the seed and a few cursors, which are the feed's whole state.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from agro_lightning.data.buffer import RolloutBuffer
+from agro_lightning.data.mixing import Live, Mixing, Offline, Replay, Source, share_out, split_group
+from agro_lightning.data.packing import pack_groups
+from agro_lightning.data.prompts import PromptDataset
+from agro_lightning.types import Completion, Prompt, PromptGroup, TokenBatch
+
+LiveSampler = Callable[[Sequence[Prompt], int, int], list[PromptGroup]]
+"""(prompts, completions for each, seed) -> scored groups; prompts without a usable completion are left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedSettings:
+    """The arithmetic of a step."""
+
+    batch_size: int
+    """Prompt groups of one micro-batch on one rank."""
+    group_size: int
+    accumulate: int
+    rank: int
+    world_size: int
+    total_steps: int
+    mixing: Mixing
+    updates_per_rollout: int
+    seed: int
+
+    @property
+    def groups_per_rank(self) -> int:
+        return self.batch_size * self.accumulate
+
+    @property
+    def groups_per_step(self) -> int:
+        return self.groups_per_rank * self.world_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfflineCursor:
+    """Where an offline source stands: groups used of which pass over it."""
+
+    epoch: int = 0
+    index: int = 0
+
+
+class SourceExhausted(RuntimeError):
+    """An offline source without `repeat` has been used up."""
+
+
+class TrainFeed:
+    """Iterates over the micro-batches of a whole run; sized, so that Lightning never draws one ahead.
+
+    Args:
+        settings: the arithmetic of a step.
+        sources: where groups come from, with weights.
+        prompts: the prompts of live rollouts; None when no source is live.
+        offline: the open buffer of each offline source, by name.
+        replay: the open buffer of past rollouts; None without a Replay source.
+        sample_live: generates and scores.
+        append: called once per rollout with its groups, which then belong to the replay buffer; returns them as
+            they were stored.
+        finish: called with all groups of a step before they are handed out, to add reference log-probs.
+        count_globally: sums a number over ranks.
+    """
+
+    def __init__(
+        self,
+        settings: FeedSettings,
+        sources: Sequence[Source],
+        *,
+        prompts: PromptDataset | None,
+        offline: dict[str, RolloutBuffer],
+        replay: RolloutBuffer | None,
+        sample_live: LiveSampler,
+        append: Callable[[list[PromptGroup], int], list[PromptGroup]],
+        finish: Callable[[list[PromptGroup]], list[PromptGroup]],
+        count_globally: Callable[[float], float],
+        reference_id: Callable[[], str | None],
+    ):
+        self.settings, self.sources = settings, list(sources)
+        self.prompts, self.offline, self.replay = prompts, offline, replay
+        self._sample_live, self._append, self._finish = sample_live, append, finish
+        self._count_globally, self._reference_id = count_globally, reference_id
+        self.micro_batch = 0
+        self.live_position = 0
+        self.cursors = {source.name: OfflineCursor() for source in sources if isinstance(source, Offline)}
+        self.pending: list[PromptGroup] = []
+        self.uses = 0
+
+    # ------------------------------------------------------------------ iteration and state
+
+    def __len__(self) -> int:
+        return self.settings.total_steps * self.settings.accumulate
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        while self.micro_batch < len(self):
+            step, part = divmod(self.micro_batch, self.settings.accumulate)
+            if part == 0:
+                self._advance(step)
+            share = self._share(step, part)
+            num_groups = self._num_groups
+            self.micro_batch += 1
+            yield pack_groups(share, num_groups=num_groups, policy_version=step, reference_id=self._reference_id())
+
+    def _advance(self, step: int) -> None:
+        """Draws new groups, or uses the last ones once more."""
+        if not self.pending or self.uses >= self.settings.updates_per_rollout:
+            self.pending, self.uses = self._finish(self._draw(step)), 0
+        self.uses += 1
+        self._num_groups = self._count_globally(len(self.pending))
+
+    def _share(self, step: int, part: int) -> list[PromptGroup]:
+        """The groups of one micro-batch; their order differs between uses of one rollout."""
+        order = np.arange(len(self.pending))
+        if self.uses > 1:
+            order = self._rng(step, self.settings.rank, 1).permutation(order)
+        chosen = np.array_split(order, self.settings.accumulate)[part]
+        if not len(chosen):
+            raise ValueError(f"step {step}: {len(self.pending)} usable groups are left for {self.settings.accumulate} "
+                             "micro-batches of this rank; look at the rollout's failure counts, or lower "
+                             "accumulate_grad_batches")
+        return [self.pending[i] for i in chosen]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Cursors and the unconsumed rollout, as plain Python values."""
+        return {
+            "micro_batch": self.micro_batch,
+            "live_position": self.live_position,
+            "cursors": {name: asdict(cursor) for name, cursor in self.cursors.items()},
+            "pending": [asdict(group) for group in self.pending] if self._pending_is_needed() else [],
+            "uses": self.uses,
+            "num_groups": self._num_groups if self.pending else 0.0,
+        }
+
+    def _pending_is_needed(self) -> bool:
+        mid_step = self.micro_batch % self.settings.accumulate != 0
+        return mid_step or self.uses < self.settings.updates_per_rollout
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where state_dict was taken; sources that are new since then start at their beginning."""
+        self.micro_batch, self.live_position = state["micro_batch"], state["live_position"]
+        for name, cursor in state["cursors"].items():
+            if name in self.cursors:
+                self.cursors[name] = OfflineCursor(**cursor)
+        self.pending = [_group_from_dict(group) for group in state["pending"]]
+        self.uses, self._num_groups = state["uses"], state["num_groups"]
+
+    def _rng(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self.settings.seed, *key])
+
+    # ------------------------------------------------------------------ drawing
+
+    def _draw(self, step: int) -> list[PromptGroup]:
+        if self.settings.mixing == "within_group":
+            return self._draw_within(step)
+        settings = self.settings
+        places = share_out([source.weight for source in self.sources], settings.groups_per_step, self._rng(step, 0))
+        mine = slice(settings.rank * settings.groups_per_rank, (settings.rank + 1) * settings.groups_per_rank)
+        groups: dict[int, PromptGroup] = {}
+        live_places = list(np.flatnonzero([isinstance(self.sources[i], Live) for i in places]))
+        for index, source in enumerate(self.sources):
+            wanted = np.flatnonzero(places == index)
+            if isinstance(source, Offline):
+                drawn = self._draw_offline(source, len(wanted))
+            elif isinstance(source, Replay):
+                drawn = self._draw_replay(source, step, len(wanted))
+                live_places += list(wanted[len(drawn):])
+            else:
+                continue
+            for place, row_ids in zip(wanted, drawn, strict=False):
+                if mine.start <= place < mine.stop:
+                    groups[place] = self._materialise(source, row_ids)
+        live_places.sort()
+        live = self._next_prompts(len(live_places))
+        my_live = [(place, prompt) for place, prompt in zip(live_places, live, strict=True)
+                   if mine.start <= place < mine.stop]
+        sampled = self._sample(step, [prompt for _, prompt in my_live], settings.group_size)
+        by_place = {place: sampled.get(i) for i, (place, _) in enumerate(my_live)}
+        groups |= {place: group for place, group in by_place.items() if group is not None}
+        return [groups[place] for place in sorted(groups)]
+
+    def _draw_within(self, step: int) -> list[PromptGroup]:
+        """Every group mixes completions of one prompt: live ones, and rows of that prompt from the buffers."""
+        settings = self.settings
+        counts = split_group([source.weight for source in self.sources], settings.group_size)
+        mine = slice(settings.rank * settings.groups_per_rank, (settings.rank + 1) * settings.groups_per_rank)
+        prompts = self._next_prompts(settings.groups_per_step)[mine]
+        extra: list[list[Completion]] = []
+        for i, prompt in enumerate(prompts):
+            rng = self._rng(step, 2, mine.start + i)
+            extra.append([])
+            for source, count in zip(self.sources, counts, strict=True):
+                if not isinstance(source, Live):
+                    extra[-1] += self._rows_of(source, prompt, count, step, rng)
+        lacking = [settings.group_size - len(rows) for rows in extra]
+        groups: dict[int, PromptGroup] = {}
+        for missing in sorted(set(lacking)):
+            at = [i for i, count in enumerate(lacking) if count == missing]
+            sampled = self._sample(step, [prompts[i] for i in at], missing) if missing else {}
+            for k, i in enumerate(at):
+                live = sampled[k].completions if k in sampled else ()
+                groups[i] = PromptGroup(prompt=prompts[i], completions=(*live, *extra[i]))
+        return [groups[i] for i in sorted(groups) if len(groups[i]) >= 2]
+
+    def _next_prompts(self, count: int) -> list[Prompt]:
+        if not count:
+            return []
+        if self.prompts is None:
+            raise ValueError(f"{count} groups of this step must be sampled live, but the run has no live source")
+        drawn = []
+        for position in range(self.live_position, self.live_position + count):
+            epoch, index = divmod(position, len(self.prompts))
+            drawn.append(self.prompts[int(self.prompts.order(self.settings.seed, epoch)[index])])
+        self.live_position += count
+        return drawn
+
+    def _sample(self, step: int, prompts: list[Prompt], n: int) -> dict[int, PromptGroup]:
+        """Live groups by index of the prompt; a prompt may be left out (failures are counted by the sampler)."""
+        if not prompts:
+            return {}
+        seed = int(self._rng(step, 3, self.settings.rank, n).integers(2**31))
+        groups = self._append(self._sample_live(prompts, n, seed), step)
+        waiting: dict[str, list[PromptGroup]] = {}
+        for group in groups:
+            waiting.setdefault(group.prompt.prompt_id, []).append(group)
+        return {i: waiting[prompt.prompt_id].pop(0) for i, prompt in enumerate(prompts)
+                if waiting.get(prompt.prompt_id)}
+
+    def _draw_offline(self, source: Offline, count: int) -> list[list[int]]:
+        cursor, buffer = self.cursors[source.name], self.offline[source.name]
+        drawn: list[list[int]] = []
+        while len(drawn) < count:
+            plan = buffer.plan_epoch(self.settings.seed, cursor.epoch, self.settings.group_size)
+            if not len(plan):
+                raise ValueError(f"source {source.name} ({', '.join(source.paths)}) holds no group of 2 or more "
+                                 "completions of one prompt")
+            taken = min(count - len(drawn), len(plan) - cursor.index)
+            drawn += [plan[i] for i in range(cursor.index, cursor.index + taken)]
+            cursor = replace(cursor, index=cursor.index + taken)
+            if cursor.index >= len(plan):
+                if not source.repeat and len(drawn) < count:
+                    raise SourceExhausted(f"source {source.name} ran dry after its {len(plan)} groups; give it more "
+                                          "data, set repeat: true, or lower trainer.max_steps")
+                if source.repeat:
+                    cursor = OfflineCursor(epoch=cursor.epoch + 1)
+        self.cursors[source.name] = cursor
+        return drawn
+
+    def _replayable(self, source: Replay, step: int) -> RolloutBuffer:
+        assert self.replay is not None
+        oldest = None if source.max_staleness is None else step - source.max_staleness
+        return self.replay.select(min_policy_version=oldest, newest=source.capacity)
+
+    def _draw_replay(self, source: Replay, step: int, count: int) -> list[list[int]]:
+        plan = self._replayable(source, step).plan_epoch(self.settings.seed, step, self.settings.group_size)
+        return [plan[i] for i in range(min(count, len(plan)))]
+
+    def _rows_of(self, source: Source, prompt: Prompt, count: int, step: int,
+                 rng: np.random.Generator) -> list[Completion]:
+        if isinstance(source, Replay):
+            buffer = self._replayable(source, step)
+        else:
+            buffer = self.offline[source.name]
+        rows = np.asarray(buffer.rows_of(prompt.prompt_id))
+        chosen = rng.permutation(rows)[:count].tolist()
+        if not chosen:
+            return []
+        return list(self._materialise(source, chosen).completions)
+
+    def _materialise(self, source: Source, row_ids: list[int]) -> PromptGroup:
+        buffer = self.replay if isinstance(source, Replay) else self.offline[source.name]
+        assert buffer is not None
+        (group,) = buffer.groups([row_ids])
+        return replace(group, completions=tuple(replace(c, source=source.name) for c in group.completions))
+
+
+def _group_from_dict(group: dict[str, Any]) -> PromptGroup:
+    completions = tuple(Completion(**completion) for completion in group["completions"])
+    return PromptGroup(prompt=Prompt(**group["prompt"]), completions=completions)

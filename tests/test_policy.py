@@ -1,0 +1,194 @@
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, tiny_lm
+
+from agro_lightning.data.packing import pack_groups, select_completions, split_batch
+from agro_lightning.policy import LoraSettings, Policy, PolicySettings, resolve_path
+from agro_lightning.reference import AdapterOffReference, CachedReference, frozen_copy
+from agro_lightning.types import Completion, Prompt, PromptGroup
+
+TEMPERATURE = 0.8
+
+
+def make_groups(seed=0, groups=((5, (4, 1, 7)), (1, (3, 2)), (9, (1, 1)), (3, (12, 5, 6, 2)))):
+    """Ragged groups of random tokens: (prompt length, completion lengths)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(length):
+        return tuple(torch.randint(3, 60, (length,), generator=generator).tolist())
+
+    return [
+        PromptGroup(prompt=Prompt(prompt_id=f"p{g}", prompt="", prompt_ids=ids(prompt)),
+                    completions=tuple(Completion(completion="", completion_ids=ids(n), reward=float(i % 2))
+                                      for i, n in enumerate(lengths)))
+        for g, (prompt, lengths) in enumerate(groups)
+    ]
+
+
+def logprobs_one_by_one(policy, groups):
+    """Log-probs from the model's own logits, each completion alone behind its prompt."""
+    values = []
+    with policy.generating() as lm:
+        for group in groups:
+            for completion in group.completions:
+                ids = torch.tensor([group.prompt.prompt_ids + completion.completion_ids])
+                logits = lm(ids).logits[0, len(group.prompt.prompt_ids) - 1 : -1].float() / policy.temperature
+                targets = torch.tensor(completion.completion_ids)
+                values.append(logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0])
+    return torch.cat(values)
+
+
+@pytest.mark.parametrize("attention", ["dense", "flex"])
+@pytest.mark.parametrize("packing", ["shared", "plain"])
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_packed_logprobs_equal_separate_sequences(name, packing, attention):
+    if attention == "flex" and packing == "plain":
+        attention = "auto"
+    lm = tiny_lm(name)
+    if name == "gemma2":
+        lm.set_attn_implementation("eager")
+    policy = Policy(PolicySettings(packing=packing, attention=attention), temperature=TEMPERATURE, lm=lm)
+    groups = make_groups()
+    expected = logprobs_one_by_one(policy, groups)
+    with torch.no_grad():
+        got = policy.logprobs(pack_groups(groups, num_groups=4)).logprobs
+    assert expected.std() > 0.1  # far from uniform, so that agreement means something
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_shared_prompts_give_the_gradients_of_separate_sequences():
+    groups = make_groups()
+    grads = {}
+    for packing in ("shared", "plain"):
+        policy = Policy(PolicySettings(packing=packing, attention="dense"), lm=tiny_lm("llama"))
+        batch = pack_groups(groups, num_groups=4)
+        weights = torch.randn(batch.targets.numel(), generator=torch.Generator().manual_seed(1))
+        (policy.logprobs(batch).logprobs * weights).sum().backward()
+        grads[packing] = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    assert grads["plain"].norm() > 1
+    torch.testing.assert_close(grads["shared"], grads["plain"], atol=1e-4, rtol=1e-4)
+
+
+def test_a_completion_of_one_group_never_sees_another():
+    policy = Policy(PolicySettings(packing="shared"), lm=tiny_lm("llama"))
+    groups = make_groups()
+    first = policy.logprobs(pack_groups(groups, num_groups=4)).logprobs
+    changed = [groups[0], *make_groups(seed=1)[1:]]
+    second = policy.logprobs(pack_groups(changed, num_groups=4)).logprobs
+    own = sum(len(c) for c in groups[0].completions)
+    torch.testing.assert_close(first[:own], second[:own])
+    assert (first[own:] - second[own:]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("max_tokens", [1, 9, 20, 1000])
+def test_pieces_hold_the_same_logprobs_in_order(max_tokens):
+    policy = Policy(PolicySettings(), lm=tiny_lm("qwen3"))
+    batch = pack_groups(make_groups(), num_groups=4)
+    pieces = split_batch(batch, max_tokens)
+    assert max_tokens == 1000 or len(pieces) > 1
+    assert all(piece.num_tokens <= max_tokens or piece.num_completions == 1 for piece in pieces)
+    with torch.no_grad():
+        whole = policy.logprobs(batch).logprobs
+        joined = torch.cat([policy.logprobs(piece).logprobs for piece in pieces])
+    torch.testing.assert_close(joined, whole, atol=1e-5, rtol=1e-5)
+    assert torch.equal(torch.cat([piece.targets for piece in pieces]), batch.targets)
+
+
+def test_select_completions_keeps_rows_and_renumbers():
+    batch = pack_groups(make_groups(), num_groups=4)
+    part = select_completions(batch, [1, 2, 5, 10])
+    assert part.group_ids.tolist() == [0, 0, 1, 2]
+    assert part.prompt_ids == ("p0", "p2", "p3")
+    assert part.sequence_ids.max() == 3 and part.num_groups == 4.0
+    assert part.num_tokens == 5 + 0 + 6 + 9 + 0 + 3 + 1
+
+
+def test_gradient_checkpointing_recomputes_the_same_gradient():
+    batch = pack_groups(make_groups(), num_groups=4)
+    grads = []
+    for checkpointing in (False, True):
+        settings = PolicySettings(gradient_checkpointing=checkpointing)
+        policy = Policy(settings, lm=tiny_lm("llama"))
+        policy.logprobs(batch).logprobs.square().sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+    assert torch.equal(*grads)
+
+
+def test_lora_reference_is_the_base_with_the_adapter_off():
+    policy = Policy(PolicySettings(lora=LoraSettings(rank=4)), lm=tiny_lm("llama"))
+    batch = pack_groups(make_groups(), num_groups=4)
+    reference = AdapterOffReference(policy)
+    start = policy.logprobs(batch).logprobs.detach()
+    torch.testing.assert_close(reference.logprobs(batch), start)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    assert (policy.logprobs(batch).logprobs - start).abs().max() > 0.01
+    torch.testing.assert_close(reference.logprobs(batch), start)
+    trained = [name for name, p in policy.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    with pytest.raises(ValueError, match="reference: frozen"):
+        reference.reset_to(policy)
+
+
+def test_lora_on_the_head_is_refused():
+    with pytest.raises(ValueError, match="LM head"):
+        Policy(PolicySettings(lora=LoraSettings(target_modules=["lm_head"])), lm=tiny_lm("llama"))
+
+
+def test_frozen_reference_follows_a_reset_and_survives_a_file(tmp_path):
+    policy = Policy(PolicySettings(), lm=tiny_lm("llama"))
+    batch = pack_groups(make_groups(), num_groups=4)
+    reference = frozen_copy(policy)
+    before = reference.reference_id
+    with torch.no_grad():
+        policy.base.lm_head.weight.mul_(1.5)
+    assert (reference.logprobs(batch) - policy.logprobs(batch).logprobs).abs().max() > 0.1
+    reference.reset_to(policy)
+    assert reference.reference_id != before
+    assert torch.equal(reference.logprobs(batch), policy.logprobs(batch).logprobs.detach())
+    assert torch.equal(reference.logprobs(batch, max_tokens=25).sign(), reference.logprobs(batch).sign())
+    reference.save(tmp_path / "reference.safetensors")
+    other = frozen_copy(Policy(PolicySettings(), lm=tiny_lm("llama", seed=5)))
+    other.load(tmp_path / "reference.safetensors")
+    assert other.reference_id == reference.reference_id
+
+
+def test_cached_reference_names_the_prompts_that_lack_it():
+    with pytest.raises(ValueError, match="annotate"):
+        CachedReference("abc@1").logprobs(pack_groups(make_groups(), num_groups=4))
+
+
+def test_generating_restores_the_packed_attention():
+    policy = Policy(PolicySettings(), lm=tiny_lm("llama"))
+    with policy.generating() as lm:
+        assert lm.config._attn_implementation == "sdpa"
+        lm.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert policy.base.config._attn_implementation == "packed_prompt_groups"
+    assert not policy.train().training
+
+
+def test_unknown_model_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist; give a folder"):
+        resolve_path("./no/such/folder")
+    with pytest.raises(FileNotFoundError, match="has no config.json"):
+        resolve_path(str(tmp_path))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf")])
+def test_a_policy_needs_a_positive_temperature(temperature):
+    with pytest.raises(ValueError, match="temperature"):
+        Policy(PolicySettings(), temperature=temperature, lm=tiny_lm("llama"))
+
+
+def test_pack_groups_refuses_what_cannot_be_trained_on():
+    prompt = Prompt(prompt_id="p", prompt="", prompt_ids=(3,))
+    one = Completion(completion="", completion_ids=(4, 2), reward=1.0)
+    with pytest.raises(ValueError, match="group p has 1 completion"):
+        pack_groups([PromptGroup(prompt=prompt, completions=(one,))], num_groups=1)
+    empty = Completion(completion="", completion_ids=(), reward=1.0)
+    with pytest.raises(ValueError, match="completion 1 of group p"):
+        pack_groups([PromptGroup(prompt=prompt, completions=(one, empty))], num_groups=1)
+    with pytest.raises(ValueError, match="at least one prompt group"):
+        pack_groups([], num_groups=1)
