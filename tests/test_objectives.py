@@ -253,6 +253,16 @@ def test_no_completions_need_an_explicit_num_groups() -> None:
     assert loss.item() == 0.0
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: type(objective).__name__)
+def test_num_groups_divides_in_full_precision(objective: Objective) -> None:
+    batch = random_batch(2, [2, 3, 4])
+    logprobs = batch["logprobs"].requires_grad_()
+    behavior = {"behavior_logprobs": logprobs.detach() - 0.1}
+    (whole,) = torch.autograd.grad(objective(**batch, **behavior, num_groups=1).loss, logprobs)
+    (divided,) = torch.autograd.grad(objective(**batch, **behavior, num_groups=7.3).loss, logprobs)
+    torch.testing.assert_close(divided * 7.3, whole, rtol=1e-14, atol=1e-15)
+
+
 def test_coefficients_refuse_other_shapes() -> None:
     with pytest.raises(ValueError, match=r"log_ratios \(3,\) and rewards \(4,\)"):
         agro_coefficients(torch.zeros(3), torch.zeros(4), torch.tensor([0, 0, 1, 1]), beta=0.1)

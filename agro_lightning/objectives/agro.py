@@ -98,7 +98,7 @@ def agro_coefficients(
 
 def _coefficients(regularized: Float[Tensor, " B"], groups: Groups) -> Float[Tensor, " B"]:
     """d loss / d log pi(y_i|x): -(R_i - Rbar) / (n - 1), averaged over groups."""
-    return -groups.center(regularized) / ((groups.size - 1) * groups.divisor)
+    return -groups.center(regularized) / (groups.size - 1) / groups.divisor
 
 
 @dataclass(frozen=True)

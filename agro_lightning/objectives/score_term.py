@@ -58,7 +58,7 @@ class AgroScoreTerm(Objective):
         )
         groups = Groups.of(group_ids, rewards, num_groups)
         log_ratios = sequence_log_ratios(logprobs, ref_logprobs, sequence_ids, len(rewards))
-        score = score_weights(pathwise.regularized_rewards, groups) / (2 * self.beta * groups.size)
+        score = score_weights(pathwise.regularized_rewards, groups) / groups.size / (2 * self.beta)
         return replace(
             pathwise,
             loss=pathwise.loss + (score * log_ratios).sum() / groups.divisor,
