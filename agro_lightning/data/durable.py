@@ -1,0 +1,84 @@
+"""Writing files that are whole or absent, whatever happens meanwhile."""
+
+import errno
+import os
+import shutil
+import time
+from pathlib import Path
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+class DiskFullError(OSError):
+    """No room for a file; what was there before is untouched."""
+
+
+def disk_full_error(error: OSError, target: Path, needed: int) -> DiskFullError | None:
+    """A DiskFullError saying what was needed and what is free, when that is what `error` means; else None."""
+    if error.errno not in _FULL:
+        return None
+    free = shutil.disk_usage(target.parent).free
+    return DiskFullError(
+        error.errno,
+        f"no room to write {target.name}: {needed:,} bytes are needed, {free:,} are free in {target.parent} "
+        f"({os.strerror(error.errno)}). Files already there are untouched; free space, or write elsewhere",
+    )
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes names created, renamed or removed in `directory` survive a power loss."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_once(path: Path, data: bytes) -> None:
+    """Writes a new immutable file: aside under a hidden name, synced, then given its name in one step.
+
+    A reader sees the whole file or none. Nothing is ever overwritten.
+
+    Raises:
+        FileExistsError: there is a file of that name.
+        DiskFullError: there is no room; nothing new is visible and nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{time.monotonic_ns()}.tmp")
+    try:
+        with temporary.open("xb", buffering=0) as handle:
+            view = memoryview(data)
+            while view:
+                view = view[handle.write(view) :]
+            os.fsync(handle.fileno())
+        _name_once(temporary, path)
+    except OSError as error:
+        raise disk_full_error(error, path, len(data)) or error from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def _name_once(temporary: Path, path: Path) -> None:
+    """Gives the file its final name unless that is taken (a plain rename would overwrite)."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if path.exists():  # file systems without hard links: the check and the rename are two steps
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.rename(temporary, path)
+
+
+def remove_temporaries(directory: Path, *, older_than_s: float = 3600.0) -> int:
+    """Removes what writers that were killed left aside in `directory`; returns how many files."""
+    removed = 0
+    for leftover in directory.glob(".*.tmp"):
+        try:
+            if time.time() - leftover.stat().st_mtime >= older_than_s:
+                leftover.unlink()
+                removed += 1
+        except FileNotFoundError:  # its writer ended meanwhile
+            continue
+    return removed
