@@ -39,3 +39,14 @@ class Reward(Protocol):
         with a failure.
         """
         ...
+
+
+class RewardUsageError(ValueError):
+    """A reward cannot work at all: a function that cannot be loaded or returns the wrong number of scores.
+
+    Always ends the run; it is never counted as the failure of a completion.
+    """
+
+
+class RewardFailureError(RuntimeError):
+    """Too many completions could not be scored, or nothing was ever rewarded: an alarm of a `RewardSet`."""

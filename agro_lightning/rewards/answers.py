@@ -1,0 +1,163 @@
+"""Answers in text: where a completion states one, and what number it is. Pure and linear in the text."""
+
+import re
+import unicodedata
+from fractions import Fraction
+from typing import Literal
+
+Extract = Literal["whole", "last_line", "boxed", "marker", "tag"]
+"""Which part of a text is the answer.
+
+whole: all of it. last_line: the last line that is not blank. boxed: inside the last complete `\\boxed{}`.
+marker: what follows the last marker (such as ####) on its line. tag: inside the last `<answer></answer>`.
+"""
+
+MAX_DIGITS = 400
+"""Numbers with more digits, or a larger power of ten, are not read as numbers."""
+
+_MINUS_SIGNS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"))
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+_BOX = r"\\(?:boxed|fbox)"
+_BOXED_TOKENS = re.compile(rf"{_BOX}\s*(?P<open>\{{)|{_BOX} +(?P<bare>[^\s{{}}$\\]+)|\\.|[{{}}]", re.DOTALL)
+
+
+def extract(text: str, how: Extract, marker: str = "####") -> str | None:
+    """The part of `text` that states the answer, without surrounding whitespace; None where there is none.
+
+    Args:
+        text: a completion, or a data set's solution.
+        how: which part; see `Extract`.
+        marker: the marker of "marker", or the tag's name of "tag".
+
+    Raises:
+        ValueError: `how` is none of the known ways.
+    """
+    if how == "whole":
+        found = text
+    elif how == "last_line":
+        found = text.rstrip().rpartition("\n")[2]
+    elif how == "boxed":
+        found = boxed(text)
+    elif how == "marker":
+        _, mark, rest = text.rpartition(marker)
+        found = rest.strip().partition("\n")[0] if mark else None
+    elif how == "tag":
+        start, end = f"<{marker}>", f"</{marker}>"
+        before, mark, _ = text.rpartition(end)
+        _, opened, found = before.rpartition(start)
+        found = found if mark and opened else None
+    else:
+        raise ValueError(f"extract is {how!r}; it must be whole, last_line, boxed, marker or tag")
+    return None if found is None else found.strip()
+
+
+def boxed(text: str) -> str | None:
+    """What stands in the last complete `\\boxed{...}` or `\\fbox{...}` (or `\\boxed 5`), or None.
+
+    Braces may nest; escaped braces do not count. A box that never closes (a truncated completion) is skipped.
+    """
+    found: tuple[int, int] | None = None
+    stack: list[int | None] = []  # for each open brace: where its box's content starts, None for other braces
+    for token in _BOXED_TOKENS.finditer(text):
+        if token["open"]:
+            stack.append(token.end())
+        elif token["bare"]:
+            found = max(found or (0, 0), token.span("bare"))
+        elif token[0] == "{":
+            stack.append(None)
+        elif token[0] == "}" and stack:
+            start = stack.pop()
+            if start is not None:
+                found = max(found or (0, 0), (start, token.start()))
+    return None if found is None else text[found[0] : found[1]].strip()
+
+
+def tidy(text: str) -> str:
+    """`text` in one Unicode form (NFKC), minus signs as "-", whitespace as single spaces, ends stripped."""
+    return " ".join(unicodedata.normalize("NFKC", text).translate(_MINUS_SIGNS).split())
+
+
+_UNSIGNED = r"(?>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<!\.)\.\d+)"
+_CURRENCY = r"[$€£¥₹]"
+_TIMES_TEN = r"(?:[eE](?P<e>[-+]?\d+)(?!\w)|\s?(?:\*|×|\\times|\\cdot)\s?10\s?\^\s?\{?(?P<power>[-+]?\d+)\}?)"
+_NUMBER = re.compile(
+    rf"(?<![\w^_])(?<!\d\.)(?<!\^\{{)(?<!_\{{)(?<!\\sqrt\{{)(?P<sign>(?<![)\]}}%])[-+])?(?:{_CURRENCY}\s?(?P<late_sign>-)?)?(?:"
+    rf"(?:(?P<latex_whole>\d+)\s?)?\\frac\{{(?P<latex_top>-?{_UNSIGNED})\}}\{{(?P<latex_bottom>-?{_UNSIGNED})\}}"
+    rf"|(?P<whole>\d+)\s(?P<mixed_top>\d+)\s?/\s?(?P<mixed_bottom>\d+)"
+    rf"|(?P<top>{_UNSIGNED})\s?/\s?(?P<bottom>{_UNSIGNED})"
+    rf"|(?P<plain>{_UNSIGNED})(?:{_TIMES_TEN}|\^(?P<raised>(?:\d{{1,3}}(?!\d)|\{{-?\d{{1,3}}\}})))?"
+    r")(?P<percent>\s?(?:%|percent\b|per cent\b|pct\b))?",
+    re.IGNORECASE,
+)
+# What may follow the number in an answer: units (`km/h`, `m^2`, `dollars.`), a degree sign, closing dollars.
+_UNITS = re.compile(r"(?:\s|[^\W\d_]|[°$€£¥₹/.^{}\\]|(?<=\^)-?\d|(?<=\^\{)-?\d(?=\}))*")
+
+
+def numbers(text: str, *, percent: bool = False) -> list[Fraction]:
+    """The numbers that `text` states, in order and exactly.
+
+    Understands thousands separators (commas, thin spaces, `{,}`), currency signs before and units after,
+    Unicode minus signs and digits, percent signs, decimal points, fractions (3/4, `\\frac{3}{4}`, ¾), mixed
+    numbers (1 1/2, 1½), powers (`2^{10}`), and powers of ten (1.5e3, `1.5 \\times 10^{3}`). Digits inside
+    words, roots and exponents of units are no numbers of their own.
+
+    Args:
+        text: any text.
+        percent: whether 50% is 1/2; else it is 50.
+    """
+    found = (_value(match, percent) for match in _NUMBER.finditer(_plain_notation(text)))
+    return [value for value in found if value is not None]
+
+
+def parse_number(text: str, *, percent: bool = False) -> Fraction | None:
+    """The number that `text` as a whole is, apart from units, currency signs and a leading `x =`.
+
+    Returns:
+        None where the text is no number, or more than one (`(1, 2)`, `x + 1`, `\\sqrt{2}`).
+    """
+    text = re.sub(r"^[^=≈]*[=≈]", "", _plain_notation(text), count=1).strip(" $").rstrip(". ")
+    if text.startswith("(") and text.endswith(")"):
+        text = text[1:-1].strip()
+    match = _NUMBER.match(text)
+    if match is None or not _UNITS.fullmatch(text, match.end()):
+        return None
+    return _value(match, percent)
+
+
+def _plain_notation(text: str) -> str:
+    """`text` with the many ways to write a number reduced to those that `_NUMBER` knows."""
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
+    text = re.sub(r"(?<=\d)(?:[\u00a0\u2007\u2009\u202f']|\\[,;:! ]|\{,\}|,\\!)(?=\d{3}(?!\d))", ",", text)
+    text = re.sub("[¼-¾⅐-⅞↉]", lambda match: " " + unicodedata.normalize("NFKC", match[0]), text)
+    text = unicodedata.normalize("NFKC", text).translate(_MINUS_SIGNS).replace("\u2044", "/")
+    text = text.replace("\\%", "%").replace("\\$", "$")
+    text = re.sub(r"\\(?:left|right|displaystyle|[!,;: ])", " ", text)
+    text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
+    text = re.sub(r"\\frac\s?(\d)\s?(\d)", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\(?:text|mathrm|mbox|textbf|mathbf)\s?\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"\s+", " ", text)
+    return re.sub(r"= - ?(?=[\d.$\\])", "= -", text)
+
+
+def _value(match: re.Match[str], percent: bool) -> Fraction | None:
+    """The value of a match of `_NUMBER`; None where it has none (3/0) or too large a one."""
+    part = {name: text for name, text in match.groupdict().items() if text}
+    ten, raised = part.get("e") or part.get("power") or "0", int(part.get("raised", "1").strip("{}"))
+    digits = sum(map(str.isdigit, match[0]))
+    if len(ten) > 5 or abs(int(ten)) > MAX_DIGITS or digits * max(1, abs(raised)) > MAX_DIGITS:
+        return None
+
+    def exact(name: str) -> Fraction:
+        return Fraction(part[name].replace(",", "")) if name in part else Fraction(0)
+
+    try:
+        if "plain" in part:
+            value = exact("plain") ** raised * Fraction(10) ** int(ten)
+        else:
+            kind = "latex_" if "latex_top" in part else "mixed_" if "mixed_top" in part else ""
+            value = exact("latex_whole") + exact("whole") + exact(f"{kind}top") / exact(f"{kind}bottom")
+    except ZeroDivisionError:
+        return None
+    if part.get("sign") == "-" or "late_sign" in part:
+        value = -value
+    return value / 100 if percent and "percent" in part else value

@@ -1,0 +1,191 @@
+"""Loads a user's reward function and calls it, in the trainer's process or as the check of a pool's worker.
+
+Imports nothing of this package, so that a worker starts without torch.
+"""
+
+import asyncio
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Literal
+
+Batch = dict[str, list[Any]]
+"""Equally long lists of `prompts`, `completions`, `answers` and `fields`."""
+Failure = tuple[Literal["error", "timeout"], str]
+"""Why there is no score, and a message."""
+Scores = list[float | Failure]
+"""For each completion its score, or why there is none."""
+
+BATCH_NAMES = ("prompts", "completions", "answers", "fields")
+SINGLE_NAMES = ("prompt", "completion", "answer", "fields")
+
+
+class UnusableFunctionError(Exception):
+    """The function cannot be loaded, cannot be called, or does not return one number per completion."""
+
+
+def load(target: str) -> Callable[..., Any]:
+    """The callable named by `module:function` or `path/to/file.py:function`.
+
+    Raises:
+        UnusableFunctionError: there is no such thing, it cannot be imported, or it is not callable.
+    """
+    place, colon, attribute = target.rpartition(":")
+    if not colon or not place or not attribute:
+        raise UnusableFunctionError(f"{target!r} is no function; write module:function or file.py:function")
+    try:
+        if place.endswith(".py"):
+            path = Path(place).resolve()
+            spec = importlib.util.spec_from_file_location(f"_reward_{path.stem}", path)
+            assert spec is not None and spec.loader is not None
+            found: Any = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = found
+            spec.loader.exec_module(found)
+        else:
+            found = importlib.import_module(place)
+        for name in attribute.split("."):
+            found = getattr(found, name)
+    except Exception as error:
+        hint = "; is its folder on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
+        reason = f"{type(error).__name__}: {error}"
+        raise UnusableFunctionError(f"cannot load {target!r}: {reason}{hint}") from error
+    if not callable(found) or inspect.isclass(found):
+        raise UnusableFunctionError(f"{target!r} is a {type(found).__name__}; a function is needed")
+    return found
+
+
+class FunctionCall:
+    """A loaded reward function. Calling it scores a batch.
+
+    Args:
+        function: `module:function` or `path/to/file.py:function`.
+        batched: whether it takes lists and returns a list; else it takes and returns one.
+        options: further keyword arguments of the function.
+        timeout_s: limit on each call of an async function; None for none.
+        concurrency: calls of an unbatched async function that may wait at once.
+    """
+
+    def __init__(
+        self, function: str, batched: bool, options: dict[str, Any], timeout_s: float | None, concurrency: int
+    ) -> None:
+        self._arguments = (function, batched, options, timeout_s, concurrency)
+        self._name = function
+        self._function = load(function)
+        self._batched = batched
+        self._options = options
+        self._timeout_s = timeout_s
+        self._concurrency = concurrency
+        self._wanted = self._names_of_arguments()
+        method = getattr(type(self._function), "__call__")  # noqa: B009, B004 - of an object that is callable
+        self.is_async = inspect.iscoroutinefunction(self._function) or inspect.iscoroutinefunction(method)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._arguments
+
+    def _names_of_arguments(self) -> list[str]:
+        """Which of our arguments the function takes; it must take the completion and need no others."""
+        known = BATCH_NAMES if self._batched else SINGLE_NAMES
+        try:
+            parameters = inspect.signature(self._function).parameters.values()
+        except ValueError as error:
+            raise UnusableFunctionError(f"{self._name!r} does not tell its arguments: {error}") from error
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return list(known)
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        wanted = [p.name for p in named if p.name in known]
+        unknown = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
+        unknown = [name for name in unknown if name not in known and name not in self._options]
+        excess = [name for name in self._options if name not in {p.name for p in named}]
+        if unknown or excess or known[1] not in wanted:
+            taken = ", ".join(p.name for p in parameters) or "nothing"
+            options = ", ".join(self._options) or "none"
+            raise UnusableFunctionError(
+                f"{self._name!r} takes ({taken}); with batched: {str(self._batched).lower()} it must take "
+                f"`{known[1]}`, may take {', '.join(known)}, and must take the options ({options}), no more"
+            )
+        return wanted
+
+    def __call__(self, batch: Batch, runner: asyncio.Runner) -> Scores:
+        """Scores every completion of `batch`; async functions run on `runner`.
+
+        Raises:
+            UnusableFunctionError: it returned something else than one number per completion.
+            Exception: whatever a batched function, or one called with a single completion, raises.
+        """
+        count = len(batch["completions"])
+        if self._batched:
+            arguments = {name: batch[name] for name in self._wanted}
+            returned = self._function(**arguments, **self._options)
+            if inspect.isawaitable(returned):
+                returned, failure = runner.run(self._limited(returned))
+                if failure is not None:
+                    return [failure] * count
+            return self._list_of_scores(returned, count)
+        calls = [self._single_arguments(batch, index) for index in range(count)]
+        if self.is_async:
+            return runner.run(self._gather(calls))
+        return [score(self._function(**arguments, **self._options)) for arguments in calls]
+
+    def _single_arguments(self, batch: Batch, index: int) -> dict[str, Any]:
+        names = zip(SINGLE_NAMES, BATCH_NAMES, strict=True)
+        return {single: batch[plural][index] for single, plural in names if single in self._wanted}
+
+    async def _gather(self, calls: list[dict[str, Any]]) -> Scores:
+        limit = asyncio.Semaphore(self._concurrency)
+
+        async def one(arguments: dict[str, Any]) -> float | Failure:
+            async with limit:
+                returned, failure = await self._limited(self._function(**arguments, **self._options))
+                return failure or score(returned)
+
+        return list(await asyncio.gather(*(one(arguments) for arguments in calls)))
+
+    async def _limited(self, awaitable: Awaitable[Any]) -> tuple[Any, Failure | None]:
+        """What `awaitable` gives, or why it gave nothing."""
+        clock = asyncio.timeout(self._timeout_s)
+        try:
+            async with clock:
+                return await awaitable, None
+        except Exception as error:
+            if clock.expired():
+                return None, ("timeout", f"no result after {self._timeout_s:g} s")
+            return None, ("error", f"{type(error).__name__}: {error}")
+
+    def _list_of_scores(self, returned: Any, count: int) -> Scores:
+        values = returned.tolist() if hasattr(returned, "tolist") else returned
+        if not isinstance(values, list | tuple):
+            raise UnusableFunctionError(
+                f"{self._name!r} returned a {type(returned).__name__} for {count} completions; "
+                f"it must return a list of {count} numbers, or set batched: false"
+            )
+        if len(values) != count:
+            raise UnusableFunctionError(
+                f"{self._name!r} returned {len(values)} scores for {count} completions; each needs one"
+            )
+        return [score(value) for value in values]
+
+
+def score(value: Any) -> float | Failure:
+    """A returned value as a float, or as a failure where it is no number."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, int | float):
+        return float(value)
+    return "error", f"the function returned {value!r} ({type(value).__name__}) as a score; a number is needed"
+
+
+def make_check(**options: Any) -> Callable[[Batch], tuple[str, Any]]:
+    """The check of a pool's worker: gives ("scores", Scores), or ("unusable", message)."""
+    call = FunctionCall(**options)
+    runner = asyncio.Runner()
+
+    def check(batch: Batch) -> tuple[str, Any]:
+        try:
+            return "scores", call(batch, runner)
+        except UnusableFunctionError as error:
+            return "unusable", str(error)
+
+    return check
