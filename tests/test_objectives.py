@@ -310,6 +310,13 @@ def test_half_precision_log_probs_are_summed_in_fp32() -> None:
     close(output.log_ratios, [-16.0, 0.0])
 
 
+def test_half_precision_log_probs_are_subtracted_in_fp32() -> None:
+    logprobs = torch.tensor([-2.0, -2.0]).bfloat16()
+    ref = torch.tensor([-1 / 256, -2.0]).bfloat16()
+    ids = torch.tensor([0, 1])
+    close(agro_loss(logprobs, ref, torch.ones(2), ids, 0 * ids, beta=0.5).log_ratios, [1 / 256 - 2, 0.0])
+
+
 def test_no_gradient_reaches_the_reference() -> None:
     batch = random_batch(1, [3])
     batch["ref_logprobs"].requires_grad_()
