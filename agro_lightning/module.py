@@ -1,7 +1,8 @@
 """AgroModule: policy, reference and objective as a LightningModule with automatic optimisation."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -11,7 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from agro_lightning.checkpoint import CHECKPOINT_KEY, gather_rng, set_rng
 from agro_lightning.data.packing import split_batch
+from agro_lightning.evaluation import PromptResult
 from agro_lightning.metrics import StepResult, batch_metrics
 from agro_lightning.objectives import Agro
 from agro_lightning.objectives.base import Objective
@@ -24,7 +27,7 @@ from agro_lightning.reference import (
     ReferenceKind,
     frozen_copy,
 )
-from agro_lightning.types import TokenBatch
+from agro_lightning.types import Prompt, TokenBatch
 
 
 @dataclass(kw_only=True)
@@ -91,6 +94,8 @@ class AgroModule(L.LightningModule):
         self.policy: Policy | None = None
         self._outside: list[Reference] = []  # a list hides the reference from the optimiser, strategy, checkpoints
         self._pieces: list[tuple[TokenBatch, Tensor, Tensor]] = []
+        self._reference_file: str | None = None
+        self._answers: list[PromptResult] = []
 
     # ------------------------------------------------------------------ building
 
@@ -230,10 +235,57 @@ class AgroModule(L.LightningModule):
         every = self.reference_reset_every
         stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
         if every and stepped and self.trainer.global_step % every == 0:
-            assert self.policy is not None
-            self.reference.reset_to(self.policy)
-            rank_zero_info(f"step {self.trainer.global_step}: the reference is now the policy "
-                           f"(reference_id {self.reference.reference_id})")
+            self._reset_reference()
+
+    def _reset_reference(self) -> None:
+        assert self.policy is not None
+        self.reference.reset_to(self.policy)
+        step = self.trainer.global_step
+        rank_zero_info(f"step {step}: the reference is now the policy (id {self.reference.reference_id})")
+        if isinstance(self.reference, FrozenReference):  # checkpoints leave the reference out
+            path = Path(self.trainer.default_root_dir) / f"reference-step-{step:08d}.safetensors"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.reference.save(path)
+            self._reference_file = path.name
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what resuming and exporting need besides weights; tensors and plain values only."""
+        assert self.policy is not None
+        config = self.policy.base.config
+        generation = getattr(self.policy.base, "generation_config", None)
+        checkpoint[CHECKPOINT_KEY] = {
+            "policy": asdict(self.policy_settings),
+            "model_config": {**config.to_dict(), "model_type": config.model_type},
+            "generation_config": None if generation is None else generation.to_dict(),
+            "reference_id": self.reference.reference_id,
+            "reference_file": self._reference_file,
+            "rng": gather_rng(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the reference and the random generators of this rank."""
+        about = checkpoint[CHECKPOINT_KEY]
+        self._reference_file = about["reference_file"]
+        if self._reference_file and isinstance(self.reference, FrozenReference):
+            self.reference.load(Path(self.trainer.default_root_dir) / self._reference_file)
+        if self.reference.reference_id != about["reference_id"]:
+            raise ValueError(f"the checkpoint was trained against reference {about['reference_id']}, this run has "
+                             f"{self.reference.reference_id}: model.policy.path or the temperature has changed")
+        set_rng(about["rng"])
+
+    # ------------------------------------------------------------------ validation
+
+    def validation_step(self, batch: list[Prompt], batch_idx: int) -> None:
+        self._answers += self.trainer.datamodule.answer(batch)  # type: ignore[attr-defined]
+
+    def on_validation_epoch_end(self) -> None:
+        answers, self._answers = self._answers, []
+        summary = self.trainer.datamodule.summarize(answers)  # type: ignore[attr-defined]
+        self.log_dict({f"val/{name}": value for name, value in summary.items() if not math.isnan(value)},
+                      batch_size=1, rank_zero_only=True)
+        self.log("greedy", summary["greedy_accuracy"], prog_bar=True, logger=False, batch_size=1, rank_zero_only=True)
 
     @property
     def sources(self) -> tuple[str, ...]:

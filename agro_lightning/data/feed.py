@@ -254,22 +254,25 @@ class TrainFeed:
         self.cursors[source.name] = cursor
         return drawn
 
-    def _replayable(self, source: Replay, step: int) -> RolloutBuffer:
+    def _replayable(self, source: Replay, step: int) -> np.ndarray:
+        """The rows of past rollouts that may be drawn at this step."""
         assert self.replay is not None
         oldest = None if source.max_staleness is None else step - source.max_staleness
         return self.replay.select(min_policy_version=oldest, newest=source.capacity)
 
     def _draw_replay(self, source: Replay, step: int, count: int) -> list[list[int]]:
-        plan = self._replayable(source, step).plan_epoch(self.settings.seed, step, self.settings.group_size)
+        assert self.replay is not None
+        rows = self._replayable(source, step)
+        plan = self.replay.plan_epoch(self.settings.seed, step, self.settings.group_size, rows=rows)
         return [plan[i] for i in range(min(count, len(plan)))]
 
     def _rows_of(self, source: Source, prompt: Prompt, count: int, step: int,
                  rng: np.random.Generator) -> list[Completion]:
         if isinstance(source, Replay):
-            buffer = self._replayable(source, step)
+            assert self.replay is not None
+            rows = np.intersect1d(self.replay.rows_of(prompt), self._replayable(source, step))
         else:
-            buffer = self.offline[source.name]
-        rows = np.asarray(buffer.rows_of(prompt.prompt_id))
+            rows = self.offline[source.name].rows_of(prompt)
         chosen = rng.permutation(rows)[:count].tolist()
         if not chosen:
             return []

@@ -1,0 +1,121 @@
+"""Turns a parser's complaint into one line: the nearest valid key, and the file and line where the wrong one stands."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def explain(message: str, parser: Any, args: list[str]) -> str:
+    """One line for the user.
+
+    Args:
+        message: what the parser complained of, maybe many lines.
+        parser: whose keys are valid.
+        args: the command line, in which the config files are named.
+    """
+    unknown = _unknown_keys(message)
+    for key in unknown:
+        valid = valid_keys(parser)
+        if key in valid:
+            continue
+        near = _nearest(key, valid)
+        hint = f"; did you mean {near}?" if near else ""
+        where = _where(key, args)
+        return f"unknown key {key}{where}{hint}"
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return " ".join(lines)[:600] + _where_value(message, args)
+
+
+def _unknown_keys(message: str) -> list[str]:
+    """Keys that the message calls unknown, the fullest names first."""
+    found = re.findall(r"[Gg]roup '([\w.]+)' does not accept (?:option|nested key) '([\w.]+)'", message)
+    keys = [f"{group}.{key}" if not key.startswith(f"{group}.") else key for group, key in found]
+    keys += re.findall(r"(?:Option|Key) '([\w.]+)' is not (?:accepted|expected)", message)
+    keys += re.findall(r"[Uu]nrecognized arguments: --([\w.]+)", message)
+    keys += re.findall(r"No action for (?:destination )?key ['\"]([\w.]+)['\"]", message)
+    inner = re.search(r"(?:Parser key|Key) ['\"]([\w.]+)['\"]", message)
+    return [f"{inner[1]}.{key}" if inner and "." not in key else key for key in keys]
+
+
+def valid_keys(parser: Any) -> set[str]:
+    """All keys of the parser, nested ones with dots, those of class options included."""
+    keys: set[str] = set()
+    for action in parser._actions:
+        if action.dest and action.dest not in ("help", "==SUPPRESS=="):
+            keys.add(action.dest)
+            keys.update(action.dest.rsplit(".", depth)[0] for depth in range(1, action.dest.count(".") + 1))
+        choices = getattr(action, "choices", None)
+        if isinstance(choices, dict):
+            for name, sub in choices.items():
+                if hasattr(sub, "_actions"):
+                    keys |= {key for inner in valid_keys(sub) for key in (inner, f"{name}.{inner}")}
+        keys |= {f"{action.dest}.{name}" for name in _class_options(getattr(action, "_typehint", None))}
+    return keys
+
+
+def _class_options(typehint: Any) -> set[str]:
+    """Names of the options of the classes that a type hint allows."""
+    import dataclasses
+    import typing
+
+    names: set[str] = set()
+    for inner in typing.get_args(typehint):
+        names |= _class_options(inner)
+    if dataclasses.is_dataclass(typehint):
+        names |= {field.name for field in dataclasses.fields(typehint)}
+    return names
+
+
+def _nearest(key: str, valid: set[str]) -> str | None:
+    """The valid key that is most alike: siblings first, then the same last word elsewhere, then any."""
+    parent, _, last = key.rpartition(".")
+    siblings = [name for name in valid if name.rpartition(".")[0] == parent]
+    near = difflib.get_close_matches(last, [name.rpartition(".")[2] for name in siblings], n=1, cutoff=0.6)
+    if near:
+        return f"{parent}.{near[0]}" if parent else near[0]
+    same = sorted((name for name in valid if name.rpartition(".")[2] == last), key=len)
+    if same:
+        return same[0]
+    near = difflib.get_close_matches(key, sorted(valid), n=1, cutoff=0.6)
+    return near[0] if near else None
+
+
+def _config_files(args: list[str]) -> list[Path]:
+    paths = [args[i + 1] for i, arg in enumerate(args[:-1]) if arg in ("--config", "-c")]
+    paths += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+    return [Path(path) for path in paths if Path(path).is_file()]
+
+
+def _where(key: str, args: list[str]) -> str:
+    """" (file:line)" of a key in the config files that were given, or "" when it stands on the command line."""
+    for path in _config_files(args):
+        try:
+            root = yaml.compose(path.read_text())
+        except yaml.YAMLError:
+            continue
+        line = _line_of(root, key.split("."))
+        if line is not None:
+            return f" ({path}:{line + 1})"
+    return ""
+
+
+def _line_of(node: Any, path: list[str]) -> int | None:
+    if isinstance(node, yaml.SequenceNode):
+        lines = (_line_of(item, path) for item in node.value)
+        return next((line for line in lines if line is not None), None)
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    for name, value in node.value:
+        if name.value == path[0]:
+            return name.start_mark.line if len(path) == 1 else _line_of(value, path[1:])
+        if name.value == "init_args" and (line := _line_of(value, path)) is not None:
+            return line
+    return None
+
+
+def _where_value(message: str, args: list[str]) -> str:
+    key = re.search(r"(?:Parser key|Key|key) ['\"]([\w.]+)['\"]", message)
+    return _where(key[1], args) if key else ""

@@ -1,0 +1,352 @@
+"""AgroDataModule: prompts, sources, rewards and the engine, put together into the training feed and validation."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_info
+
+from agro_lightning.data.buffer import RolloutBuffer
+from agro_lightning.data.feed import FeedSettings, TrainFeed
+from agro_lightning.data.mixing import Live, Mixing, Offline, Replay, Source, check_sources
+from agro_lightning.data.packing import pack_groups
+from agro_lightning.data.prompts import PromptDataset, PromptSettings
+from agro_lightning.data.schema import tokenizer_id
+from agro_lightning.data.writer import append_rollouts
+from agro_lightning.evaluation import PromptResult, summarize
+from agro_lightning.policy import Policy, load_tokenizer
+from agro_lightning.rewards import ExactMatch, Reward, RewardSet
+from agro_lightning.rollout import AutoEngine, RolloutEngine, Sampling
+from agro_lightning.rollout.collect import RolloutReport, rollout_groups
+from agro_lightning.types import Prompt, PromptGroup, TokenBatch
+
+
+class AgroDataModule(L.LightningDataModule):
+    """Draws prompt groups from live rollouts, replay and offline files.
+
+    Args:
+        train: prompts of live rollouts.
+        validation: the fixed prompts that accuracy is measured on.
+        sources: where groups come from, with weights: Live, Replay, Offline.
+        rewards: what scores live completions; the total is the weighted sum.
+        batch_size: prompt groups of one micro-batch on one rank.
+        group_size: completions of each prompt.
+        sampling: how completions are sampled; the log-probs are taken at its temperature.
+        engine: what generates.
+        mixing: "per_group" draws each group from one source; "within_group" mixes sources within each group.
+        updates_per_rollout: optimiser steps taken on each rollout before the next.
+        validation_samples: completions sampled for each validation prompt.
+        pass_at: report pass@k for these k (at most validation_samples).
+        correct_reward: a completion counts as correct from this total reward on.
+        on_bad_row: what happens to a row that cannot be used: "error", or "drop" (counted).
+        on_bad_file: what happens to a torn or foreign file: "error", or "skip" (counted).
+        max_failure_fraction: stop when more than this fraction of the latest rewards failed.
+        zero_reward_rollouts: rollouts in a row without any reward after which an alarm is raised; 0 switches it off.
+        on_zero_reward: what that alarm does: "warn", or "stop".
+        max_logprob_gap: stop when engine and trainer log-probs differ by more than this on average, in nats.
+        seed: of sampling, order and mixing.
+    """
+
+    def __init__(
+        self,
+        train: PromptSettings = PromptSettings(path="quickstart-train"),  # noqa: B008 - settings, read by the CLI
+        validation: PromptSettings = PromptSettings(path="quickstart-val"),  # noqa: B008
+        sources: Sequence[Source] = (Live(weight=0.875), Offline(paths=["quickstart"], weight=0.125, repeat=True)),
+        rewards: Sequence[Reward] = (ExactMatch(),),  # noqa: B008
+        batch_size: int = 32,
+        group_size: int = 16,
+        sampling: Sampling = Sampling(max_new_tokens=5),  # noqa: B008
+        engine: RolloutEngine = AutoEngine(),  # noqa: B008
+        mixing: Mixing = "per_group",
+        updates_per_rollout: int = 1,
+        validation_samples: int = 4,
+        pass_at: Sequence[int] = (4,),
+        correct_reward: float = 1.0,
+        on_bad_row: Literal["error", "drop"] = "error",
+        on_bad_file: Literal["error", "skip"] = "error",
+        max_failure_fraction: float = 0.2,
+        zero_reward_rollouts: int = 20,
+        on_zero_reward: Literal["warn", "stop"] = "warn",
+        max_logprob_gap: float = 0.5,
+        seed: int = 0,
+    ):
+        super().__init__()
+        check_sources(sources)
+        for name, value, least in (("batch_size", batch_size, 1), ("group_size", group_size, 2),
+                                   ("updates_per_rollout", updates_per_rollout, 1),
+                                   ("validation_samples", validation_samples, 1)):
+            if value < least:
+                raise ValueError(f"data.{name} is {value}; it must be at least {least}")
+        if bad := [k for k in pass_at if not 1 <= k <= validation_samples]:
+            raise ValueError(f"data.pass_at has {bad}; pass@k needs 1 <= k <= validation_samples = "
+                             f"{validation_samples}")
+        if sampling.temperature == 0:
+            raise ValueError("data.sampling.temperature is 0 (greedy); a group of equal completions teaches nothing. "
+                             "Give a positive temperature, 1.0 say")
+        self.train_settings, self.validation_settings = train, validation
+        self.sources = list(sources)
+        self.rewards = RewardSet(list(rewards), max_failure_fraction=max_failure_fraction,
+                                 zero_reward_calls=zero_reward_rollouts, on_zero_reward=on_zero_reward)
+        self.batch_size, self.group_size, self.sampling = batch_size, group_size, sampling
+        self.engine, self.mixing, self.updates_per_rollout = engine, mixing, updates_per_rollout
+        self.validation_samples, self.pass_at = validation_samples, tuple(pass_at)
+        self.correct_reward, self.on_bad_row, self.on_bad_file = correct_reward, on_bad_row, on_bad_file
+        self.max_logprob_gap, self.seed = max_logprob_gap, seed
+        self.rollout_metrics: dict[str, float] = {}
+        self.last_groups: list[PromptGroup] = []
+        self.completions_used = 0
+        self.feed: TrainFeed | None = None
+        self._restored: dict[str, Any] | None = None
+        self._attached = False
+        self._pushed_version = -1
+        self._generate_seconds = self._score_seconds = 0.0
+        self._surplus: list[Path] = []
+
+    # ------------------------------------------------------------------ set-up
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        return tuple(source.name for source in self.sources)
+
+    @property
+    def policy(self) -> Policy:
+        policy = self._module.policy
+        assert policy is not None
+        return policy
+
+    @property
+    def _module(self) -> Any:
+        assert self.trainer is not None
+        return self.trainer.lightning_module
+
+    def setup(self, stage: str) -> None:
+        """Loads tokenizer and prompts; called on every rank."""
+        settings = self._module.policy_settings
+        self.tokenizer = load_tokenizer(settings.path, trust_remote_code=settings.trust_remote_code)
+        self.tokenizer_id = tokenizer_id(self.tokenizer)
+        self.val_prompts = self._prompts(self.validation_settings)
+        live = any(isinstance(source, Live) for source in self.sources)
+        self.train_prompts = self._prompts(self.train_settings) if live and stage == "fit" else None
+
+    def _prompts(self, settings: PromptSettings) -> PromptDataset:
+        return PromptDataset(settings, tokenizer=self.tokenizer, on_bad_row=self.on_bad_row)
+
+    def _buffer(self, paths: Sequence[str], name: str, *, live: bool) -> RolloutBuffer:
+        return RolloutBuffer(paths, tokenizer=self.tokenizer, vocab_size=self.policy.vocab_size,
+                             on_bad_row=self.on_bad_row, on_bad_file=self.on_bad_file, source_name=name, live=live)
+
+    @property
+    def replay_dir(self) -> Path:
+        assert self.trainer is not None
+        return Path(self.trainer.default_root_dir) / "replay"
+
+    def _attach(self) -> None:
+        if not self._attached:
+            self.engine.attach(self.policy, self.tokenizer)
+            self._attached = True
+
+    def train_dataloader(self) -> TrainFeed:
+        trainer = self.trainer
+        assert trainer is not None
+        if trainer.max_steps < 1:
+            raise ValueError(f"trainer.max_steps is {trainer.max_steps}; give the number of optimiser steps of the run")
+        self._check_lengths()
+        replay = next((source for source in self.sources if isinstance(source, Replay)), None)
+        if replay is not None and trainer.is_global_zero:
+            self._set_aside_later_rollouts()
+        trainer.strategy.barrier("replay buffer")
+        self.feed = TrainFeed(
+            FeedSettings(batch_size=self.batch_size, group_size=self.group_size,
+                         accumulate=trainer.accumulate_grad_batches, rank=trainer.global_rank,
+                         world_size=trainer.world_size, total_steps=trainer.max_steps, mixing=self.mixing,
+                         updates_per_rollout=self.updates_per_rollout, seed=self.seed),
+            self.sources,
+            prompts=self.train_prompts,
+            offline={source.name: self._buffer(_offline_paths(source.paths), source.name, live=False)
+                     for source in self.sources if isinstance(source, Offline)},
+            replay=self._buffer([str(self.replay_dir)], "", live=True) if replay else None,
+            sample_live=self._sample_live,
+            append=self._append,
+            finish=self._finish,
+            count_globally=self._count_globally,
+            reference_id=lambda: self._module.reference.reference_id,
+        )
+        if self._restored is not None:
+            self.feed.load_state_dict(self._restored)
+            self._restored = None
+        return self.feed
+
+    def _check_lengths(self) -> None:
+        limit, new = self.policy.max_positions, self.sampling.max_new_tokens
+        for prompts in (self.train_prompts, self.val_prompts):
+            if prompts is not None and prompts.longest + new > limit:
+                raise ValueError(f"the longest prompt of {prompts.settings.path} has {prompts.longest} tokens; with "
+                                 f"max_new_tokens {new} that exceeds the model's context of {limit}. Lower "
+                                 "data.sampling.max_new_tokens, or set max_prompt_tokens with on_bad_row: drop")
+
+    # ------------------------------------------------------------------ rollouts
+
+    def _sample_live(self, prompts: Sequence[Prompt], n: int, seed: int) -> list[PromptGroup]:
+        self._attach()
+        version = self._module.global_step
+        if version != self._pushed_version:
+            self.engine.update_weights(version)
+            self._pushed_version = version
+        name = next(source.name for source in self.sources if isinstance(source, Live))
+        groups, report = rollout_groups(self.engine, prompts, self.sampling, self.rewards, self.tokenizer, n=n,
+                                        seed=seed, source=name, policy_version=version)
+        self._record(report)
+        return groups
+
+    def _record(self, report: RolloutReport) -> None:
+        for name, value in report.metrics().items():
+            self.rollout_metrics[name] = self.rollout_metrics.get(name, 0.0) + value
+
+    def _append(self, groups: list[PromptGroup], step: int) -> list[PromptGroup]:
+        """Adds reference log-probs, once, and hands the rollout to the replay buffer."""
+        reuse = self.updates_per_rollout > 1 or any(isinstance(source, Replay) for source in self.sources)
+        if reuse:
+            groups = self._annotate(groups)
+        if groups and any(isinstance(source, Replay) for source in self.sources):
+            assert self.trainer is not None
+            name = f"step-{step:08d}-rank-{self.trainer.global_rank:05d}-n-{len(groups[0]):05d}"
+            append_rollouts(self.replay_dir, groups, name=name, tokenizer_id=self.tokenizer_id)
+        return groups
+
+    def _annotate(self, groups: list[PromptGroup]) -> list[PromptGroup]:
+        started = time.perf_counter()
+        reference, device = self._module.reference, self._module.device
+        out: list[PromptGroup] = []
+        for start in range(0, len(groups), self.batch_size):
+            part = groups[start : start + self.batch_size]
+            batch = pack_groups(part, num_groups=len(part)).to(device)
+            values = reference.logprobs(batch, max_tokens=self._module.max_tokens).cpu()
+            pieces = iter(values.split((batch.completion_lengths + 1).tolist()))
+            for group in part:
+                out.append(replace(group, completions=tuple(
+                    replace(c, ref_logprobs=tuple(next(pieces).tolist()), reference_id=reference.reference_id)
+                    for c in group.completions)))
+        spent = time.perf_counter() - started
+        self.rollout_metrics["seconds/reference"] = self.rollout_metrics.get("seconds/reference", 0.0) + spent
+        return out
+
+    def _finish(self, groups: list[PromptGroup]) -> list[PromptGroup]:
+        self.last_groups = groups
+        return groups
+
+    def _count_globally(self, count: float) -> float:
+        assert self.trainer is not None
+        if self.trainer.world_size == 1:
+            return count
+        total = torch.tensor(float(count), device=self._module.device)
+        dist.all_reduce(total)
+        return float(total)
+
+    # ------------------------------------------------------------------ validation
+
+    def val_dataloader(self) -> list[list[Prompt]]:
+        assert self.trainer is not None
+        prompts = [self.val_prompts[i] for i in range(len(self.val_prompts))]
+        mine = prompts[self.trainer.global_rank :: self.trainer.world_size]
+        size = max(1, self.batch_size * self.group_size // max(1, self.validation_samples))
+        return [mine[start : start + size] for start in range(0, len(mine), size)]
+
+    def answer(self, prompts: Sequence[Prompt]) -> list[PromptResult]:
+        """Answers validation prompts greedily and by sampling; the samples are the same at every call."""
+        self._attach()
+        self.engine.update_weights(self._module.global_step)
+        self._pushed_version = self._module.global_step
+        ids = [prompt.prompt_ids for prompt in prompts]
+        greedy = self.engine.generate(ids, replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0), n=1, seed=0)
+        sampled = self.engine.generate(ids, self.sampling, n=self.validation_samples, seed=self.seed)
+        results = []
+        texts = [[self.tokenizer.decode(g.completion_ids, skip_special_tokens=True) for g in [*first, *rest]]
+                 for first, rest in zip(greedy, sampled, strict=True)]
+        scores = iter(self.rewards(
+            [prompt for prompt, row in zip(prompts, texts, strict=True) for _ in row],
+            [text for row in texts for text in row], count=False))
+        for prompt, row in zip(prompts, texts, strict=True):
+            first, *rest = [next(scores).reward for _ in row]
+            known = [reward for reward in rest if reward is not None]
+            results.append(PromptResult(
+                prompt=prompt, greedy_text=row[0],
+                greedy_correct=None if first is None else first >= self.correct_reward,
+                sampled=len(known), sampled_correct=sum(reward >= self.correct_reward for reward in known)))
+        return results
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracies over all validation prompts and ranks."""
+        results = [result for prompts in self.val_dataloader() for result in self.answer(prompts)]
+        return self.summarize(results)
+
+    def summarize(self, results: list[PromptResult]) -> dict[str, float]:
+        """Gathers results over ranks and averages them over prompts."""
+        assert self.trainer is not None
+        if self.trainer.world_size > 1:
+            gathered: list[Any] = [None] * self.trainer.world_size
+            dist.all_gather_object(gathered, results)
+            results = [result for part in gathered for result in part]
+        return summarize(results, ks=self.pass_at)
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The feed's cursors, the alarms and the counts; the replay buffer stays on disk."""
+        if self.feed is None:
+            return {}
+        return {"feed": self.feed.state_dict(), "rewards": self.rewards.state_dict(),
+                "completions_used": self.completions_used}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict["feed"]
+        self.rewards.load_state_dict(state_dict["rewards"])
+        self.completions_used = state_dict["completions_used"]
+
+    def _set_aside_later_rollouts(self) -> None:
+        """Rollouts from after the checkpoint are made again; their files are moved out of the buffer's sight."""
+        accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
+        done = self._restored["micro_batch"] // accumulate if self._restored else 0
+        later = [path for path in sorted(self.replay_dir.glob("step-*.parquet"))
+                 if int(path.name.split("-")[1]) >= done]
+        if later:
+            aside = self.replay_dir / f"_set_aside_at_step_{done:08d}_{time.time_ns()}"
+            aside.mkdir(parents=True)
+            for path in later:
+                path.rename(aside / path.name)
+            rank_zero_info(f"{len(later)} replay files from after step {done} were moved to {aside}")
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if isinstance(batch, TokenBatch):
+            self.completions_used += batch.num_completions
+        return batch
+
+    def teardown(self, stage: str) -> None:
+        self.engine.close()
+        self.rewards.close()
+        self._attached = False
+
+    # ------------------------------------------------------------------ words
+
+    def describe(self) -> str:
+        """The batch arithmetic and the sources, for the start of a run."""
+        assert self.trainer is not None
+        ranks, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        groups = self.batch_size * accumulate * ranks
+        total = sum(source.weight for source in self.sources)
+        shares = ", ".join(f"{source.name} {source.weight / total:.1%}" for source in self.sources)
+        return (f"one step = {self.batch_size} groups × {accumulate} micro-batches × {ranks} ranks = {groups} groups "
+                f"× {self.group_size} completions = {groups * self.group_size} completions\n"
+                f"{self.trainer.max_steps} steps, {self.updates_per_rollout} per rollout; sources: {shares} "
+                f"({self.mixing.replace('_', ' ')})")
+
+
+def _offline_paths(paths: Sequence[str]) -> list[str]:
+    shipped = str(resources.files("agro_lightning") / "quickstart" / "offline.parquet")
+    return [shipped if path == "quickstart" else path for path in paths]
+
