@@ -22,7 +22,7 @@ def require_reasoning_gym(who: str) -> None:
 class GymReward:
     """The score that a reasoning-gym task gives to an answer, from 0 to 1. Extra: `gym`.
 
-    The prompts come from `GymPrompts`, whose rows carry what the task needs to score them. The tasks' scorers
+    The prompts are those of a data set with `format: gym`, which carry what scores them. The tasks' scorers
     run in worker processes under a wall clock; one that takes too long is a failure of kind `timeout`, one
     that raises is one of kind `error`.
 
@@ -66,7 +66,7 @@ class GymReward:
                 items.append((extract(completion, self.extract, self.marker), gym))
                 scores.append(None)
             else:
-                message = f"prompt {prompt.prompt_id!r} is no reasoning-gym task; use GymPrompts"
+                message = f"prompt {prompt.prompt_id!r} is no reasoning-gym task; set format: gym"
                 scores.append(Score(reward=None, failure="error", message=message))
         outcomes = iter(self._pool.map(items))
         for index, known in enumerate(scores):

@@ -82,18 +82,24 @@ class RewardSet:
         kinds = {kind: self._failures[kind] for kind in get_args(FailureKind)}
         return {"completions": self._scored, **kinds}
 
-    def __call__(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], *, count: bool = True
-    ) -> list[Score]:
-        """Scores completions[i] as an answer to prompts[i].
-
-        Args:
-            prompts: the prompt of each completion.
-            completions: decoded texts.
-            count: whether this call moves the counts and the alarms; validation passes False.
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Score]:
+        """Scores completions[i], decoded text, as an answer to prompts[i], and watches the alarms.
 
         Raises:
             RewardFailureError: an alarm.
+            RewardUsageError: a reward cannot work at all, or gave the wrong number of scores.
+        """
+        scores = self.score_quietly(prompts, completions)
+        if scores:
+            self._count(scores)
+            self._check_failures()
+            self._check_zeros(scores)
+        return scores
+
+    def score_quietly(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Score]:
+        """Scores without moving counts or alarms, for validation.
+
+        Raises:
             RewardUsageError: a reward cannot work at all, or gave the wrong number of scores.
         """
         if len(prompts) != len(completions):
@@ -101,12 +107,7 @@ class RewardSet:
         if not completions:
             return []
         by_reward = [self._scores_of(reward, prompts, completions) for reward in self.rewards]
-        scores = [self._total(parts) for parts in zip(*by_reward, strict=True)]
-        if count:
-            self._count(scores)
-            self._check_failures()
-            self._check_zeros(scores)
-        return scores
+        return [self._total(parts) for parts in zip(*by_reward, strict=True)]
 
     def start(self) -> None:
         """Warms up the rewards that have something to warm up: worker processes, models."""

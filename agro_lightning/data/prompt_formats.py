@@ -1,0 +1,239 @@
+"""From a data set's row to the text of its prompt and its reference answer."""
+
+import math
+import re
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from agro_lightning.rewards.answers import boxed, extract
+
+FormatName = Literal["plain", "gsm8k", "math", "dapo", "gym"]
+Message = dict[str, str]
+"""One turn of a chat: `role` and `content`."""
+
+
+class RowProblem(Exception):
+    """Why a row gives no prompt: a short name to count it under, and what to say."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """Where a public data set keeps prompt and answer, and how the answer is found in its column."""
+
+    prompt_column: str
+    answer_column: str
+    answer_of: Callable[[str], str | None]
+    """None where the text states no answer."""
+    expects: str
+    """What the answer's column should hold, for messages."""
+    answer_needed: bool = True
+
+
+def _gsm8k_answer(text: str) -> str | None:
+    """What follows `####`, without thousands separators."""
+    found = extract(text, "marker", "####")
+    return None if found is None else re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", found)
+
+
+def _math_answer(text: str) -> str | None:
+    """The last box of a solution, or the whole text of a column that holds the bare answer."""
+    return boxed(text) if re.search(r"\\(?:boxed|fbox)", text) else None
+
+
+FORMATS: dict[str, Format] = {
+    "plain": Format(
+        prompt_column="prompt",
+        answer_column="answer",
+        answer_of=str.strip,
+        expects="text",
+        answer_needed=False,
+    ),
+    "gsm8k": Format(
+        prompt_column="question",
+        answer_column="answer",
+        answer_of=_gsm8k_answer,
+        expects="#### and the answer",
+    ),
+    "math": Format(
+        prompt_column="problem",
+        answer_column="solution",
+        answer_of=_math_answer,
+        expects="a complete \\boxed{}",
+    ),
+    "dapo": Format(
+        prompt_column="prompt", answer_column="reward_model.ground_truth", answer_of=str.strip, expects="text"
+    ),
+    "gym": Format(
+        prompt_column="prompt",
+        answer_column="answer",
+        answer_of=str.strip,
+        expects="text",
+        answer_needed=False,
+    ),
+}
+
+
+def lookup(columns: Mapping[str, Any], name: str) -> Any:
+    """The value of a column; dots lead into nested ones (`reward_model.ground_truth`). Raises KeyError."""
+    if name in columns:
+        return columns[name]
+    outer, dot, inner = name.partition(".")
+    if not dot or not isinstance(columns.get(outer), Mapping):
+        raise KeyError(name)
+    return lookup(columns[outer], inner)
+
+
+def answer_text(columns: Mapping[str, Any], form: Format, column: str | None) -> str | None:
+    """The reference answer of a row; None where the format needs none and the row has none.
+
+    Args:
+        columns: the row.
+        form: its format.
+        column: the column that the settings name instead of the format's own.
+
+    Raises:
+        RowProblem: no answer where one is needed, or an empty one.
+    """
+    name = column or form.answer_column
+    try:
+        value = lookup(columns, name)
+    except KeyError:
+        value = None
+    if value is None:
+        if form.answer_needed or column is not None:
+            raise RowProblem("missing_answer", f"has no {name!r}; {_names(columns)}")
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise RowProblem("wrong_type", f"{name!r} is {_shown(value)}; text or a number is needed")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RowProblem("empty_answer", f"{name!r} is {value}, which is no answer")
+    text = str(value)
+    answer = form.answer_of(text)
+    if answer is None and column is not None:
+        answer = text.strip()
+    if answer is None:
+        raise RowProblem("missing_answer", f"{name!r} is {_shown(text)}; {form.expects} is needed in it")
+    if not answer:
+        raise RowProblem("empty_answer", f"{name!r} is {_shown(text)}, which has an empty answer")
+    return answer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptWriter:
+    """Writes a row's prompt the way the policy is to see it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompt_column: str
+    template: str
+    """Text with the columns' names in braces; `{prompt}` is the prompt column, whatever its name."""
+    system_prompt: str | None
+    chat: bool
+    chat_template_options: Mapping[str, Any]
+
+    def write(self, columns: Mapping[str, Any]) -> str:
+        """The prompt's text.
+
+        Raises:
+            RowProblem: no prompt, or one that the template or the chat template does not take.
+        """
+        messages = self._messages(columns)
+        if messages[-1]["role"] == "user":
+            messages[-1]["content"] = self._fill(columns, messages[-1]["content"])
+        if self.system_prompt is not None:
+            if messages[0]["role"] == "system":
+                raise RowProblem("two_system_prompts", "has a system message of its own; unset system_prompt")
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        text = self._render(messages) if self.chat else "\n\n".join(turn["content"] for turn in messages)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RowProblem("bad_text", f"the prompt is no valid Unicode text ({error.reason})") from None
+        if not text.strip():
+            raise RowProblem("empty_prompt", f"{self.prompt_column!r} is empty")
+        return text
+
+    def _messages(self, columns: Mapping[str, Any]) -> list[Message]:
+        """The prompt as turns: one of the user, or those that the row lists."""
+        try:
+            value = lookup(columns, self.prompt_column)
+        except KeyError:
+            raise RowProblem("missing_prompt", f"has no {self.prompt_column!r}; {_names(columns)}") from None
+        if isinstance(value, str):
+            if not value.strip():
+                raise RowProblem("empty_prompt", f"{self.prompt_column!r} is {_shown(value)}; it has no text")
+            return [{"role": "user", "content": value}]
+        if not isinstance(value, list) or not value:
+            message = f"{self.prompt_column!r} is {_shown(value)}; text or a list of chat messages is needed"
+            raise RowProblem("missing_prompt" if value is None else "wrong_type", message)
+        turns = []
+        for turn in value:
+            parts = {name: turn.get(name) for name in ("role", "content")} if isinstance(turn, dict) else {}
+            texts = {name: part for name, part in parts.items() if isinstance(part, str)}
+            if len(texts) < 2:
+                message = f"{self.prompt_column!r} has the message {_shown(turn)}; it needs role and content"
+                raise RowProblem("wrong_type", message)
+            turns.append(texts)
+        return turns
+
+    def _fill(self, columns: Mapping[str, Any], prompt: str) -> str:
+        parts = []
+        for literal, name, _, _ in string.Formatter().parse(self.template):
+            parts.append(literal)
+            if name is None:
+                continue
+            try:
+                value = prompt if name == "prompt" else lookup(columns, name)
+            except KeyError:
+                message = f"has no {name!r} for the template; {_names(columns)}"
+                raise RowProblem("missing_column", message) from None
+            if value is None:
+                raise RowProblem("missing_column", f"{name!r} is null, and the template needs it")
+            parts.append(prompt if name == self.prompt_column else str(value))
+        return "".join(parts)
+
+    def _render(self, messages: list[Message]) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self.chat_template_options
+            )
+        except Exception as error:  # templates are programs of their own and raise what they like
+            detail = " ".join(str(error).split())[:200]
+            raise RowProblem("chat_template", f"the chat template does not take it: {detail}") from error
+        assert isinstance(text, str)
+        return text
+
+
+def check_template(template: str) -> None:
+    """Raises ValueError where a template is not text with plain column names in braces."""
+    try:
+        names = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        message = f"template {template!r} cannot be read: {error}; double the braces that are text"
+        raise ValueError(message) from error
+    bad = [name for name, spec, conversion in names if not name or spec or conversion or not _is_column(name)]
+    if bad or not names:
+        raise ValueError(
+            f"template {template!r} must have column names in braces, such as {{prompt}}; double the braces "
+            "that are text"
+        )
+
+
+def _is_column(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split("."))
+
+
+def _names(columns: Mapping[str, Any]) -> str:
+    return f"its columns are {', '.join(list(columns)[:20]) or 'none'}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
