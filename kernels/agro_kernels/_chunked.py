@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from agro_kernels import _epilogue
-from agro_kernels._head import SPARSE_TILE, Head, Stats, Upstream, spans, stats_dtype
+from agro_kernels._head import SPARSE_TILE, Head, Stats, Upstream, Wanted, spans, stats_dtype
 from agro_kernels._matmul import accumulate, product
 
 CPU_TILE = 4 << 20
@@ -91,11 +91,9 @@ def chunked_grads(
     targets: Tensor,
     head: Head,
     upstream: Upstream,
-    d_hidden: Tensor | None,
-    d_weight: Tensor | None,
-    d_bias: Tensor | None,
-) -> None:
-    """Recomputes each tile, turns it into dL/du in place, and adds its parts to the gradients given.
+    wanted: Wanted,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Recomputes each tile, turns it into dL/du in place, and adds its parts to the gradients.
 
     Args:
         hidden: (N, H).
@@ -104,9 +102,10 @@ def chunked_grads(
         targets: (N,); a value outside [0, V) is not in this slice.
         head: the logit transform.
         upstream: per row: logsumexp, coefficients, tiles to keep.
-        d_hidden: (N, H) zeros in the statistics' dtype, or None where not wanted.
-        d_weight: (V, H), any dtype, every element of which is written; or None.
-        d_bias: (V,) in the statistics' dtype, every element of which is written; or None.
+        wanted: which gradients, and their dtypes.
+
+    Returns:
+        dX (N, H), dW (V, H), and db (V,) in the statistics' dtype; None where not wanted.
     """
     rows, columns = hidden.shape[0], weight.shape[0]
     dtype = stats_dtype(hidden.dtype)
@@ -115,30 +114,31 @@ def chunked_grads(
     if upstream.keep is not None:
         width = min(width, SPARSE_TILE)
     buffer = torch.empty(height * width, dtype=dtype, device=hidden.device)
+    d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if wanted.hidden else None
+    d_weight = weight.new_empty(weight.shape, dtype=wanted.weight) if wanted.weight else None
+    d_bias = weight.new_zeros(columns, dtype=dtype) if wanted.bias else None
     for left, right in spans(columns, width):
-        weight_slice = weight[left:right].to(operands.dtype)
-        bias_slice = None if bias is None else bias[left:right].to(dtype)
-        weight_sum = None if d_weight is None else torch.zeros_like(weight_slice, dtype=dtype)
-        bias_sum = None if d_bias is None else d_bias[left:right].zero_()
-        kept = None
-        if upstream.keep is not None:
-            kept = upstream.keep[:, left // SPARSE_TILE].nonzero()[:, 0]
+        part = weight[left:right].to(operands.dtype)
+        part_bias = None if bias is None else bias[left:right].to(dtype)
+        weight_sum = None if d_weight is None else torch.zeros_like(part, dtype=dtype)
+        kept = None if upstream.keep is None else upstream.keep[:, left // SPARSE_TILE].nonzero()[:, 0]
         for top, bottom in spans(rows if kept is None else kept.numel(), height):
             chosen: slice | Tensor = slice(top, bottom) if kept is None else kept[top:bottom]
             block = operands[chosen]
-            tile = _logits(block, weight_slice, bias_slice, head, buffer)
-            d_tile = _epilogue.tile_grads_(
-                tile, targets[chosen] - left, head, upstream, chosen, operands.dtype
+            tile = _logits(block, part, part_bias, head, buffer)
+            grad = _epilogue.tile_grads_(
+                tile, targets[chosen] - left, head, upstream.rows(chosen), operands.dtype
             )
             if weight_sum is not None:
-                accumulate(weight_sum, d_tile.T, block)
-            if bias_sum is not None:
-                bias_sum += d_tile.sum(0, dtype=dtype)
+                accumulate(weight_sum, grad.T, block)
+            if d_bias is not None:
+                d_bias[left:right] += grad.sum(0, dtype=dtype)
             if d_hidden is None:
                 continue
             if isinstance(chosen, slice):
-                accumulate(d_hidden[chosen], d_tile, weight_slice)
+                accumulate(d_hidden[chosen], grad, part)
             else:  # each row occurs once, so this read-modify-write is exact and repeatable
-                d_hidden[chosen] = accumulate(d_hidden[chosen], d_tile, weight_slice)
+                d_hidden[chosen] = accumulate(d_hidden[chosen], grad, part)
         if d_weight is not None and weight_sum is not None:
             d_weight[left:right] = weight_sum
+    return None if d_hidden is None else d_hidden.to(wanted.hidden), d_weight, d_bias

@@ -56,4 +56,4 @@ def choose_backend(backend: str, hidden: Tensor, weight: Tensor) -> str:
 def _interpreted() -> bool:
     from triton import knobs
 
-    return knobs.runtime.interpret
+    return bool(knobs.runtime.interpret)

@@ -36,7 +36,6 @@ def tile_grads_(
     local_targets: Tensor,
     head: Head,
     upstream: Upstream,
-    rows: slice | Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
     """dL/du of a tile, in `dtype`; overwrites the tile.
@@ -48,18 +47,17 @@ def tile_grads_(
         tile: (n, v) logits.
         local_targets: (n,) targets counted from the tile's first column; outside [0, v) means elsewhere.
         head: the logit transform.
-        upstream: per-row figures of the whole batch.
-        rows: which rows of the batch the tile holds.
+        upstream: the figures of the tile's rows.
         dtype: of the result, the matmul's operand type; the arithmetic stays in the tile's.
     """
     slope = head.slope(tile)
-    log_p = tile.sub_(upstream.logsumexp[rows][:, None])
-    coefficient = upstream.coefficient[rows][:, None]
+    log_p = tile.sub_(upstream.logsumexp[:, None])
+    coefficient = upstream.coefficient[:, None]
     if upstream.entropy_coefficient is None or upstream.entropy is None:
         grad = log_p.exp_().mul_(-coefficient)
     else:
-        weight = log_p.clamp(min=-1e30).add_(upstream.entropy[rows][:, None])
-        weight.mul_(upstream.entropy_coefficient[rows][:, None]).add_(coefficient)
+        weight = log_p.clamp(min=-1e30).add_(upstream.entropy[:, None])
+        weight.mul_(upstream.entropy_coefficient[:, None]).add_(coefficient)
         grad = log_p.exp_().mul_(weight.neg_())
     owned = (local_targets >= 0) & (local_targets < tile.shape[1])
     column = torch.where(owned, local_targets, 0)[:, None]

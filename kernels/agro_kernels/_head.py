@@ -74,6 +74,27 @@ class Upstream:
     keep: Tensor | None = None
     """(N, tiles) bool: vocabulary tiles that are recomputed; None is all of them (dense)."""
 
+    def rows(self, chosen: slice | Tensor) -> "Upstream":
+        """The figures of some rows; keep is left out."""
+        return Upstream(
+            logsumexp=self.logsumexp[chosen],
+            coefficient=self.coefficient[chosen],
+            entropy=None if self.entropy is None else self.entropy[chosen],
+            entropy_coefficient=None
+            if self.entropy_coefficient is None
+            else self.entropy_coefficient[chosen],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """Which gradients are wanted, in which dtype; None is not wanted. Sums are kept in the statistics'
+    dtype."""
+
+    hidden: torch.dtype | None
+    weight: torch.dtype | None
+    bias: bool
+
 
 SPARSE_TILE = 1024
 """Vocabulary columns of one tile of the certified sparse backward."""

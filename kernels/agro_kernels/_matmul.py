@@ -1,17 +1,19 @@
 """The library's matmuls with fp32 results, in one place for every device and version."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
-
-LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """out = left @ right, kept in out's dtype (fp32 for low-precision operands on a GPU)."""
     if left.dtype == out.dtype:
         return torch.mm(left, right, out=out)
+    if out.device.type == "cpu":
+        return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
     return torch.ops.aten.mm.dtype_out(left, right, out.dtype, out=out)
 
 
@@ -19,9 +21,26 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """total += left @ right, with an fp32 accumulator for low-precision operands; returns total."""
     if left.dtype == total.dtype:
         return total.addmm_(left, right)
+    if total.device.type == "cpu":
+        return total.addmm_(left.to(total.dtype), right.to(total.dtype))
     if _fused_accumulation(total.device, left.dtype):
         return torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
     return total.add_(torch.mm(left, right, out_dtype=total.dtype))
+
+
+@contextmanager
+def full_precision_sums() -> Iterator[None]:
+    """Forbids the library to add partial products in half precision (split-K), which is its default."""
+    settings = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = [getattr(settings, name) for name in names]
+    try:
+        for name in names:
+            setattr(settings, name, False)
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(settings, name, value)
 
 
 @cache

@@ -4,12 +4,14 @@ They take every row; rows that cannot matter (ignored, or with zero coefficients
 any matmul. Autograd is added above, in `_functions.py`.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from agro_kernels._checks import check_target_range
 from agro_kernels._chunked import chunked_grads, chunked_stats
-from agro_kernels._head import SPARSE_TILE, Head, Stats, Upstream, spans, stats_dtype
+from agro_kernels._head import SPARSE_TILE, Head, Stats, Upstream, Wanted, spans, stats_dtype
 
 GATHER_ELEMENTS = 16 << 20
 
@@ -216,39 +218,36 @@ def head_grads(
         moved |= entropy_coefficient != 0
     rows = _active_rows(active & moved)
 
-    def pick(tensor: Tensor | None) -> Tensor | None:
-        return tensor if tensor is None or rows is None else tensor[rows]
-
-    active_hidden = hidden if rows is None else hidden[rows]
-    d_hidden = active_hidden.new_zeros(active_hidden.shape, dtype=dtype) if want_hidden else None
-    d_weight = (
-        weight.new_empty(weight.shape, dtype=dtype if exact_weight else weight.dtype) if want_weight else None
+    wanted = Wanted(
+        hidden=(dtype if exact_hidden else hidden.dtype) if want_hidden else None,
+        weight=(dtype if exact_weight else weight.dtype) if want_weight else None,
+        bias=want_bias,
     )
-    d_bias = weight.new_empty(weight.shape[0], dtype=dtype) if want_bias else None
+    active_hidden = hidden if rows is None else hidden[rows]
     if active_hidden.shape[0] == 0:
-        for grad in (d_weight, d_bias):
-            if grad is not None:
-                grad.zero_()
+        d_hidden = active_hidden.to(wanted.hidden) if wanted.hidden else None
+        d_weight = weight.new_zeros(weight.shape, dtype=wanted.weight) if wanted.weight else None
+        d_bias = weight.new_zeros(weight.shape[0], dtype=dtype) if want_bias else None
     else:
         upstream = Upstream(
-            logsumexp=logsumexp if rows is None else logsumexp[rows],
-            coefficient=coefficient.to(dtype) if rows is None else coefficient[rows].to(dtype),
-            entropy=pick(entropy),
-            entropy_coefficient=pick(entropy_coefficient),
-            keep=pick(keep),
+            logsumexp=logsumexp,
+            coefficient=coefficient.to(dtype),
+            entropy=entropy,
+            entropy_coefficient=entropy_coefficient,
         )
+        if rows is not None:
+            upstream = upstream.rows(rows)
+        if keep is not None:
+            upstream = replace(upstream, keep=keep if rows is None else keep[rows])
         local = _local(targets if rows is None else targets[rows], offset, weight.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
-            _grads_backend(backend)(
-                active_hidden, weight, bias, local, head, upstream, d_hidden, d_weight, d_bias
+            d_hidden, d_weight, d_bias = _grads_backend(backend)(
+                active_hidden, weight, bias, local, head, upstream, wanted
             )
-    nothing = hidden.new_empty(0, 0)
-    if d_hidden is not None and not exact_hidden:
-        d_hidden = d_hidden.to(hidden.dtype)
     return (
-        nothing if d_hidden is None else _spread(d_hidden, rows, hidden.shape[0], 0.0),
-        hidden.new_empty(0, 0) if d_weight is None else d_weight,
-        hidden.new_empty(0) if d_bias is None or bias is None else d_bias.to(bias.dtype, copy=True),
+        hidden.new_empty(0, 0) if d_hidden is None else _spread(d_hidden, rows, hidden.shape[0], 0.0),
+        weight.new_empty(0, 0) if d_weight is None else d_weight,
+        hidden.new_empty(0) if d_bias is None or bias is None else d_bias.to(bias.dtype),
     )
 
 
