@@ -7,14 +7,14 @@ from typing import Any, Protocol
 from agro_lightning.types import FinishReason
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # without slots: the command line reads defaults from __dict__
 class Sampling:
     """How completions are drawn."""
 
     max_new_tokens: int = 256
     """Most tokens of a completion, EOS included."""
     temperature: float = 1.0
-    """Divides the logits; policy and reference log-probs are computed at the same one. 0 is greedy decoding."""
+    """Divides the logits; policy and reference log-probs are taken at the same one. 0 is greedy decoding."""
     top_p: float = 1.0
     """Nucleus mass; below 1.0 the sampled distribution is no longer the policy's (a warning says so)."""
     top_k: int = 0
@@ -61,7 +61,7 @@ class RolloutEngine(Protocol):
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, n: int, seed: int
     ) -> list[list[Generation]]:
-        """Returns n generations for each prompt, in order. The same seed, weights and prompts give the same tokens."""
+        """Returns n generations of each prompt, in order; equal seed, weights, prompts: equal tokens."""
         ...
 
     def close(self) -> None:
