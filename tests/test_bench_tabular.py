@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+
+from agro_lightning.objectives import Agro
 from bench._records import FIELDS
 from bench.tabular import (
     closed_form_records,
@@ -12,8 +14,6 @@ from bench.tabular import (
     sampled_curves,
     score_term_records,
 )
-
-from agro_lightning.objectives import Agro
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results" / "tabular.json"
 CASES = ("step10", "step50", "step100", "limit")
