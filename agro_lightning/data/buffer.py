@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from agro_lightning.data.checks import row_checker
 from agro_lightning.data.discover import FoundFile, find_row_files
 from agro_lightning.data.members import Members
-from agro_lightning.data.packed import Record, prompt_key
+from agro_lightning.data.packed import INDEX, Record, prompt_key
 from agro_lightning.data.plan import GroupPlan
 from agro_lightning.data.row_store import RowStore, SourceFile
 from agro_lightning.data.schema import FIX_ROW, BadFileError, BadRowError, prompt_id_of
@@ -316,7 +316,7 @@ class RolloutBuffer:
         if len(named) and self._read(int(named[0])).prompt_tokens != tokens:
             raise BadRowError(
                 f"{self.row_id(int(named[0]))}: prompt_id {prompt.prompt_id!r} has other tokens here "
-                "than in the run; were the prompts made with another chat template? Give one of them other prompt_ids",
+                "than in the run; were the prompts made with another chat template? Give one of them new ids",
                 reason="prompt_mismatch",
             )
         same_tokens = prompt_id_of(prompt.prompt_ids)
@@ -388,8 +388,13 @@ class RolloutBuffer:
 
     def _column(self, name: str) -> np.ndarray:
         """An index column of all rows, in the order of `_ordered`."""
-        parts = [file.source.rows.column(name) for file in self.files]
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+        values = np.empty(self.num_rows, INDEX[name])
+        start = 0
+        for file in self.files:
+            end = start + len(file.source.rows)
+            values[start:end] = file.source.rows.column(name)
+            start = end
+        return values
 
     @cached_property
     def _ordered(self) -> np.ndarray:
@@ -399,8 +404,12 @@ class RolloutBuffer:
 
     @cached_property
     def _members(self) -> Members:
-        keys = self._column("prompt_keys").astype(np.uint64, copy=False)
-        return Members.of(self._ordered, keys, self._column("prompt_checks"), self._refuse_mismatch)
+        keys = self._column("prompt_keys")
+        order = np.argsort(keys, kind="stable").astype(self._ordered.dtype)
+        keys = keys[order]
+        return Members.of(
+            self._ordered[order], keys, self._column("prompt_checks")[order], self._refuse_mismatch
+        )
 
     def _refuse_mismatch(self, row: int, first: int) -> None:
         if self._strict_rows:

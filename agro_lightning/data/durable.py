@@ -14,15 +14,18 @@ class DiskFullError(OSError):
     """No room for a file; what was there before is untouched."""
 
 
-def disk_full_error(error: OSError, target: Path, needed: int) -> DiskFullError | None:
-    """A DiskFullError saying what was needed and what is free, when that is what `error` means; else None."""
-    if error.errno not in _FULL:
-        return None
+def is_disk_full(error: OSError) -> bool:
+    """Whether it says that there is no room: on the disk, in the quota, or below the limit on file sizes."""
+    return error.errno in _FULL
+
+
+def disk_full_error(error: OSError, target: Path, needed: int) -> DiskFullError:
+    """What was needed to write `target` and what is free."""
     free = shutil.disk_usage(target.parent).free
     return DiskFullError(
         error.errno,
         f"no room to write {target.name}: {needed:,} bytes are needed, {free:,} are free in {target.parent} "
-        f"({os.strerror(error.errno)}). Files already there are untouched; free space, or write elsewhere",
+        f"({error.strerror}). Files already there are untouched; free space, or write elsewhere",
     )
 
 
@@ -53,7 +56,9 @@ def write_once(path: Path, data: bytes) -> None:
             os.fsync(handle.fileno())
         _name_once(temporary, path)
     except OSError as error:
-        raise disk_full_error(error, path, len(data)) or error from None
+        if not is_disk_full(error):
+            raise
+        raise disk_full_error(error, path, len(data)) from None
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)

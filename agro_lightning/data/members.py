@@ -29,17 +29,15 @@ class Members:
         checks: np.ndarray,
         refuse: Callable[[int, int], None],
     ) -> "Members":
-        """Sorts rows, given oldest first, by prompt.
+        """Finds the prompts of rows that are sorted by prompt, those of one prompt oldest first.
 
         Args:
             rows: row numbers.
-            keys: each row's prompt key, uint64.
+            keys: each row's prompt key, ascending.
             checks: each row's prompt check, equal where prompts have the same tokens.
             refuse: called as refuse(row, first row of that prompt) for the first row whose prompt differs
                 though its prompt_id is the same; if it returns, such rows are left out.
         """
-        order = np.argsort(keys, kind="stable")
-        rows, keys, checks = rows[order], keys[order], checks[order]
         starts = runs(keys)
         wrong = checks != np.repeat(checks[starts], np.diff(starts, append=len(rows)))
         if wrong.any():

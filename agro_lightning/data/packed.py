@@ -173,7 +173,7 @@ class Packer:
             return
         columns = [_cuts(batch.column(name), name) for name in _FIELDS]
         finish = [FINISH_REASONS.index(reason) for reason in batch.column("finish_reason").to_pylist()]
-        pieces: list[bytes | memoryview] = []
+        pieces: list[bytes] = []
         sizes = []
         scalars = [numbers.tolist()]
         scalars += [batch.column(name).to_pylist() for name in _SCALARS]
@@ -188,8 +188,8 @@ class Packer:
         self._offsets.append(ends)
         prompts, names = columns[_FIELDS.index("prompt_ids")], columns[_FIELDS.index("prompt_id")]
         found = {
-            "prompt_keys": [prompt_key(bytes(name)) for name in names],
-            "prompt_checks": [prompt_check(bytes(tokens)) for tokens in prompts],
+            "prompt_keys": [prompt_key(name) for name in names],
+            "prompt_checks": [prompt_check(tokens) for tokens in prompts],
             "policy_versions": scalars[-1],
             "numbers": numbers,
         }
@@ -209,19 +209,19 @@ def _write_all(out: BinaryIO, data: bytes) -> None:
         view = view[out.write(view) :]
 
 
-def _cuts(column: pa.Array, name: str) -> list[memoryview] | list[bytes]:
+def _cuts(column: pa.Array, name: str) -> list[bytes]:
     """Each row's bytes of one field; none where it is null."""
     if name == "reward_parts":
         return [_parts(row) for row in column.to_pylist()]
     if pa.types.is_list(column.type):
         ragged = Ragged.of(column)
         kind = "<f4" if pa.types.is_floating(column.type.value_type) else "<i4"
-        data = np.ascontiguousarray(ragged.values, dtype=kind).view(np.uint8).data
+        data = ragged.values.astype(kind).tobytes()
         ends = (ragged.offsets * 4).tolist()
     else:
         column = column.fill_null("")
         offsets = np.frombuffer(column.buffers()[1], np.int32)[column.offset :][: len(column) + 1]
-        data = memoryview(column.buffers()[2] or b"")
+        data = (column.buffers()[2] or pa.py_buffer(b"")).to_pybytes()
         ends = offsets.tolist()
     return [data[start:end] for start, end in zip(ends, ends[1:], strict=False)]
 

@@ -116,7 +116,7 @@ _PLAIN_NAMES = {
     pa.int64(): "an integer",
     pa.list_(pa.int64()): "a list of integers",
     pa.list_(pa.float32()): "a list of numbers",
-    pa.map_(pa.string(), pa.float64()): "numbers by name (a map or a struct)",
+    pa.map_(pa.string(), pa.float64()): "numbers by name (a map, a struct, or JSON text)",
 }
 
 
@@ -127,7 +127,9 @@ def _readable(found: pa.DataType, wanted: pa.DataType) -> bool:
     if pa.types.is_map(wanted):
         if pa.types.is_map(found):
             return _readable(found.key_type, pa.string()) and _readable(found.item_type, pa.float64())
-        return pa.types.is_struct(found) and all(_readable(field.type, pa.float64()) for field in found)
+        if pa.types.is_struct(found):
+            return all(_readable(field.type, pa.float64()) for field in found)
+        return pa.types.is_string(found) or pa.types.is_large_string(found)  # JSON, looked into by _parts
     if pa.types.is_list(wanted):
         listed = (
             pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
@@ -145,29 +147,35 @@ def _typed(path: Path, raw: pa.RecordBatch) -> pa.RecordBatch:
     """The batch with READ_SCHEMA's columns and types; columns that the file lacks are null."""
     columns = []
     for field in READ_SCHEMA:
-        if field.name not in raw.schema.names:
+        if field.name not in raw.schema.names or pa.types.is_null(raw.schema.field(field.name).type):
             columns.append(pa.nulls(raw.num_rows, field.type))
             continue
         column = raw.column(field.name)
         column.validate(full=True)  # UTF-8 and offsets: a file may claim anything
-        if pa.types.is_struct(column.type):
-            named = [
-                None if row is None else [*filter(_has_value, row.items())] for row in column.to_pylist()
-            ]
-            columns.append(pa.array(named, field.type))
-        elif (
-            pa.types.is_floating(field.type)
-            or pa.types.is_list(field.type)
-            and field.name.endswith("logprobs")
-        ):
+        if pa.types.is_map(field.type) and not pa.types.is_map(column.type):
+            columns.append(pa.array([_parts(path, row) for row in column.to_pylist()], field.type))
+        elif pa.types.is_floating(field.type) or field.name.endswith("logprobs"):
             columns.append(column.cast(field.type, safe=False))  # rounding to the column's precision is meant
         else:
             columns.append(column.cast(field.type))
     return pa.RecordBatch.from_arrays(columns, schema=READ_SCHEMA)
 
 
-def _has_value(item: tuple[str, Any]) -> bool:
-    return item[1] is not None
+def _parts(path: Path, value: Any) -> list[tuple[str, float]] | None:
+    """Rewards by name, from a struct or from JSON text."""
+    if isinstance(value, str):
+        shown = value[:80]
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            value = [value]
+        if not _is_parts(value):
+            raise BadFileError(
+                f"{path} has reward_parts {shown!r}; text must be a JSON object of numbers. {FIX_FILE}"
+            )
+    if value is None:
+        return None
+    return [(name, float(part)) for name, part in value.items() if part is not None]
 
 
 def _read_jsonl(path: Path, rejections: Rejections) -> Iterator[RawRows]:

@@ -1,5 +1,4 @@
-"""Where packed rows are kept: a cache on disk for large files, unnamed scratch files for the many small
-ones."""
+"""Where packed rows are kept: a cache on disk for large files, unnamed scratch files for the many small."""
 
 import fcntl
 import hashlib
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import pyarrow as pa
 
 from agro_lightning.data.checks import RowChecker
-from agro_lightning.data.durable import disk_full_error
+from agro_lightning.data.durable import DiskFullError, is_disk_full
 from agro_lightning.data.packed import FORMAT, INDEX, PackedRows, Packer, Segment
 from agro_lightning.data.reader import read_rows
 from agro_lightning.data.schema import BadRowError, Rejections
@@ -29,13 +29,14 @@ LARGE_FILE_BYTES = 8 << 20
 process."""
 SCRATCH_BYTES = 64 << 20
 """A scratch file takes no further rows beyond this size; it goes when all its rows' sources are gone."""
+CACHE_VARIABLE = "AGRO_LIGHTNING_CACHE"
 UNUSED_DAYS = 30
 """Cache entries that nobody opened for so long are removed when a new one is made."""
 
 
 def default_cache() -> Path:
     """`AGRO_LIGHTNING_CACHE`, else `agro-lightning` in the user's cache directory."""
-    named = os.environ.get("AGRO_LIGHTNING_CACHE")
+    named = os.environ.get(CACHE_VARIABLE)
     if named:
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agro-lightning"
@@ -61,11 +62,14 @@ class RowStore:
         Args:
             checker: makes rows usable, or rejects them.
             strict: bad rows are errors instead of being counted.
-            directory: of the cache and the scratch files; default `default_cache()`.
+            directory: of the cache and the scratch files; default `default_cache()`, and the system's
+                directory for temporary files.
         """
         self._checker = checker
         self._strict = strict
         self._directory = directory or default_cache()
+        named = directory or os.environ.get(CACHE_VARIABLE)
+        self._scratch_directory = self._directory if named else Path(tempfile.gettempdir())
         self._scratch: tuple[BinaryIO, Segment] | None = None
 
     def load(self, path: Path) -> SourceFile:
@@ -77,21 +81,25 @@ class RowStore:
             DiskFullError: there is no room for the packed rows.
         """
         stat = path.stat()
-        self._directory.mkdir(parents=True, exist_ok=True)
+        small = stat.st_size < LARGE_FILE_BYTES
+        directory = self._scratch_directory if small else self._directory
         try:
-            if stat.st_size < LARGE_FILE_BYTES:
-                rows, dropped = self._pack_to_scratch(path)
-            else:
-                rows, dropped = self._cached(path, stat)
+            directory.mkdir(parents=True, exist_ok=True)
+            rows, dropped = self._pack_to_scratch(path) if small else self._cached(path, stat)
+        except PermissionError as error:
+            raise PermissionError(
+                error.errno,
+                f"cannot write packed rows of {path} to {directory} ({error.strerror}); name a directory of "
+                f"your own in {CACHE_VARIABLE}",
+            ) from None
         except OSError as error:
-            full = disk_full_error(error, self._directory / "packed rows", stat.st_size)
-            if full is None:
+            if not is_disk_full(error):
                 raise
-            raise type(full)(
-                full.errno,
-                f"packing {path} needs about {stat.st_size:,} bytes or more in {self._directory}, where "
-                f"{shutil.disk_usage(self._directory).free:,} are free; free space, or name another "
-                "directory in AGRO_LIGHTNING_CACHE",
+            raise DiskFullError(
+                error.errno,
+                f"packing {path} needs {stat.st_size:,} bytes or more in {directory}, where "
+                f"{shutil.disk_usage(directory).free:,} are free; free space, or name another directory in "
+                f"{CACHE_VARIABLE}",
             ) from None
         return SourceFile(path=path, size=stat.st_size, mtime_ns=stat.st_mtime_ns, rows=rows, dropped=dropped)
 
@@ -106,7 +114,7 @@ class RowStore:
 
     def _pack_to_scratch(self, path: Path) -> tuple[PackedRows, Counter[str]]:
         if self._scratch is None or self._scratch[0].tell() >= SCRATCH_BYTES:
-            self._scratch = _scratch_file(self._directory)
+            self._scratch = _scratch_file(self._scratch_directory)
         out, segment = self._scratch
         start = out.tell()
         try:
@@ -115,15 +123,13 @@ class RowStore:
             out.seek(start)
             out.truncate()
             raise
-        return PackedRows(
-            segment=lambda: segment, offsets=offsets, column=index.__getitem__
-        ), rejections.counts
+        rows = PackedRows(segment=lambda: segment, offsets=offsets, column=index.__getitem__)
+        return rows, rejections.counts
 
     def _cached(self, path: Path, stat: os.stat_result) -> tuple[PackedRows, Counter[str]]:
         entry = self._directory / self._key(path, stat)
-        with _lock(
-            self._directory / f"lock-{entry.name[:2]}"
-        ):  # one process of a node packs, the others wait
+        # One process of a node packs, the others wait for it.
+        with _lock(self._directory / f"lock-{entry.name[:2]}"):
             if not (entry / "meta.json").exists():
                 self._make_entry(path, entry)
         meta = json.loads((entry / "meta.json").read_text())
@@ -152,6 +158,7 @@ class RowStore:
             (aside / "meta.json").write_text(json.dumps(meta))
             os.rename(aside, entry)
         finally:
+            pa.default_memory_pool().release_unused()  # else Arrow keeps tens of MB for its next batch
             shutil.rmtree(aside, ignore_errors=True)
 
     def _key(self, path: Path, stat: os.stat_result) -> str:
