@@ -33,7 +33,7 @@ class AutoEngine:
     """Generates with the engine that `default_engine` chooses for the policy.
 
     Args:
-        memory_bytes: bytes that a rollout may take. By default a quarter of the GPU's memory; 2 GiB elsewhere.
+        memory_bytes: bytes that a rollout may take. Default: a quarter of the GPU's memory; 2 GiB elsewhere.
     """
 
     def __init__(self, memory_bytes: int | None = None) -> None:

@@ -14,7 +14,7 @@ from agro_lightning.rollout.base import Generation, Sampling
 from agro_lightning.rollout.transformers_engine import TransformersEngine, failed, generation
 
 _DENSE_KEYS = 4096
-"""Without flash attention every query meets the keys of all requests in flight: this many, about."""
+"""Without flash attention every query meets the keys of all requests in flight; about this many keys."""
 
 
 def flash_attention(lm: Any) -> bool:
