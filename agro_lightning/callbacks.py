@@ -68,11 +68,11 @@ class StepMetrics(Callback):
             return
         self._skipped += int(pl_module.step_skipped)
         now = time.perf_counter()
-        rollout = dict(trainer.datamodule.rollout_metrics)  # type: ignore[attr-defined]
+        rollout = trainer.datamodule.take_rollout_metrics()  # type: ignore[attr-defined]
         elapsed, self._started = now - self._started, now
         drawn = rollout.get("seconds/draw", 0.0)
         metrics = _mean_over_ranks(self._parts, pl_module.device)
-        metrics |= {name: float(value) for name, value in rollout.items()}
+        metrics |= rollout
         metrics |= {
             "gradient_norm": float(pl_module.last_gradient_norm),
             "skipped_steps": float(self._skipped),

@@ -5,11 +5,12 @@ import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning still calls jsonargparse's older names
 
 import lightning as L
+from jsonargparse import ActionConfigFile
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -31,8 +32,11 @@ TRAINING_COMMANDS = {
 class AgroParser(LightningArgumentParser):
     """Says what is wrong in one line, with the nearest valid key, and exits with 2."""
 
-    def error(self, message: str, ex: Exception | None = None) -> Any:  # noqa: D102
-        sys.stderr.write(f"error: {explain(message, self, sys.argv[1:])}\n")
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # jsonargparse tries alternatives with inner parsers, and needs their errors
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        sys.stderr.write(f"error: {explain(message, parser, sys.argv[1:])}\n")
         raise SystemExit(2)
 
 
@@ -40,8 +44,9 @@ class AgroCLI(LightningCLI):
     """Model, data and trainer from one YAML file and the command line."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        kwargs.setdefault("dump_header", [])
-        return AgroParser(**kwargs)
+        parser = AgroParser(**{"dump_header": [], **kwargs})
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="A YAML file with any of these keys.")
+        return parser
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -56,27 +61,19 @@ class AgroCLI(LightningCLI):
         parser.link_arguments("data.sampling.temperature", "model.temperature")
         parser.set_defaults({f"data.{key}": value for key, value in DATA_DEFAULTS.items()})
 
-    def before_instantiate_classes(self) -> None:
-        config = self.config[self.subcommand]
-        if config.run_dir is None:
-            config.run_dir = str(Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3])
-
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        config = self.config[self.subcommand]
-        folder = Path(config.run_dir)
-        trainer = config.trainer
-        trainer.default_root_dir = str(folder)
-        if trainer.logger is None or trainer.logger is True:
-            kwargs["logger"] = [TensorBoardLogger(folder, name="", version=""), MetricsFile(folder)]
-        return super().instantiate_trainer(**kwargs)
-
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list) -> L.Trainer:
+        """Adds what every run has to what the config asks for: run folder, loggers, callbacks, durable checkpoints."""
+        given_dir = self._get(self.config_init, "run_dir")
+        folder = Path(given_dir or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S"))
+        config["default_root_dir"] = str(folder)
+        if config.get("logger") in (None, True):
+            config["logger"] = [TensorBoardLogger(folder, name="", version=""), MetricsFile(folder)]
         mine = [StepMetrics(), NonFiniteGuard(), SampleTable(), Summary()]
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         kept = [callback for callback in mine if not any(type(other) is type(callback) for other in given)]
         if not any(isinstance(callback, ModelCheckpoint) for callback in given):
-            kept.append(ModelCheckpoint(dirpath=Path(config["default_root_dir"]) / "checkpoints",
+            kept.append(ModelCheckpoint(dirpath=folder / "checkpoints",
                                         filename="step-{step:08d}", auto_insert_metric_name=False,
                                         every_n_train_steps=100, save_top_k=2, monitor="step", mode="max",
                                         save_last="link"))
@@ -103,7 +100,9 @@ def _commands() -> dict[str, tuple[str, Callable[[], Callable[..., Any]]]]:
 
 def main(args: list[str] | None = None) -> None:
     """`python -m agro_lightning COMMAND ...`"""
-    args = sys.argv[1:] if args is None else args
+    if args is not None:
+        sys.argv = ["agro_lightning", *args]  # LightningCLI wants to read the command line itself
+    args = sys.argv[1:]
     commands = _commands()
     if not args or args[0] in ("-h", "--help"):
         lines = [f"  {name:<10} {text}" for name, text in TRAINING_COMMANDS.items()]
@@ -120,8 +119,9 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(2)
     AgroCLI(AgroModule, AgroDataModule, save_config_callback=SaveConfigCallback,
             save_config_kwargs={"overwrite": True}, trainer_defaults=TRAINER_DEFAULTS, seed_everything_default=0,
-            auto_configure_optimizers=False, args=args,
+            auto_configure_optimizers=False,
             parser_kwargs={name: {"description": text} for name, text in TRAINING_COMMANDS.items()})
+
 
 
 def explain_command(args: list[str], commands: list[str]) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from agro_lightning.checkpoint import CHECKPOINT_KEY, gather_rng, set_rng
 from agro_lightning.data.packing import split_batch
 from agro_lightning.evaluation import PromptResult
+from agro_lightning.loading import sharded_policy, sharded_reference
 from agro_lightning.metrics import StepResult, batch_metrics
 from agro_lightning.objectives import Agro
 from agro_lightning.objectives.base import Objective
@@ -27,6 +28,7 @@ from agro_lightning.reference import (
     ReferenceKind,
     frozen_copy,
 )
+from agro_lightning.sharding import ShardingSettings, clip_by_norm, data_rank, total_norm
 from agro_lightning.types import Prompt, TokenBatch
 
 
@@ -72,6 +74,7 @@ class AgroModule(L.LightningModule):
             the same gradient. None: no limit.
         max_skipped_steps: stop the run after so many steps in a row were skipped for a NaN or infinity.
         temperature: the sampling temperature (linked to data.sampling.temperature).
+        sharding: how policy and reference are spread over ranks, under the strategy Sharded.
     """
 
     def __init__(
@@ -85,12 +88,14 @@ class AgroModule(L.LightningModule):
         max_tokens: int | None = None,
         max_skipped_steps: int = 10,
         temperature: float = 1.0,
+        sharding: ShardingSettings = ShardingSettings(),  # noqa: B008
     ):
         super().__init__()
         self.policy_settings, self.objective, self.optimizer_settings = policy, objective, optimizer
         self.reference_kind, self.cached_reference_id = reference, reference_id
         self.reference_reset_every, self.max_tokens = reference_reset_every, max_tokens
         self.max_skipped_steps, self.temperature = max_skipped_steps, temperature
+        self.sharding = sharding
         self.policy: Policy | None = None
         self._outside: list[Reference] = []  # a list hides the reference from the optimiser, strategy, checkpoints
         self._pieces: list[tuple[TokenBatch, Tensor, Tensor]] = []
@@ -103,12 +108,18 @@ class AgroModule(L.LightningModule):
         """Builds policy and reference once; called by Lightning inside the strategy's context."""
         if self.policy is not None:
             return
-        policy = Policy(self.policy_settings, temperature=self.temperature)
+        mesh = self.device_mesh
+        if mesh is None:
+            policy = Policy(self.policy_settings, temperature=self.temperature)
+        else:
+            policy = sharded_policy(self.policy_settings, self.sharding, mesh, self.device,
+                                    temperature=self.temperature)
         kind = self.reference_kind
         if kind == "auto":
             kind = "adapter_off" if self.policy_settings.lora else "frozen"
         if kind == "frozen":
-            reference: Reference = frozen_copy(policy)
+            reference: Reference = frozen_copy(policy) if mesh is None else FrozenReference(
+                sharded_reference(policy, self.sharding, mesh, self.device))
         elif kind == "adapter_off":
             reference = AdapterOffReference(policy)
         else:
@@ -122,10 +133,11 @@ class AgroModule(L.LightningModule):
 
     @property
     def world_size(self) -> int:
-        return self.trainer.world_size
+        """Ranks that get different data, over which gradients are averaged."""
+        return self.trainer.world_size if self.device_mesh is None else data_rank(self.device_mesh).size
 
     def on_fit_start(self) -> None:
-        if isinstance(self.reference, FrozenReference):
+        if isinstance(self.reference, FrozenReference) and self.device_mesh is None:
             self.reference.to(self.device)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -183,7 +195,7 @@ class AgroModule(L.LightningModule):
 
     def _over_ranks(self, number: int) -> int:
         """The largest of all ranks' numbers: ranks must run the same collectives."""
-        if self.world_size == 1:
+        if self.trainer.world_size == 1:
             return number
         largest = torch.tensor(number, device=self.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -220,16 +232,14 @@ class AgroModule(L.LightningModule):
                                     gradient_clip_algorithm: str | None = None) -> None:
         """Clips by global norm, and drops a step whose gradient is not finite on any rank."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if hasattr(norm, "full_tensor"):
-            norm = norm.full_tensor()  # type: ignore[operator]
+        norm = total_norm([p.grad for p in parameters if p.grad is not None])
         self.last_gradient_norm = norm.detach()
         self.step_skipped = not bool(torch.isfinite(norm))
         if self.step_skipped:
             for parameter in parameters:
                 parameter.grad = None  # AdamW leaves parameters without a gradient, and their state, as they are
         elif gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+            clip_by_norm(parameters, gradient_clip_val, norm)
 
     def on_train_batch_end(self, outputs: Any, batch: TokenBatch, batch_idx: int) -> None:
         every = self.reference_reset_every

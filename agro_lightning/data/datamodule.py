@@ -1,7 +1,7 @@
 """AgroDataModule: prompts, sources, rewards and the engine, put together into the training feed and validation."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -98,15 +98,13 @@ class AgroDataModule(L.LightningDataModule):
         self.validation_samples, self.pass_at = validation_samples, tuple(pass_at)
         self.correct_reward, self.on_bad_row, self.on_bad_file = correct_reward, on_bad_row, on_bad_file
         self.max_logprob_gap, self.seed = max_logprob_gap, seed
-        self.rollout_metrics: dict[str, float] = {}
+        self._rollout_metrics: dict[str, float] = {}
         self.last_groups: list[PromptGroup] = []
         self.completions_used = 0
         self.feed: TrainFeed | None = None
         self._restored: dict[str, Any] | None = None
         self._attached = False
         self._pushed_version = -1
-        self._generate_seconds = self._score_seconds = 0.0
-        self._surplus: list[Path] = []
 
     # ------------------------------------------------------------------ set-up
 
@@ -173,7 +171,7 @@ class AgroDataModule(L.LightningDataModule):
             replay=self._buffer([str(self.replay_dir)], "", live=True) if replay else None,
             sample_live=self._sample_live,
             append=self._append,
-            finish=self._finish,
+            on_drawn=self._finish,
             count_globally=self._count_globally,
             reference_id=lambda: self._module.reference.reference_id,
         )
@@ -201,12 +199,17 @@ class AgroDataModule(L.LightningDataModule):
         name = next(source.name for source in self.sources if isinstance(source, Live))
         groups, report = rollout_groups(self.engine, prompts, self.sampling, self.rewards, self.tokenizer, n=n,
                                         seed=seed, source=name, policy_version=version)
-        self._record(report)
+        self._record(report.metrics())
         return groups
 
-    def _record(self, report: RolloutReport) -> None:
-        for name, value in report.metrics().items():
-            self.rollout_metrics[name] = self.rollout_metrics.get(name, 0.0) + value
+    def _record(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._rollout_metrics[name] = self._rollout_metrics.get(name, 0.0) + value
+
+    def take_rollout_metrics(self) -> dict[str, float]:
+        """Seconds and counts of the rollouts since the last call; empty where a rollout is used again."""
+        taken, self._rollout_metrics = self._rollout_metrics, {}
+        return taken
 
     def _append(self, groups: list[PromptGroup], step: int) -> list[PromptGroup]:
         """Adds reference log-probs, once, and hands the rollout to the replay buffer."""
@@ -232,13 +235,12 @@ class AgroDataModule(L.LightningDataModule):
                 out.append(replace(group, completions=tuple(
                     replace(c, ref_logprobs=tuple(next(pieces).tolist()), reference_id=reference.reference_id)
                     for c in group.completions)))
-        spent = time.perf_counter() - started
-        self.rollout_metrics["seconds/reference"] = self.rollout_metrics.get("seconds/reference", 0.0) + spent
+        self._record({"seconds/reference": time.perf_counter() - started})
         return out
 
-    def _finish(self, groups: list[PromptGroup]) -> list[PromptGroup]:
+    def _finish(self, groups: list[PromptGroup], seconds: float) -> None:
         self.last_groups = groups
-        return groups
+        self._record({"seconds/draw": seconds})
 
     def _count_globally(self, count: float) -> float:
         assert self.trainer is not None
@@ -250,12 +252,12 @@ class AgroDataModule(L.LightningDataModule):
 
     # ------------------------------------------------------------------ validation
 
-    def val_dataloader(self) -> list[list[Prompt]]:
+    def val_dataloader(self) -> "PromptBatches":
         assert self.trainer is not None
         prompts = [self.val_prompts[i] for i in range(len(self.val_prompts))]
         mine = prompts[self.trainer.global_rank :: self.trainer.world_size]
         size = max(1, self.batch_size * self.group_size // max(1, self.validation_samples))
-        return [mine[start : start + size] for start in range(0, len(mine), size)]
+        return PromptBatches([mine[start : start + size] for start in range(0, len(mine), size)])
 
     def answer(self, prompts: Sequence[Prompt]) -> list[PromptResult]:
         """Answers validation prompts greedily and by sampling; the samples are the same at every call."""
@@ -268,9 +270,9 @@ class AgroDataModule(L.LightningDataModule):
         results = []
         texts = [[self.tokenizer.decode(g.completion_ids, skip_special_tokens=True) for g in [*first, *rest]]
                  for first, rest in zip(greedy, sampled, strict=True)]
-        scores = iter(self.rewards(
+        scores = iter(self.rewards.score_quietly(
             [prompt for prompt, row in zip(prompts, texts, strict=True) for _ in row],
-            [text for row in texts for text in row], count=False))
+            [text for row in texts for text in row]))
         for prompt, row in zip(prompts, texts, strict=True):
             first, *rest = [next(scores).reward for _ in row]
             known = [reward for reward in rest if reward is not None]
@@ -321,10 +323,12 @@ class AgroDataModule(L.LightningDataModule):
                 path.rename(aside / path.name)
             rank_zero_info(f"{len(later)} replay files from after step {done} were moved to {aside}")
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if isinstance(batch, TokenBatch):
-            self.completions_used += batch.num_completions
-        return batch
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Moves training batches; validation prompts are not tensors."""
+        if not isinstance(batch, TokenBatch):
+            return batch
+        self.completions_used += batch.num_completions
+        return batch.to(device)
 
     def teardown(self, stage: str) -> None:
         self.engine.close()
@@ -344,6 +348,19 @@ class AgroDataModule(L.LightningDataModule):
                 f"× {self.group_size} completions = {groups * self.group_size} completions\n"
                 f"{self.trainer.max_steps} steps, {self.updates_per_rollout} per rollout; sources: {shares} "
                 f"({self.mixing.replace('_', ' ')})")
+
+
+class PromptBatches:
+    """Sized and iterable; a bare list would mean several data loaders to Lightning."""
+
+    def __init__(self, batches: list[list[Prompt]]):
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[Prompt]]:
+        return iter(self._batches)
 
 
 def _offline_paths(paths: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 Everything that is drawn follows from the seed and a few cursors, which are the feed's whole state.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -67,8 +68,9 @@ class TrainFeed:
         sample_live: generates and scores.
         append: called once per rollout with its groups, which then belong to the replay buffer; returns them as
             they were stored.
-        finish: called with all groups of a step before they are handed out, to add reference log-probs.
+        on_drawn: told the groups of a step and the seconds that drawing them took.
         count_globally: sums a number over ranks.
+        reference_id: what cached reference log-probs must have been made with to count.
     """
 
     def __init__(
@@ -81,19 +83,20 @@ class TrainFeed:
         replay: RolloutBuffer | None,
         sample_live: LiveSampler,
         append: Callable[[list[PromptGroup], int], list[PromptGroup]],
-        finish: Callable[[list[PromptGroup]], list[PromptGroup]],
+        on_drawn: Callable[[list[PromptGroup], float], None],
         count_globally: Callable[[float], float],
         reference_id: Callable[[], str | None],
     ):
         self.settings, self.sources = settings, list(sources)
         self.prompts, self.offline, self.replay = prompts, offline, replay
-        self._sample_live, self._append, self._finish = sample_live, append, finish
+        self._sample_live, self._append, self._on_drawn = sample_live, append, on_drawn
         self._count_globally, self._reference_id = count_globally, reference_id
         self.micro_batch = 0
         self.live_position = 0
         self.cursors = {source.name: OfflineCursor() for source in sources if isinstance(source, Offline)}
         self.pending: list[PromptGroup] = []
         self.uses = 0
+        self._num_groups = 0.0
 
     # ------------------------------------------------------------------ iteration and state
 
@@ -113,7 +116,9 @@ class TrainFeed:
     def _advance(self, step: int) -> None:
         """Draws new groups, or uses the last ones once more."""
         if not self.pending or self.uses >= self.settings.updates_per_rollout:
-            self.pending, self.uses = self._finish(self._draw(step)), 0
+            started = time.perf_counter()
+            self.pending, self.uses = self._draw(step), 0
+            self._on_drawn(self.pending, time.perf_counter() - started)
         self.uses += 1
         self._num_groups = self._count_globally(len(self.pending))
 
@@ -137,7 +142,7 @@ class TrainFeed:
             "cursors": {name: asdict(cursor) for name, cursor in self.cursors.items()},
             "pending": [asdict(group) for group in self.pending] if self._pending_is_needed() else [],
             "uses": self.uses,
-            "num_groups": self._num_groups if self.pending else 0.0,
+            "num_groups": self._num_groups,
         }
 
     def _pending_is_needed(self) -> bool:
