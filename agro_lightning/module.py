@@ -66,11 +66,13 @@ class AgroModule(L.LightningModule):
         policy: which causal LM is trained, and how.
         objective: the loss over groups; AGRO unless a baseline is asked for.
         optimizer: AdamW and its schedule.
-        reference: "frozen" (a second copy), "adapter_off" (the LoRA policy's own base), "cached" (log-probs that
+        reference: "frozen" (a second copy), "adapter_off" (the LoRA policy's own base), "cached" (log-probs
+        that
             `annotate` put into the data), or "auto": adapter_off with LoRA, else frozen.
         reference_id: with "cached": the id that `annotate` printed.
         reference_reset_every: make the current policy the reference every so many steps; 0 never does.
-        max_tokens: input tokens that one forward and backward may hold; larger batches are computed in pieces with
+        max_tokens: input tokens that one forward and backward may hold; larger batches are computed in pieces
+        with
             the same gradient. None: no limit.
         max_skipped_steps: stop the run after so many steps in a row were skipped for a NaN or infinity.
         temperature: the sampling temperature (linked to data.sampling.temperature).
@@ -97,7 +99,9 @@ class AgroModule(L.LightningModule):
         self.max_skipped_steps, self.temperature = max_skipped_steps, temperature
         self.sharding = sharding
         self.policy: Policy | None = None
-        self._outside: list[Reference] = []  # a list hides the reference from the optimiser, strategy, checkpoints
+        self._outside: list[
+            Reference
+        ] = []  # a list hides the reference from the optimiser, strategy, checkpoints
         self._pieces: list[tuple[TokenBatch, Tensor, Tensor]] = []
         self._reference_file: str | None = None
         self._answers: list[PromptResult] = []
@@ -112,14 +116,18 @@ class AgroModule(L.LightningModule):
         if mesh is None:
             policy = Policy(self.policy_settings, temperature=self.temperature)
         else:
-            policy = sharded_policy(self.policy_settings, self.sharding, mesh, self.device,
-                                    temperature=self.temperature)
+            policy = sharded_policy(
+                self.policy_settings, self.sharding, mesh, self.device, temperature=self.temperature
+            )
         kind = self.reference_kind
         if kind == "auto":
             kind = "adapter_off" if self.policy_settings.lora else "frozen"
         if kind == "frozen":
-            reference: Reference = frozen_copy(policy) if mesh is None else FrozenReference(
-                sharded_reference(policy, self.sharding, mesh, self.device))
+            reference: Reference = (
+                frozen_copy(policy)
+                if mesh is None
+                else FrozenReference(sharded_reference(policy, self.sharding, mesh, self.device))
+            )
         elif kind == "adapter_off":
             reference = AdapterOffReference(policy)
         else:
@@ -143,8 +151,14 @@ class AgroModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         settings = self.optimizer_settings
         trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, betas=settings.betas,
-                                      weight_decay=settings.weight_decay, fused=False, foreach=True)
+        optimizer = torch.optim.AdamW(
+            trained,
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=False,
+            foreach=True,
+        )
         total = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: settings.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -160,7 +174,8 @@ class AgroModule(L.LightningModule):
             result = self._in_pieces(batch, ref_logprobs)
         self.last_metrics = batch_metrics(batch, result, self.sources)
         self.last_batch, self.last_logprobs = batch, result.logprobs.detach()
-        # the loss is divided by the groups of the whole step already; undo what Lightning and the strategy average
+        # the loss is divided by the groups of the whole step already; undo what Lightning and the strategy
+        # average
         return result.loss * self.world_size * self.trainer.accumulate_grad_batches
 
     def reference_logprobs(self, batch: TokenBatch) -> Tensor:
@@ -175,18 +190,36 @@ class AgroModule(L.LightningModule):
         beta = self.objective.beta
         if type(self.objective) is Agro:
             fused = self.policy.agro_loss(batch, ref_logprobs, beta=beta)
-            return StepResult(loss=fused.loss, objective=fused.objective.detach(), logprobs=fused.logprobs.detach(),
-                              ref_logprobs=ref_logprobs, log_ratios=fused.log_ratios.detach(),
-                              regularized_rewards=batch.rewards - beta * fused.log_ratios.detach(),
-                              advantages=-fused.coefficients.detach() * batch.num_groups)
+            return StepResult(
+                loss=fused.loss,
+                objective=fused.objective.detach(),
+                logprobs=fused.logprobs.detach(),
+                ref_logprobs=ref_logprobs,
+                log_ratios=fused.log_ratios.detach(),
+                regularized_rewards=batch.rewards - beta * fused.log_ratios.detach(),
+                advantages=-fused.coefficients.detach() * batch.num_groups,
+            )
         return self._composed(batch, self.policy.logprobs(batch).logprobs, ref_logprobs)
 
     def _composed(self, batch: TokenBatch, logprobs: Tensor, ref_logprobs: Tensor) -> StepResult:
-        out = self.objective(logprobs, ref_logprobs, batch.rewards, batch.sequence_ids, batch.group_ids,
-                             num_groups=batch.num_groups, behavior_logprobs=batch.behavior_logprobs)
-        return StepResult(loss=out.loss, objective=out.objective, logprobs=logprobs.detach(),
-                          ref_logprobs=ref_logprobs, log_ratios=out.log_ratios,
-                          regularized_rewards=out.regularized_rewards, advantages=out.advantages)
+        out = self.objective(
+            logprobs,
+            ref_logprobs,
+            batch.rewards,
+            batch.sequence_ids,
+            batch.group_ids,
+            num_groups=batch.num_groups,
+            behavior_logprobs=batch.behavior_logprobs,
+        )
+        return StepResult(
+            loss=out.loss,
+            objective=out.objective,
+            logprobs=logprobs.detach(),
+            ref_logprobs=ref_logprobs,
+            log_ratios=out.log_ratios,
+            regularized_rewards=out.regularized_rewards,
+            advantages=out.advantages,
+        )
 
     # ------------------------------------------------------------------ batches above the token budget
 
@@ -202,7 +235,8 @@ class AgroModule(L.LightningModule):
         return int(largest)
 
     def _in_pieces(self, batch: TokenBatch, ref_logprobs: Tensor) -> StepResult:
-        """Measures without gradient, then leaves (piece, logsumexp, dloss/dlogprob) for `backward` to work off."""
+        """Measures without gradient, then leaves (piece, logsumexp, dloss/dlogprob) for `backward` to work
+        off."""
         assert self.policy is not None and self.max_tokens is not None
         pieces = split_batch(batch, self.max_tokens)
         idle = self._over_ranks(len(pieces)) - len(pieces)
@@ -228,8 +262,12 @@ class AgroModule(L.LightningModule):
 
     # ------------------------------------------------------------------ guards
 
-    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None,
-                                    gradient_clip_algorithm: str | None = None) -> None:
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
         """Clips by global norm, and drops a step whose gradient is not finite on any rank."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = total_norm([p.grad for p in parameters if p.grad is not None])
@@ -237,7 +275,9 @@ class AgroModule(L.LightningModule):
         self.step_skipped = not bool(torch.isfinite(norm))
         if self.step_skipped:
             for parameter in parameters:
-                parameter.grad = None  # AdamW leaves parameters without a gradient, and their state, as they are
+                parameter.grad = (
+                    None  # AdamW leaves parameters without a gradient, and their state, as they are
+                )
         elif gradient_clip_val:
             clip_by_norm(parameters, gradient_clip_val, norm)
 
@@ -281,8 +321,10 @@ class AgroModule(L.LightningModule):
         if self._reference_file and isinstance(self.reference, FrozenReference):
             self.reference.load(Path(self.trainer.default_root_dir) / self._reference_file)
         if self.reference.reference_id != about["reference_id"]:
-            raise ValueError(f"the checkpoint was trained against reference {about['reference_id']}, this run has "
-                             f"{self.reference.reference_id}: model.policy.path or the temperature has changed")
+            raise ValueError(
+                f"the checkpoint was trained against reference {about['reference_id']}, this run has "
+                f"{self.reference.reference_id}: model.policy.path or the temperature has changed"
+            )
         set_rng(about["rng"])
 
     # ------------------------------------------------------------------ validation
@@ -293,9 +335,19 @@ class AgroModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         answers, self._answers = self._answers, []
         summary = self.trainer.datamodule.summarize(answers)  # type: ignore[attr-defined]
-        self.log_dict({f"val/{name}": value for name, value in summary.items() if not math.isnan(value)},
-                      batch_size=1, rank_zero_only=True)
-        self.log("greedy", summary["greedy_accuracy"], prog_bar=True, logger=False, batch_size=1, rank_zero_only=True)
+        self.log_dict(
+            {f"val/{name}": value for name, value in summary.items() if not math.isnan(value)},
+            batch_size=1,
+            rank_zero_only=True,
+        )
+        self.log(
+            "greedy",
+            summary["greedy_accuracy"],
+            prog_bar=True,
+            logger=False,
+            batch_size=1,
+            rank_zero_only=True,
+        )
 
     @property
     def sources(self) -> tuple[str, ...]:

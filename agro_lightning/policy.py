@@ -1,6 +1,9 @@
-"""The policy: a causal LM seen as hidden states and a head; log-probs, losses and generation over packed groups."""
+"""The policy: a causal LM seen as hidden states and a head; log-probs, losses and generation over packed
+groups."""
 
 import contextlib
+import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -9,12 +12,20 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from agro_kernels import linear_agro_loss, linear_logprobs, linear_logprobs_known
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from agro_kernels import linear_agro_loss, linear_logprobs, linear_logprobs_known
 from agro_lightning import attention
 from agro_lightning.sharding import unsharded
 from agro_lightning.types import TokenBatch
@@ -37,13 +48,15 @@ class PolicySettings:
     """Which causal LM is trained, and how its forward pass is made."""
 
     path: str = "quickstart"
-    """Local folder or hub id of a transformers causal LM; "quickstart" is the one that ships with the package."""
+    """Local folder or hub id of a transformers causal LM; "quickstart" is the one that ships with the
+    package."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type that the weights are held in."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """"random" builds the architecture of `path` with fresh weights."""
     packing: Literal["auto", "shared", "plain"] = "auto"
-    """"shared" computes each group's prompt once; "plain" repeats it for each completion; "auto" is shared where the
+    """"shared" computes each group's prompt once; "plain" repeats it for each completion; "auto" is shared
+    where the
     start-up check finds it exact for this architecture, plain otherwise."""
     attention: Literal["auto", "dense", "flex"] = "auto"
     """How shared prompts are attended to: padded dense blocks, or flex_attention ("auto": flex on GPUs)."""
@@ -102,8 +115,10 @@ def resolve_path(path: str) -> str:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists()
     if looks_local and not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "does not exist"
-        raise FileNotFoundError(f"model folder {path} {what}; give a folder written by save_pretrained, a hub id such "
-                                "as Qwen/Qwen3-0.6B, or quickstart")
+        raise FileNotFoundError(
+            f"model folder {path} {what}; give a folder written by save_pretrained, a hub id such "
+            "as Qwen/Qwen3-0.6B, or quickstart"
+        )
     return str(folder) if folder.exists() else path
 
 
@@ -113,8 +128,10 @@ def _clear_hub_errors(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = str(error).splitlines()[0]
-        raise OSError(f"cannot load {path}: it is no local folder, and the hub did not give it ({reason}). Download it "
-                      "where there is a network and set the path to the folder") from error
+        raise OSError(
+            f"cannot load {path}: it is no local folder, and the hub did not give it ({reason}). Download it "
+            "where there is a network and set the path to the folder"
+        ) from error
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -133,11 +150,13 @@ def load_lm(settings: PolicySettings) -> PreTrainedModel:
     with _clear_hub_errors(settings.path):
         if settings.weights == "random":
             config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
-            lm = AutoModelForCausalLM.from_config(config, dtype=dtype,
-                                                  trust_remote_code=settings.trust_remote_code)
+            lm = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=settings.trust_remote_code
+            )
         else:
-            lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True,
-                                                      trust_remote_code=settings.trust_remote_code)
+            lm = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, use_safetensors=True, trust_remote_code=settings.trust_remote_code
+            )
     return lm.eval()
 
 
@@ -152,16 +171,45 @@ def add_lora(lm: PreTrainedModel, settings: LoraSettings) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError("policy.lora needs peft: pip install 'agro-lightning[lora]'") from error
-    adapted = get_peft_model(lm, LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0,
-                                            target_modules=settings.target_modules, task_type="CAUSAL_LM"))
+    adapted = get_peft_model(
+        lm,
+        LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=0.0,
+            target_modules=settings.target_modules,
+            task_type="CAUSAL_LM",
+        ),
+    )
     if hasattr(lm.get_output_embeddings(), "lora_A"):
-        raise ValueError(f"policy.lora.target_modules = {settings.target_modules!r} puts an adapter on the LM head; "
-                         "the fused head reads the head's weight itself. Leave the head out of target_modules")
+        raise ValueError(
+            f"policy.lora.target_modules = {settings.target_modules!r} puts an adapter on the LM head; "
+            "the fused head reads the head's weight itself. Leave the head out of target_modules"
+        )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name and not parameter.is_meta:
+                parameter.copy_(adapter_values(name, parameter.shape))
     return adapted
 
 
+def adapter_values(name: str, shape: tuple[int, ...]) -> Tensor:
+    """What an adapter's parameter starts as: peft's distributions, drawn from the run's seed and the name.
+
+    Sharded or not, and in whatever order parameters are made, a run thus starts from the same adapters.
+    """
+    generator = torch.Generator().manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2**63)
+    if "lora_embedding_B" in name:
+        return torch.randn(shape, generator=generator)
+    if "lora_A" in name and len(shape) > 1:
+        bound = 1 / math.sqrt(math.prod(shape[1:]))  # Kaiming's uniform with a = sqrt(5)
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return torch.zeros(shape)
+
+
 class Policy(nn.Module):
-    """A causal LM whose log-probs come from the fused head. The FSDP root; always in eval mode, without dropout.
+    """A causal LM whose log-probs come from the fused head. The FSDP root; always in eval mode, without
+    dropout.
 
     Args:
         settings: model, packing, head.
@@ -169,12 +217,20 @@ class Policy(nn.Module):
         lm: the model, where the caller built it already; by default it is loaded from settings.
     """
 
-    def __init__(self, settings: PolicySettings, *, temperature: float = 1.0, lm: PreTrainedModel | None = None):
+    def __init__(
+        self, settings: PolicySettings, *, temperature: float = 1.0, lm: PreTrainedModel | None = None
+    ):
         super().__init__()
         if not 0.0 < temperature < float("inf"):
-            raise ValueError(f"the sampling temperature is {temperature}; log-probs need a positive, finite one")
+            raise ValueError(
+                f"the sampling temperature is {temperature}; log-probs need a positive, finite one"
+            )
         base = load_lm(settings) if lm is None else lm
         self.settings, self.temperature = settings, temperature
+        self.tensor_group: ProcessGroup | None = (
+            None  # ranks that hold slices of each weight, set by the sharding
+        )
+        self.reshard_after_forward = True
         self.head_options = HeadOptions.from_config(base.config)
         self.plain_attention = base.get_decoder().config._attn_implementation or "sdpa"
         if settings.gradient_checkpointing:
@@ -185,10 +241,14 @@ class Policy(nn.Module):
         self.train(False)
 
     def share_prompts(self, shared: bool) -> None:
-        """Chooses whether a packed batch computes each group's prompt once, or repeats it for each completion."""
+        """Chooses whether a packed batch computes each group's prompt once, or repeats it for each
+        completion."""
         self.shared_prompts = shared
-        # set for good rather than around each call, so that a checkpointed layer recomputes with the same attention
-        self.base.get_decoder().config._attn_implementation = attention.NAME if shared else self.plain_attention
+        # set for good rather than around each call, so that a checkpointed layer recomputes with the same
+        # attention
+        self.base.get_decoder().config._attn_implementation = (
+            attention.NAME if shared else self.plain_attention
+        )
 
     def train(self, mode: bool = True) -> "Policy":
         """Stays in eval mode: dropout would change the log-probs that the objective compares."""
@@ -199,8 +259,10 @@ class Policy(nn.Module):
         """The decoder layers: the longest ModuleList of the decoder."""
         lists = [m for m in lm.get_decoder().modules() if isinstance(m, nn.ModuleList)]
         if not lists:
-            raise ValueError(f"{type(lm).__name__} has no list of decoder layers; such a model cannot be sharded or "
-                             "checkpointed layer by layer")
+            raise ValueError(
+                f"{type(lm).__name__} has no list of decoder layers; such a model cannot be sharded or "
+                "checkpointed layer by layer"
+            )
         return max(lists, key=len)
 
     @property
@@ -227,24 +289,38 @@ class Policy(nn.Module):
         decoder = self.base.get_decoder()
         if self.shared_prompts:
             flex = self.settings.attention == "flex" or (
-                self.settings.attention == "auto" and batch.input_ids.is_cuda)
-            out = decoder(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False,
-                          packed_layout=attention.plan_layout(batch, flex=flex))
+                self.settings.attention == "auto" and batch.input_ids.is_cuda
+            )
+            out = decoder(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                use_cache=False,
+                packed_layout=attention.plan_layout(batch, flex=flex),
+            )
             return out.last_hidden_state[0].index_select(0, batch.predictors)
         places, predictors = repeat_prompts(batch)
-        out = decoder(input_ids=batch.input_ids[places][None], position_ids=batch.position_ids[places][None],
-                      use_cache=False)
+        out = decoder(
+            input_ids=batch.input_ids[places][None],
+            position_ids=batch.position_ids[places][None],
+            use_cache=False,
+        )
         return out.last_hidden_state[0].index_select(0, predictors)
 
     def _head(self, hidden: Tensor) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
         head = self.base.get_output_embeddings()
-        weight, bias = head.weight, getattr(head, "bias", None)
+        weight, bias = _slice_here(head.weight), _slice_here(getattr(head, "bias", None))
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        options = dict(bias=bias, temperature=self.temperature, logit_scale=self.head_options.logit_scale,
-                       softcap=self.head_options.softcap, backend=self.settings.head_backend)
+        options = dict(
+            bias=bias,
+            temperature=self.temperature,
+            logit_scale=self.head_options.logit_scale,
+            softcap=self.head_options.softcap,
+            backend=self.settings.head_backend,
+            vocab_group=self.tensor_group,
+        )
         return (hidden, weight), options
 
     def logprobs(self, batch: TokenBatch, *, entropy: bool = False) -> TokenLogprobs:
@@ -256,12 +332,22 @@ class Policy(nn.Module):
     def agro_loss(self, batch: TokenBatch, ref_logprobs: Float[Tensor, " N"], *, beta: float) -> GroupLoss:
         """The AGRO loss of whole groups, fused with the head (agro_kernels.linear_agro_loss)."""
         tensors, options = self._head(self.hidden_states(batch))
-        out = linear_agro_loss(*tensors, batch.targets, batch.sequence_ids, ref_logprobs, batch.rewards,
-                               batch.group_ids, beta=beta, num_groups=batch.num_groups, **options)
+        out = linear_agro_loss(
+            *tensors,
+            batch.targets,
+            batch.sequence_ids,
+            ref_logprobs,
+            batch.rewards,
+            batch.group_ids,
+            beta=beta,
+            num_groups=batch.num_groups,
+            **options,
+        )
         return GroupLoss(out.loss, out.objective, out.logprobs, out.log_ratios, out.coefficients)
 
-    def weighted_logprobs(self, batch: TokenBatch, logsumexp: Float[Tensor, " N"],
-                          coefficients: Float[Tensor, " N"]) -> Float[Tensor, ""]:
+    def weighted_logprobs(
+        self, batch: TokenBatch, logsumexp: Float[Tensor, " N"], coefficients: Float[Tensor, " N"]
+    ) -> Float[Tensor, ""]:
         """A scalar whose gradient is that of sum(coefficients * logprobs), without a second pass of the head.
 
         Args:
@@ -271,11 +357,15 @@ class Policy(nn.Module):
         tensors, options = self._head(self.hidden_states(batch))
         return linear_logprobs_known(*tensors, batch.targets, logsumexp, coefficients, **options)
 
+    def wake(self) -> None:
+        """Does nothing but count as a forward: FSDP then knows that this module is its root."""
+
     @contextlib.contextmanager
     def generating(self) -> Iterator[nn.Module]:
-        """Yields the model as transformers made it: no gradients, its own attention, whole weights on every rank."""
+        """Yields the model as transformers made it: no gradients, its own attention, whole weights on every
+        rank."""
         config = self.base.get_decoder().config
-        with torch.no_grad(), unsharded(self):
+        with torch.no_grad(), unsharded(self, reshard_after_forward=self.reshard_after_forward):
             config._attn_implementation = self.plain_attention
             try:
                 yield self.lm
@@ -287,6 +377,11 @@ class Policy(nn.Module):
         """The LoRA policy's own base: the reference that costs no memory."""
         with self.lm.disable_adapter():  # type: ignore[operator]
             yield
+
+
+def _slice_here(weight: Any) -> Any:
+    """This rank's slice of a tensor-parallel weight; any other as it is."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def repeat_prompts(batch: TokenBatch) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,5 @@
-"""The reference policy that the objective regularises towards: a frozen copy, the adapter off, or cached log-probs."""
+"""The reference policy that the objective regularises towards: a frozen copy, the adapter off, or cached
+log-probs."""
 
 import copy
 import hashlib
@@ -6,8 +7,10 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from agro_lightning.data.packing import split_batch
 from agro_lightning.policy import Policy
@@ -17,15 +20,31 @@ ReferenceKind = Literal["auto", "frozen", "adapter_off", "cached"]
 
 
 def weights_hash(module: nn.Module) -> str:
-    """A hash of the module's parameters (names, shapes, values), 16 hex digits; buffers do not count."""
+    """A hash of the module's parameters (names, shapes, values as fp32), 16 hex digits; buffers do not count.
+
+    Weights that fp32 and a half-precision type hold alike have one hash. Sharded parameters are gathered one
+    at a
+    time, and rank 0 computes the hash for all.
+    """
     digest = hashlib.sha256()
+    sharded = False
     for name, parameter in sorted(module.named_parameters()):
         tensor = parameter.detach()
-        if hasattr(tensor, "full_tensor"):
-            tensor = tensor.full_tensor()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+        if isinstance(tensor, DTensor):
+            tensor, sharded = _gathered(tensor), True
+        if not sharded or dist.get_rank() == 0:
+            digest.update(f"{name} {tuple(tensor.shape)};".encode())
+            digest.update(tensor.cpu().float().contiguous().view(torch.uint8).numpy())
+    names = [digest.hexdigest()[:16]]
+    if sharded:
+        dist.broadcast_object_list(names, src=0)
+    return names[0]
+
+
+def _gathered(tensor: DTensor) -> torch.Tensor:
+    """The whole tensor; shards that wait in CPU memory are gathered on their mesh's device."""
+    kind = tensor.device_mesh.device_type
+    return (tensor if tensor.device.type == kind else tensor.to(kind)).full_tensor()
 
 
 class Reference(Protocol):
@@ -46,7 +65,8 @@ class Reference(Protocol):
 class FrozenReference:
     """A second, frozen instance of the policy.
 
-    It is deliberately no submodule of the training module: checkpoints, the optimiser and the strategy do not see
+    It is deliberately no submodule of the training module: checkpoints, the optimiser and the strategy do not
+    see
     it. After a reset its weights are saved by the caller, since no checkpoint holds them.
     """
 
@@ -91,11 +111,17 @@ class AdapterOffReference:
 
     def __init__(self, policy: Policy):
         if policy.settings.lora is None:
-            raise ValueError("reference: adapter_off needs a LoRA policy; set model.policy.lora, or use "
-                             "reference: frozen")
+            raise ValueError(
+                "reference: adapter_off needs a LoRA policy; set model.policy.lora, or use reference: frozen"
+            )
         self.policy = policy
-        frozen = nn.ParameterDict({name.replace(".", "/"): parameter for name, parameter in
-                                   policy.base.named_parameters() if "lora_" not in name})
+        frozen = nn.ParameterDict(
+            {
+                name.replace(".", "/"): parameter
+                for name, parameter in policy.base.named_parameters()
+                if "lora_" not in name
+            }
+        )
         self.reference_id = f"{weights_hash(frozen)}@{policy.temperature:g}"
 
     @torch.no_grad()
@@ -105,8 +131,10 @@ class AdapterOffReference:
             return torch.cat([self.policy.logprobs(piece).logprobs for piece in pieces])
 
     def reset_to(self, policy: Policy) -> None:
-        raise ValueError("reference_reset_every cannot be used with the adapter as the reference: the base stays what "
-                         "it is. Use reference: frozen")
+        raise ValueError(
+            "reference_reset_every cannot be used with the adapter as the reference: the base stays what "
+            "it is. Use reference: frozen"
+        )
 
 
 class CachedReference:
@@ -119,9 +147,11 @@ class CachedReference:
 
     def logprobs(self, batch: TokenBatch, *, max_tokens: int | None = None) -> Tensor:
         if batch.ref_logprobs is None:
-            raise ValueError(f"reference: cached, but a completion of prompts {', '.join(batch.prompt_ids[:3])} has no "
-                             f"ref_logprobs with reference_id {self.reference_id}; run `annotate` on the buffer, or "
-                             "use reference: frozen")
+            raise ValueError(
+                f"reference: cached, but a completion of prompts {', '.join(batch.prompt_ids[:3])} has no "
+                f"ref_logprobs with reference_id {self.reference_id}; run `annotate` on the buffer, or "
+                "use reference: frozen"
+            )
         return batch.ref_logprobs
 
     def reset_to(self, policy: Policy) -> None:

@@ -1,10 +1,119 @@
-"""Which modules are FSDP units, and how a sharded policy generates."""
+"""Which modules are FSDP units, how a sharded policy generates, and how gradients over several meshes are measured."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+FORWARD_METHODS = ("logprobs", "agro_loss", "weighted_logprobs", "wake")
+"""Methods of the policy that run a forward: FSDP gathers the root's parameters for each."""
+
+
+@dataclass(kw_only=True)
+class ShardingSettings:
+    """How the policy and its frozen reference are spread over ranks, where the trainer's strategy shards at all."""
+
+    param_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type that parameters are gathered and computed in; None: that of policy.dtype. The shards, their gradients
+    and the optimiser stay in policy.dtype: float32 there and bfloat16 here are fp32 master weights, bf16 compute."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type that gradients are summed over ranks in."""
+    reshard_after_forward: bool = True
+    """Free a layer's gathered parameters after its forward and gather them again in the backward; False keeps
+    them, which is faster and takes the memory of the whole model."""
+    offload_reference: bool = False
+    """Keep the reference's shards in CPU memory and copy each layer to the GPU when it runs."""
+    replicate: int = 1
+    """Groups of ranks that each hold the whole model (HSDP): gradients are summed over them too. With 8 GPUs a
+    node, `replicate` = the number of nodes keeps the gathering of parameters within nodes."""
+
+
+class Meshes(NamedTuple):
+    """Where parameters are sharded."""
+
+    data: DeviceMesh
+    """1-D (shard), or 2-D (replicate, shard)."""
+    tensor: DeviceMesh | None
+    """The tensor-parallel dimension; None without one."""
+
+
+def plan_meshes(mesh: DeviceMesh, replicate: int) -> Meshes:
+    """The meshes of policy and reference, from the strategy's (data_parallel, tensor_parallel).
+
+    Raises:
+        ValueError: `replicate` does not divide the data-parallel size.
+    """
+    data, tensor = mesh["data_parallel"].size(), mesh["tensor_parallel"].size()
+    if replicate < 1 or data % replicate:
+        raise ValueError(f"model.sharding.replicate is {replicate}; it must divide the data-parallel size, {data}")
+    if replicate == 1:
+        return Meshes(mesh["data_parallel"], mesh["tensor_parallel"] if tensor > 1 else None)
+    names = ("replicate", "shard", "tensor_parallel")
+    whole = init_device_mesh(mesh.device_type, (replicate, data // replicate, tensor), mesh_dim_names=names)
+    return Meshes(whole["replicate", "shard"], whole["tensor_parallel"] if tensor > 1 else None)
+
+
+class DataRank(NamedTuple):
+    """This process's place among those that get different data; tensor-parallel ranks share theirs."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None
+    """None: the default group."""
+    first: bool
+    """Whether this process writes what its tensor-parallel group has in common."""
+
+
+def data_rank(mesh: DeviceMesh | None) -> DataRank:
+    """The place of this process in the strategy's mesh, or among all processes without one."""
+    if mesh is not None:
+        data = mesh["data_parallel"]
+        return DataRank(data.get_local_rank(), data.size(), data.get_group(),
+                        mesh["tensor_parallel"].get_local_rank() == 0)
+    if dist.is_initialized():
+        return DataRank(dist.get_rank(), dist.get_world_size(), None, True)
+    return DataRank(0, 1, None, True)
+
+
+def shard(policy: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, settings: ShardingSettings, *,
+          frozen: bool = False) -> None:
+    """Makes every decoder layer an FSDP unit and the policy their root, in place.
+
+    The root's inputs are not cast to param_dtype: reference log-probs and coefficients are fp32 and stay so.
+
+    Args:
+        policy: on the meta device, or with real weights that are the same on all ranks.
+        layers: its decoder layers.
+        mesh: 1-D, or (replicate, shard).
+        frozen: the reference, which is never run backward and may live in CPU memory.
+    """
+    param_dtype = None if settings.param_dtype is None else getattr(torch, settings.param_dtype)
+    reduce_dtype = getattr(torch, settings.reduce_dtype)
+    offload = frozen and settings.offload_reference and mesh.device_type != "cpu"
+    offload_policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    reshard = settings.reshard_after_forward or frozen
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard, offload_policy=offload_policy,
+                    mp_policy=MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype))
+    fully_shard(policy, mesh=mesh, reshard_after_forward=frozen, offload_policy=offload_policy,
+                mp_policy=MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype,
+                                               cast_forward_inputs=False))
+    for method in FORWARD_METHODS:
+        register_fsdp_forward_method(policy, method)
 
 
 def fsdp_units(policy: nn.Module) -> list[FSDPModule]:
@@ -13,15 +122,54 @@ def fsdp_units(policy: nn.Module) -> list[FSDPModule]:
 
 
 @contextlib.contextmanager
-def unsharded(policy: nn.Module) -> Iterator[None]:
-    """Holds whole parameters on every rank: one all-gather for a generation in which ranks stop at different lengths."""
+def unsharded(policy: nn.Module, *, reshard_after_forward: bool = True) -> Iterator[None]:
+    """Holds whole parameters on every rank: one gathering for a generation in which ranks stop at different lengths.
+
+    Args:
+        policy: the FSDP root, or a model without FSDP, which is left as it is.
+        reshard_after_forward: what the layers are set to afterwards.
+    """
     units = fsdp_units(policy)
+    if units:
+        policy.wake()  # type: ignore[operator] - FSDP must see the root run first, or each layer becomes a root
     for unit in units:
-        unit.set_reshard_after_forward(False)
+        unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try:
         yield
     finally:
         for unit in units:
             unit.reshard()
-            unit.set_reshard_after_forward(unit is not units[-1])
+            unit.set_reshard_after_forward(reshard_after_forward and unit is not units[-1], recurse=False)
+
+
+def reshard(policy: nn.Module) -> None:
+    """Frees gathered parameters, so that the next forward gathers what the optimiser is about to write."""
+    for unit in fsdp_units(policy):
+        unit.reshard()
+
+
+def total_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of all gradients over all ranks; gradients may be spread over different meshes.
+
+    Each mesh's norm is computed and reduced on its own; the squares add up.
+    """
+    by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
+    for gradient in gradients:
+        by_mesh.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
+    norms = [_whole(torch.nn.utils.get_total_norm(part)) for part in by_mesh.values()]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def clip_by_norm(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
+    """Scales gradients by limit / norm where the norm is above the limit."""
+    scale = torch.clamp(limit / (norm + 1e-6), max=1.0)
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None:
+            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            local.mul_(scale.to(local.device, local.dtype))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
