@@ -1,7 +1,9 @@
 """Attention over packed prompt groups: each completion sees its group's prompt and itself, nothing else.
 
-transformers looks its attention functions up by name; the one registered here, `packed_prompt_groups`, takes a
-`packed_layout` that the policy passes through the model's forward. A group's prompt is thus computed once, however
+transformers looks its attention functions up by name; the one registered here, `packed_prompt_groups`, takes
+a
+`packed_layout` that the policy passes through the model's forward. A group's prompt is thus computed once,
+however
 many completions it has, and no padding enters any linear layer.
 """
 
@@ -18,14 +20,27 @@ from transformers import AttentionInterface
 from agro_lightning.types import TokenBatch
 
 NAME = "packed_prompt_groups"
-_PASSIVE_OPTIONS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
-                    "cache_position", "is_causal", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
-                    "max_length_k", "num_items_in_batch", "logits_to_keep"}
+_PASSIVE_OPTIONS = {
+    "position_ids",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "cache_position",
+    "is_causal",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "num_items_in_batch",
+    "logits_to_keep",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Block:
-    """Queries of one kind (prompts, or completions) and the keys that they may see, as padded index tables."""
+    """Queries of one kind (prompts, or completions) and the keys that they may see, as padded index
+    tables."""
 
     queries: Int[Tensor, "rows queries"]
     keys: Int[Tensor, "rows keys"]
@@ -34,8 +49,12 @@ class _Block:
     """Position of the query minus position of the key, for sliding windows."""
 
     def to(self, device: torch.device) -> "_Block":
-        return _Block(queries=self.queries.to(device), keys=self.keys.to(device),
-                      visible=self.visible.to(device), distance=self.distance.to(device))
+        return _Block(
+            queries=self.queries.to(device),
+            keys=self.keys.to(device),
+            visible=self.visible.to(device),
+            distance=self.distance.to(device),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +78,8 @@ def plan_layout(batch: TokenBatch, *, flex: bool) -> PackedLayout:
 
     Args:
         batch: whole groups, as TokenBatch lays them out.
-        flex: use flex_attention with block-sparse masks (GPUs, long sequences) instead of padded dense blocks.
+        flex: use flex_attention with block-sparse masks (GPUs, long sequences) instead of padded dense
+        blocks.
     """
     device = batch.input_ids.device
     prompts, completions = batch.prompt_lengths, batch.completion_lengths
@@ -73,7 +93,9 @@ def plan_layout(batch: TokenBatch, *, flex: bool) -> PackedLayout:
 
     order = torch.argsort(torch.cat([starts, completion_starts]), stable=True)
     lengths = torch.cat([prompts, completions])[order]
-    segment_names = torch.cat([2 * torch.arange(num_groups), 2 * torch.arange(completions.numel()) + 1])[order]
+    segment_names = torch.cat([2 * torch.arange(num_groups), 2 * torch.arange(completions.numel()) + 1])[
+        order
+    ]
     group_names = torch.cat([torch.arange(num_groups), group_of])[order]
     segments = torch.repeat_interleave(segment_names, lengths).to(device)
     groups = torch.repeat_interleave(group_names, lengths).to(device)
@@ -87,8 +109,15 @@ def plan_layout(batch: TokenBatch, *, flex: bool) -> PackedLayout:
             blocks += (_block(completion_starts[some], completions[some], starts[owner], prompts[owner]),)
         inverse = _inverse(blocks, (prompts, completions[some]), batch.num_tokens)
         blocks = tuple(block.to(device) for block in blocks)
-    return PackedLayout(blocks=blocks, inverse=inverse.to(device), segments=segments, groups=groups,
-                        positions=batch.position_ids, flex=flex, masks={})
+    return PackedLayout(
+        blocks=blocks,
+        inverse=inverse.to(device),
+        segments=segments,
+        groups=groups,
+        positions=batch.position_ids,
+        flex=flex,
+        masks={},
+    )
 
 
 def _inverse(blocks: tuple[_Block, ...], lengths: tuple[Tensor, ...], num_tokens: int) -> Tensor:
@@ -103,9 +132,11 @@ def _inverse(blocks: tuple[_Block, ...], lengths: tuple[Tensor, ...], num_tokens
     return inverse
 
 
-def _block(starts: Tensor, lengths: Tensor, prefix_starts: Tensor | None = None,
-           prefix_lengths: Tensor | None = None) -> _Block:
-    """Rows of `lengths` queries from `starts`; each sees its prefix (a prompt), where there is one, and itself."""
+def _block(
+    starts: Tensor, lengths: Tensor, prefix_starts: Tensor | None = None, prefix_lengths: Tensor | None = None
+) -> _Block:
+    """Rows of `lengths` queries from `starts`; each sees its prefix (a prompt), where there is one, and
+    itself."""
     own = torch.arange(int(lengths.max()))
     queries = torch.where(own < lengths[:, None], starts[:, None] + own, starts[:, None])
     visible = (own[:, None] >= own) & (own < lengths[:, None, None])  # (rows, queries, own keys)
@@ -114,14 +145,23 @@ def _block(starts: Tensor, lengths: Tensor, prefix_starts: Tensor | None = None,
     if prefix_starts is not None and prefix_lengths is not None:
         prefix = torch.arange(int(prefix_lengths.max()))
         inside = prefix < prefix_lengths[:, None]  # (rows, prefix keys)
-        keys = torch.cat([torch.where(inside, prefix_starts[:, None] + prefix, prefix_starts[:, None]), keys], 1)
+        keys = torch.cat(
+            [torch.where(inside, prefix_starts[:, None] + prefix, prefix_starts[:, None]), keys], 1
+        )
         visible = torch.cat([inside[:, None].expand(-1, len(own), -1), visible], 2)
         distance = torch.cat([prefix_lengths[:, None, None] + own[:, None] - prefix, distance], 2)
     return _Block(queries=queries, keys=keys, visible=visible[:, None], distance=distance[:, None])
 
 
-def _dense_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None,
-                     window: int | None, softcap: float | None) -> Tensor:
+def _dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackedLayout,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
     heads, width = query.shape[1], value.shape[-1]
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, width)
     outputs = []
@@ -131,8 +171,9 @@ def _dense_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLa
         v = value[block.keys].transpose(1, 2)
         visible = block.visible if window is None else block.visible & (block.distance < window)
         if softcap is None:
-            out = scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling,
-                                               enable_gqa=k.shape[1] != q.shape[1])
+            out = scaled_dot_product_attention(
+                q, k, v, attn_mask=visible, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
+            )
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
             scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -147,8 +188,15 @@ def _compiled_flex():
     return torch.compile(flex_attention, dynamic=True)
 
 
-def _flex_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None,
-                    window: int | None, softcap: float | None) -> Tensor:
+def _flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackedLayout,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
     if window not in layout.masks:
         segments, groups, positions = layout.segments, layout.groups, layout.positions
 
@@ -164,15 +212,31 @@ def _flex_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLay
         return softcap * torch.tanh(score / softcap)
 
     attend = _compiled_flex() if query.is_cuda else flex_attention
-    out = attend(query, key, value, score_mod=None if softcap is None else cap, block_mask=layout.masks[window],
-                 scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
+    out = attend(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else cap,
+        block_mask=layout.masks[window],
+        scale=scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
     return out.transpose(1, 2)
 
 
-def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                     dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None,
-                     softcap: float | None = None, packed_layout: PackedLayout | None = None,
-                     **options) -> tuple[Tensor, None]:
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    packed_layout: PackedLayout | None = None,
+    **options,
+) -> tuple[Tensor, None]:
     """The attention function that transformers calls in each layer.
 
     Args:
@@ -185,11 +249,15 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     Raises:
         ValueError: without a layout, or when the model asks for something this attention does not compute.
     """
-    unknown = sorted(name for name, value in options.items() if value is not None and name not in _PASSIVE_OPTIONS)
+    unknown = sorted(
+        name for name, value in options.items() if value is not None and name not in _PASSIVE_OPTIONS
+    )
     if packed_layout is None or unknown or dropout:
         asked = ", ".join(unknown) or ("dropout" if dropout else "no packed_layout")
-        raise ValueError(f"{type(module).__name__} called attention {NAME!r} with {asked}; it computes causal "
-                         "attention with sliding windows and soft-capping only. Set `model.policy.packing: plain`")
+        raise ValueError(
+            f"{type(module).__name__} called attention {NAME!r} with {asked}; it computes causal "
+            "attention with sliding windows and soft-capping only. Set `model.policy.packing: plain`"
+        )
     attend = _flex_attention if packed_layout.flex else _dense_attention
     return attend(query, key, value, packed_layout, scaling, sliding_window, softcap), None
 

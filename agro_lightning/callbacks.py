@@ -59,8 +59,9 @@ class StepMetrics(Callback):
             if isinstance(logger, MetricsFile):
                 logger.resume_at(trainer.global_step)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
-                           batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         assert isinstance(pl_module, AgroModule)
         self._parts.append(pl_module.last_metrics)
         self._tokens += batch.targets.numel()
@@ -86,8 +87,12 @@ class StepMetrics(Callback):
             metrics["tokens_per_second/rollout"] = generated / max(rollout.get("seconds/generate", 0.0), 1e-9)
         self._parts, self._tokens = [], 0
         pl_module.log_dict({f"train/{name}": value for name, value in metrics.items()}, batch_size=1)
-        pl_module.log_dict({"reward": metrics["reward"], "tokens/s": metrics["tokens_per_second/train"]},
-                           prog_bar=True, logger=False, batch_size=1)
+        pl_module.log_dict(
+            {"reward": metrics["reward"], "tokens/s": metrics["tokens_per_second/train"]},
+            prog_bar=True,
+            logger=False,
+            batch_size=1,
+        )
 
 
 def _mean_over_ranks(parts: list[dict[str, Tensor]], device: torch.device) -> dict[str, float]:
@@ -121,7 +126,8 @@ def _peak_memory(device: torch.device) -> int:
 
 
 class NonFiniteGuard(Callback):
-    """Names and saves the prompts behind a skipped step; stops the run when too many steps in a row are skipped."""
+    """Names and saves the prompts behind a skipped step; stops the run when too many steps in a row are
+    skipped."""
 
     def __init__(self) -> None:
         self._suspects: list[dict[str, Any]] = []
@@ -133,8 +139,9 @@ class NonFiniteGuard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._in_a_row = state_dict["in_a_row"]
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
-                           batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         assert isinstance(pl_module, AgroModule)
         self._suspects += _suspects(batch, pl_module.last_logprobs)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
@@ -153,12 +160,20 @@ class NonFiniteGuard(Callback):
         path.write_text(json.dumps(named, indent=1))
         prompts = ", ".join(dict.fromkeys(suspect["prompt_id"] for suspect in named[:5]))
         what = "the gradient of the step with" if finite else "log-probs of"
-        log.warning("step %d skipped on all ranks: %s prompts %s%s are not finite; saved to %s", step, what, prompts,
-                    " ..." if len(named) > 5 else "", path)
+        log.warning(
+            "step %d skipped on all ranks: %s prompts %s%s are not finite; saved to %s",
+            step,
+            what,
+            prompts,
+            " ..." if len(named) > 5 else "",
+            path,
+        )
         if self._in_a_row >= pl_module.max_skipped_steps:
-            raise NonFiniteError(f"{self._in_a_row} steps in a row were not finite (the last one: prompts {prompts}); "
-                                 f"last good checkpoint: {last_checkpoint(trainer)}. Lower the learning rate, or look "
-                                 f"at {folder}")
+            raise NonFiniteError(
+                f"{self._in_a_row} steps in a row were not finite (the last one: prompts {prompts}); "
+                f"last good checkpoint: {last_checkpoint(trainer)}. Lower the learning rate, or look "
+                f"at {folder}"
+            )
 
 
 def _suspects(batch: TokenBatch, logprobs: Tensor) -> list[dict[str, Any]]:
@@ -167,8 +182,16 @@ def _suspects(batch: TokenBatch, logprobs: Tensor) -> list[dict[str, Any]]:
     bad[batch.sequence_ids[~torch.isfinite(logprobs)]] = True
     groups, lengths = batch.group_ids.tolist(), (batch.completion_lengths + 1).tolist()
     ids = [piece.tolist() for piece in batch.targets.split(lengths)]
-    return [{"prompt_id": batch.prompt_ids[groups[i]], "source": batch.sources[i], "completion_ids": ids[i],
-             "reward": float(batch.rewards[i]), "non_finite": flag} for i, flag in enumerate(bad.tolist())]
+    return [
+        {
+            "prompt_id": batch.prompt_ids[groups[i]],
+            "source": batch.sources[i],
+            "completion_ids": ids[i],
+            "reward": float(batch.rewards[i]),
+            "non_finite": flag,
+        }
+        for i, flag in enumerate(bad.tolist())
+    ]
 
 
 class SampleTable(Callback):
@@ -183,15 +206,19 @@ class SampleTable(Callback):
         self.every, self.rows = every, rows
 
     @rank_zero_only
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
-                           batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if (batch_idx + 1) % (trainer.accumulate_grad_batches * self.every):
             return
         groups = trainer.datamodule.last_groups  # type: ignore[attr-defined]
         pairs = [(group, completion) for group in groups[: self.rows] for completion in group.completions[:2]]
         lines = ["| prompt | completion | reward | finish | source |", "|---|---|---|---|---|"]
-        lines += [f"| {_cell(g.prompt.prompt)} | {_cell(c.completion)} | {c.reward:g} | {c.finish_reason} | {c.source} |"
-                  for g, c in pairs[: self.rows]]
+        lines += [
+            f"| {_cell(group.prompt.prompt)} | {_cell(completion.completion)} | {completion.reward:g} "
+            f"| {completion.finish_reason} | {completion.source} |"
+            for group, completion in pairs[: self.rows]
+        ]
         table = "\n".join(lines)
         with (run_dir(trainer) / "samples.md").open("a") as handle:
             handle.write(f"## step {trainer.global_step}\n\n{table}\n\n")
@@ -253,10 +280,20 @@ class Summary(Callback):
         if (folder / "metrics.csv").exists():
             plot_rewards(folder / "metrics.csv", folder / "reward.png")
         rows = [f"{key.replace('_', ' '):<18} {self._before[key]:>8.3f} {after[key]:>8.3f}" for key in keys]
-        rank_zero_info("\n".join(["", f"{'':<18} {'before':>8} {'after':>8}", *rows, "",
-                                  f"{summary['steps']} steps, {summary['completions']} completions, "
-                                  f"{summary['seconds']:.0f} s", f"run folder   {folder}",
-                                  f"TensorBoard  tensorboard --logdir {folder}"]))
+        rank_zero_info(
+            "\n".join(
+                [
+                    "",
+                    f"{'':<18} {'before':>8} {'after':>8}",
+                    *rows,
+                    "",
+                    f"{summary['steps']} steps, {summary['completions']} completions, "
+                    f"{summary['seconds']:.0f} s",
+                    f"run folder   {folder}",
+                    f"TensorBoard  tensorboard --logdir {folder}",
+                ]
+            )
+        )
 
 
 def plot_rewards(metrics: Path, out: Path) -> None:
@@ -267,15 +304,24 @@ def plot_rewards(metrics: Path, out: Path) -> None:
 
     with metrics.open(newline="") as handle:
         rows = list(csv.DictReader(handle))
-    names = [name for name in (rows[0] if rows else {})
-             if name.startswith("train/reward/") or name in ("val/greedy_accuracy", "val/sampled_accuracy")]
+    names = [
+        name
+        for name in (rows[0] if rows else {})
+        if name.startswith("train/reward/") or name in ("val/greedy_accuracy", "val/sampled_accuracy")
+    ]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name in names:
         points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
         if points:
             style = "o-" if name.startswith("val/") else "-"
-            axes.plot(*zip(*points, strict=True), style, label=name.removeprefix("train/"), linewidth=1.2, markersize=3)
+            axes.plot(
+                *zip(*points, strict=True),
+                style,
+                label=name.removeprefix("train/"),
+                linewidth=1.2,
+                markersize=3,
+            )
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("mean reward, accuracy")
     axes.grid(alpha=0.3)

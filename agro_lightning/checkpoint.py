@@ -15,15 +15,19 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from agro_lightning.data.durable import disk_full_error, sync_directory
 
 CHECKPOINT_KEY = "agro_lightning"
-"""Where a checkpoint keeps what is needed to use it without the run: settings, model config, random generators."""
+"""Where a checkpoint keeps what is needed to use it without the run: settings, model config, random
+generators."""
 
 
 def rng_state() -> dict[str, Any]:
     """This process's random generators, as tensors and plain values."""
     name, keys, position, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
-    state = {"torch": torch.get_rng_state(), "python": [version, list(internal), gauss],
-             "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached]}
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
@@ -40,7 +44,8 @@ def gather_rng() -> list[dict[str, Any]]:
 
 
 def set_rng(states: list[dict[str, Any]]) -> None:
-    """Restores this rank's generators; at another number of ranks they are left as the run's seed made them."""
+    """Restores this rank's generators; at another number of ranks they are left as the run's seed made
+    them."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     if len(states) != world:
         return
@@ -57,7 +62,9 @@ def set_rng(states: list[dict[str, Any]]) -> None:
 class DurableCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint aside, syncs it, then renames it; reads tensors and plain values only."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
         """Saves so that a reader sees the old file or the whole new one, also after a power loss.
 
         Raises:
@@ -74,15 +81,21 @@ class DurableCheckpointIO(TorchCheckpointIO):
             os.replace(aside, target)
         except (OSError, RuntimeError) as error:  # torch wraps a failed write into RuntimeError
             cause = error if isinstance(error, OSError) else error.__context__
-            if isinstance(cause, OSError) and (full := disk_full_error(cause, target, _tensor_bytes(checkpoint))):
+            if isinstance(cause, OSError) and (
+                full := disk_full_error(cause, target, _tensor_bytes(checkpoint))
+            ):
                 raise full from None
             raise
         finally:
             aside.unlink(missing_ok=True)
         sync_directory(target.parent)
 
-    def load_checkpoint(self, path: Any, map_location: Callable | None = lambda storage, loc: storage,
-                        weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self,
+        path: Any,
+        map_location: Callable | None = lambda storage, loc: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
         """Loads with weights_only, whatever the caller asked for.
 
         Raises:
@@ -92,9 +105,11 @@ class DurableCheckpointIO(TorchCheckpointIO):
         try:
             return super().load_checkpoint(path, map_location, weights_only=True)
         except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-            raise ValueError(f"checkpoint {path} cannot be read as tensors and plain values "
-                             f"({str(error).splitlines()[0]}); it is torn, or not made by agro-lightning. Nothing "
-                             "in it was run. Give another --ckpt_path") from None
+            raise ValueError(
+                f"checkpoint {path} cannot be read as tensors and plain values "
+                f"({str(error).splitlines()[0]}); it is torn, or not made by agro-lightning. Nothing "
+                "in it was run. Give another --ckpt_path"
+            ) from None
 
 
 def _tensor_bytes(value: Any) -> int:

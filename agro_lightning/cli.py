@@ -7,7 +7,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning still calls jsonargparse's older names
+os.environ.setdefault(
+    "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
+)  # Lightning still calls jsonargparse's older names
 
 import lightning as L
 from jsonargparse import ActionConfigFile
@@ -33,7 +35,9 @@ class AgroParser(LightningArgumentParser):
     """Says what is wrong in one line, with the nearest valid key, and exits with 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # jsonargparse tries alternatives with inner parsers, and needs their errors
+        if (
+            not self.exit_on_error
+        ):  # jsonargparse tries alternatives with inner parsers, and needs their errors
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         sys.stderr.write(f"error: {explain(message, parser, sys.argv[1:])}\n")
@@ -45,24 +49,33 @@ class AgroCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = AgroParser(**{"dump_header": [], **kwargs})
-        parser.add_argument("-c", "--config", action=ActionConfigFile, help="A YAML file with any of these keys.")
+        parser.add_argument(
+            "-c", "--config", action=ActionConfigFile, help="A YAML file with any of these keys."
+        )
         return parser
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {name: {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule"}
-                for name in TRAINING_COMMANDS}
+        return {
+            name: {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule"}
+            for name in TRAINING_COMMANDS
+        }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run_dir", type=str | None, default=None,
-                            help="Folder of the run: metrics, checkpoints, samples, replay buffer. Default: a new "
-                                 "one under runs/, named by the time. To resume, give that of the run, and "
-                                 "--ckpt_path last.")
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Folder of the run: metrics, checkpoints, samples, replay buffer. Default: a new "
+            "one under runs/, named by the time. To resume, give that of the run, and "
+            "--ckpt_path last.",
+        )
         parser.link_arguments("data.sampling.temperature", "model.temperature")
         parser.set_defaults({f"data.{key}": value for key, value in DATA_DEFAULTS.items()})
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list) -> L.Trainer:
-        """Adds what every run has to what the config asks for: run folder, loggers, callbacks, durable checkpoints."""
+        """Adds what every run has to what the config asks for: run folder, loggers, callbacks, durable
+        checkpoints."""
         given_dir = self._get(self.config_init, "run_dir")
         folder = Path(given_dir or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S"))
         config["default_root_dir"] = str(folder)
@@ -73,14 +86,24 @@ class AgroCLI(LightningCLI):
         given = given if isinstance(given, list) else [given]
         kept = [callback for callback in mine if not any(type(other) is type(callback) for other in given)]
         if not any(isinstance(callback, ModelCheckpoint) for callback in given):
-            kept.append(ModelCheckpoint(dirpath=folder / "checkpoints",
-                                        filename="step-{step:08d}", auto_insert_metric_name=False,
-                                        every_n_train_steps=100, save_top_k=2, monitor="step", mode="max",
-                                        save_last="link"))
+            kept.append(
+                ModelCheckpoint(
+                    dirpath=folder / "checkpoints",
+                    filename="step-{step:08d}",
+                    auto_insert_metric_name=False,
+                    every_n_train_steps=100,
+                    save_top_k=2,
+                    monitor="step",
+                    mode="max",
+                    save_last="link",
+                )
+            )
         config["callbacks"] = [*given, *kept]
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
-        if config.get("strategy") in ("auto", None) and not any(isinstance(p, DurableCheckpointIO) for p in plugins):
+        if config.get("strategy") in ("auto", None) and not any(
+            isinstance(p, DurableCheckpointIO) for p in plugins
+        ):
             config["plugins"] = [*plugins, DurableCheckpointIO()]
         return super()._instantiate_trainer(config, callbacks)
 
@@ -117,11 +140,16 @@ def main(args: list[str] | None = None) -> None:
     if args[0] not in TRAINING_COMMANDS:
         sys.stderr.write(f"error: {explain_command(args, [*TRAINING_COMMANDS, *commands])}\n")
         raise SystemExit(2)
-    AgroCLI(AgroModule, AgroDataModule, save_config_callback=SaveConfigCallback,
-            save_config_kwargs={"overwrite": True}, trainer_defaults=TRAINER_DEFAULTS, seed_everything_default=0,
-            auto_configure_optimizers=False,
-            parser_kwargs={name: {"description": text} for name, text in TRAINING_COMMANDS.items()})
-
+    AgroCLI(
+        AgroModule,
+        AgroDataModule,
+        save_config_callback=SaveConfigCallback,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults=TRAINER_DEFAULTS,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        parser_kwargs={name: {"description": text} for name, text in TRAINING_COMMANDS.items()},
+    )
 
 
 def explain_command(args: list[str], commands: list[str]) -> str:

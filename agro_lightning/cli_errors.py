@@ -1,4 +1,5 @@
-"""Turns a parser's complaint into one line: the nearest valid key, and the file and line where the wrong one stands."""
+"""Turns a parser's complaint into one line: the nearest valid key, and the file and line where the wrong one
+stands."""
 
 import difflib
 import re
@@ -90,7 +91,8 @@ def _config_files(args: list[str]) -> list[Path]:
 
 
 def _where(key: str, args: list[str]) -> str:
-    """" (file:line)" of a key in the config files that were given, or "" when it stands on the command line."""
+    """ " (file:line)" of a key in the config files that were given, or "" when it stands on the command
+    line."""
     for path in _config_files(args):
         try:
             root = yaml.compose(path.read_text())

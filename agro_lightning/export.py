@@ -13,8 +13,9 @@ from agro_lightning.checkpoint import CHECKPOINT_KEY
 from agro_lightning.policy import LoraSettings, add_lora, load_tokenizer, resolve_path
 
 
-def export(ckpt: str, out: str, adapter_only: bool = False, max_shard_size: str = "5GB",
-           tokenizer: str | None = None) -> None:
+def export(
+    ckpt: str, out: str, adapter_only: bool = False, max_shard_size: str = "5GB", tokenizer: str | None = None
+) -> None:
     """Writes the trained policy as safetensors with config and tokenizer.
 
     Args:
@@ -62,8 +63,11 @@ def read_policy(ckpt: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if CHECKPOINT_KEY not in loaded:
         raise ValueError(f"{ckpt} was not written by agro-lightning (it has no {CHECKPOINT_KEY!r} entry)")
     prefix = "policy.lm."
-    weights = {name.removeprefix(prefix): value for name, value in loaded["state_dict"].items()
-               if name.startswith(prefix)}
+    weights = {
+        name.removeprefix(prefix): value
+        for name, value in loaded["state_dict"].items()
+        if name.startswith(prefix)
+    }
     return weights, loaded[CHECKPOINT_KEY]
 
 

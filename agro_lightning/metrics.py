@@ -26,12 +26,15 @@ def _group_spread(values: Tensor, group_ids: Tensor, num_groups: int) -> Tensor:
     """(G,) standard deviation (n - 1) within each group."""
     count = torch.bincount(group_ids, minlength=num_groups)
     mean = torch.zeros(num_groups, device=values.device).index_add_(0, group_ids, values) / count
-    square = torch.zeros(num_groups, device=values.device).index_add_(0, group_ids, (values - mean[group_ids]) ** 2)
+    square = torch.zeros(num_groups, device=values.device).index_add_(
+        0, group_ids, (values - mean[group_ids]) ** 2
+    )
     return (square / (count - 1)).sqrt()
 
 
 def _effective_sample_size(log_weights: Tensor) -> Tensor:
-    """Kish's effective sample size over the number of samples, in (0, 1], of importance weights exp(log_weights)."""
+    """Kish's effective sample size over the number of samples, in (0, 1], of importance weights
+    exp(log_weights)."""
     weights = torch.softmax(log_weights, 0)
     return 1.0 / (weights.square().sum() * log_weights.numel())
 
@@ -43,7 +46,8 @@ def batch_metrics(batch: TokenBatch, result: StepResult, sources: tuple[str, ...
     Args:
         batch: the batch that was trained on.
         result: what the step computed.
-        sources: names of the run's sources; a source without a completion in the batch gives NaN, so that every
+        sources: names of the run's sources; a source without a completion in the batch gives NaN, so that
+        every
             rank logs the same names.
     """
     groups = len(batch.prompt_ids)
@@ -58,15 +62,20 @@ def batch_metrics(batch: TokenBatch, result: StepResult, sources: tuple[str, ...
         "objective": result.objective * batch.num_groups / groups,
         "log_ratio": result.log_ratios.mean(),
         "log_ratio_spread": _group_spread(result.log_ratios, batch.group_ids, groups).mean(),
-        "regularized_reward_spread": _group_spread(result.regularized_rewards, batch.group_ids, groups).mean(),
+        "regularized_reward_spread": _group_spread(
+            result.regularized_rewards, batch.group_ids, groups
+        ).mean(),
         "advantage_spread": result.advantages.std(),
         "kl": nan,
         "entropy": nan,
-        "staleness_min": nan, "staleness_mean": nan, "staleness_max": nan,
+        "staleness_min": nan,
+        "staleness_mean": nan,
+        "staleness_max": nan,
         "completion_length": lengths.mean(),
         "truncated_fraction": batch.truncated.float().mean(),
         "equal_reward_fraction": (reward_spread == 0).float().mean(),
-        "logprob_gap_mean": nan, "logprob_gap_max": nan,
+        "logprob_gap_mean": nan,
+        "logprob_gap_max": nan,
         "effective_sample_size": nan,
     }
     if bool(own.any()):
@@ -75,7 +84,8 @@ def batch_metrics(batch: TokenBatch, result: StepResult, sources: tuple[str, ...
     fresh = batch.policy_versions == batch.policy_version
     fresh_tokens = fresh[batch.sequence_ids]
     if bool(fresh.any()):
-        # k3, Schulman's low-variance estimator: its mean over samples of the policy is KL(policy || reference)
+        # k3, Schulman's low-variance estimator: its mean over samples of the policy is KL(policy ||
+        # reference)
         ratio = -log_ratio_tokens[fresh_tokens]
         metrics["kl"] = (ratio.exp() - 1 - ratio).sum() / fresh.sum()
         metrics["entropy"] = -result.logprobs[fresh_tokens].mean()
@@ -86,7 +96,9 @@ def batch_metrics(batch: TokenBatch, result: StepResult, sources: tuple[str, ...
             metrics["logprob_gap_mean"] = gap[known & fresh_tokens].abs().mean()
             metrics["logprob_gap_max"] = gap[known & fresh_tokens].abs().max()
         sums = torch.zeros_like(batch.rewards).index_add_(0, batch.sequence_ids, torch.where(known, gap, 0.0))
-        whole = torch.ones_like(batch.rewards).index_put_((batch.sequence_ids[~known],), sums.new_zeros(())) > 0
+        whole = (
+            torch.ones_like(batch.rewards).index_put_((batch.sequence_ids[~known],), sums.new_zeros(())) > 0
+        )
         if bool(whole.any()):
             metrics["effective_sample_size"] = _effective_sample_size(sums[whole])
     for source in sources:

@@ -13,7 +13,8 @@ from lightning.pytorch.loggers import Logger
 class MetricsFile(Logger):
     """Writes every metric to `<run_dir>/metrics.csv`.
 
-    Unlike Lightning's CSVLogger it keeps what an earlier process of the same run wrote: rows up to the step that a
+    Unlike Lightning's CSVLogger it keeps what an earlier process of the same run wrote: rows up to the step
+    that a
     run resumes from stay, later ones are written again.
     """
 

@@ -47,7 +47,8 @@ class Completion:
     source: str = "offline"
     """The name of the source that it came from, in metrics and files."""
     policy_version: int = -1
-    """Optimiser steps the policy had taken when it was sampled; -1 when not sampled from this run's policy."""
+    """Optimiser steps the policy had taken when it was sampled; -1 when not sampled from this run's
+    policy."""
     temperature: float = 1.0
     """Sampling temperature."""
     top_p: float = 1.0

@@ -18,9 +18,13 @@ def make_groups(seed=0, groups=((5, (4, 1, 7)), (1, (3, 2)), (9, (1, 1)), (3, (1
         return tuple(torch.randint(3, 60, (length,), generator=generator).tolist())
 
     return [
-        PromptGroup(prompt=Prompt(prompt_id=f"p{g}", prompt="", prompt_ids=ids(prompt)),
-                    completions=tuple(Completion(completion="", completion_ids=ids(n), reward=float(i % 2))
-                                      for i, n in enumerate(lengths)))
+        PromptGroup(
+            prompt=Prompt(prompt_id=f"p{g}", prompt="", prompt_ids=ids(prompt)),
+            completions=tuple(
+                Completion(completion="", completion_ids=ids(n), reward=float(i % 2))
+                for i, n in enumerate(lengths)
+            ),
+        )
         for g, (prompt, lengths) in enumerate(groups)
     ]
 

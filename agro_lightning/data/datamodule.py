@@ -1,4 +1,5 @@
-"""AgroDataModule: prompts, sources, rewards and the engine, put together into the training feed and validation."""
+"""AgroDataModule: prompts, sources, rewards and the engine, put together into the training feed and
+validation."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from agro_lightning.evaluation import PromptResult, summarize
 from agro_lightning.policy import Policy, load_tokenizer
 from agro_lightning.rewards import ExactMatch, Reward, RewardSet
 from agro_lightning.rollout import AutoEngine, RolloutEngine, Sampling
-from agro_lightning.rollout.collect import RolloutReport, rollout_groups
+from agro_lightning.rollout.collect import rollout_groups
 from agro_lightning.types import Prompt, PromptGroup, TokenBatch
 
 
@@ -47,7 +48,8 @@ class AgroDataModule(L.LightningDataModule):
         on_bad_row: what happens to a row that cannot be used: "error", or "drop" (counted).
         on_bad_file: what happens to a torn or foreign file: "error", or "skip" (counted).
         max_failure_fraction: stop when more than this fraction of the latest rewards failed.
-        zero_reward_rollouts: rollouts in a row without any reward after which an alarm is raised; 0 switches it off.
+        zero_reward_rollouts: rollouts in a row without any reward after which an alarm is raised; 0 switches
+        it off.
         on_zero_reward: what that alarm does: "warn", or "stop".
         max_logprob_gap: stop when engine and trainer log-probs differ by more than this on average, in nats.
         seed: of sampling, order and mixing.
@@ -57,8 +59,11 @@ class AgroDataModule(L.LightningDataModule):
         self,
         train: PromptSettings = PromptSettings(path="quickstart-train"),  # noqa: B008 - settings, read by the CLI
         validation: PromptSettings = PromptSettings(path="quickstart-val"),  # noqa: B008
-        sources: Sequence[Source] = (Live(weight=0.875), Offline(paths=["quickstart"], weight=0.125, repeat=True)),
-        rewards: Sequence[Reward] = (ExactMatch(),),  # noqa: B008
+        sources: Sequence[Source] = (
+            Live(weight=0.875),
+            Offline(paths=["quickstart"], weight=0.125, repeat=True),
+        ),
+        rewards: Sequence[Reward] = (ExactMatch(),),
         batch_size: int = 32,
         group_size: int = 16,
         sampling: Sampling = Sampling(max_new_tokens=5),  # noqa: B008
@@ -78,21 +83,31 @@ class AgroDataModule(L.LightningDataModule):
     ):
         super().__init__()
         check_sources(sources)
-        for name, value, least in (("batch_size", batch_size, 1), ("group_size", group_size, 2),
-                                   ("updates_per_rollout", updates_per_rollout, 1),
-                                   ("validation_samples", validation_samples, 1)):
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("group_size", group_size, 2),
+            ("updates_per_rollout", updates_per_rollout, 1),
+            ("validation_samples", validation_samples, 1),
+        ):
             if value < least:
                 raise ValueError(f"data.{name} is {value}; it must be at least {least}")
         if bad := [k for k in pass_at if not 1 <= k <= validation_samples]:
-            raise ValueError(f"data.pass_at has {bad}; pass@k needs 1 <= k <= validation_samples = "
-                             f"{validation_samples}")
+            raise ValueError(
+                f"data.pass_at has {bad}; pass@k needs 1 <= k <= validation_samples = {validation_samples}"
+            )
         if sampling.temperature == 0:
-            raise ValueError("data.sampling.temperature is 0 (greedy); a group of equal completions teaches nothing. "
-                             "Give a positive temperature, 1.0 say")
+            raise ValueError(
+                "data.sampling.temperature is 0 (greedy); a group of equal completions teaches nothing. "
+                "Give a positive temperature, 1.0 say"
+            )
         self.train_settings, self.validation_settings = train, validation
         self.sources = list(sources)
-        self.rewards = RewardSet(list(rewards), max_failure_fraction=max_failure_fraction,
-                                 zero_reward_calls=zero_reward_rollouts, on_zero_reward=on_zero_reward)
+        self.rewards = RewardSet(
+            list(rewards),
+            max_failure_fraction=max_failure_fraction,
+            zero_reward_calls=zero_reward_rollouts,
+            on_zero_reward=on_zero_reward,
+        )
         self.batch_size, self.group_size, self.sampling = batch_size, group_size, sampling
         self.engine, self.mixing, self.updates_per_rollout = engine, mixing, updates_per_rollout
         self.validation_samples, self.pass_at = validation_samples, tuple(pass_at)
@@ -136,8 +151,15 @@ class AgroDataModule(L.LightningDataModule):
         return PromptDataset(settings, tokenizer=self.tokenizer, on_bad_row=self.on_bad_row)
 
     def _buffer(self, paths: Sequence[str], name: str, *, live: bool) -> RolloutBuffer:
-        return RolloutBuffer(paths, tokenizer=self.tokenizer, vocab_size=self.policy.vocab_size,
-                             on_bad_row=self.on_bad_row, on_bad_file=self.on_bad_file, source_name=name, live=live)
+        return RolloutBuffer(
+            paths,
+            tokenizer=self.tokenizer,
+            vocab_size=self.policy.vocab_size,
+            on_bad_row=self.on_bad_row,
+            on_bad_file=self.on_bad_file,
+            source_name=name,
+            live=live,
+        )
 
     @property
     def replay_dir(self) -> Path:
@@ -153,21 +175,33 @@ class AgroDataModule(L.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         if trainer.max_steps < 1:
-            raise ValueError(f"trainer.max_steps is {trainer.max_steps}; give the number of optimiser steps of the run")
+            raise ValueError(
+                f"trainer.max_steps is {trainer.max_steps}; give the number of optimiser steps of the run"
+            )
         self._check_lengths()
         replay = next((source for source in self.sources if isinstance(source, Replay)), None)
         if replay is not None and trainer.is_global_zero:
             self._set_aside_later_rollouts()
         trainer.strategy.barrier("replay buffer")
         self.feed = TrainFeed(
-            FeedSettings(batch_size=self.batch_size, group_size=self.group_size,
-                         accumulate=trainer.accumulate_grad_batches, rank=trainer.global_rank,
-                         world_size=trainer.world_size, total_steps=trainer.max_steps, mixing=self.mixing,
-                         updates_per_rollout=self.updates_per_rollout, seed=self.seed),
+            FeedSettings(
+                batch_size=self.batch_size,
+                group_size=self.group_size,
+                accumulate=trainer.accumulate_grad_batches,
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+                total_steps=trainer.max_steps,
+                mixing=self.mixing,
+                updates_per_rollout=self.updates_per_rollout,
+                seed=self.seed,
+            ),
             self.sources,
             prompts=self.train_prompts,
-            offline={source.name: self._buffer(_offline_paths(source.paths), source.name, live=False)
-                     for source in self.sources if isinstance(source, Offline)},
+            offline={
+                source.name: self._buffer(_offline_paths(source.paths), source.name, live=False)
+                for source in self.sources
+                if isinstance(source, Offline)
+            },
             replay=self._buffer([str(self.replay_dir)], "", live=True) if replay else None,
             sample_live=self._sample_live,
             append=self._append,
@@ -184,9 +218,11 @@ class AgroDataModule(L.LightningDataModule):
         limit, new = self.policy.max_positions, self.sampling.max_new_tokens
         for prompts in (self.train_prompts, self.val_prompts):
             if prompts is not None and prompts.longest + new > limit:
-                raise ValueError(f"the longest prompt of {prompts.settings.path} has {prompts.longest} tokens; with "
-                                 f"max_new_tokens {new} that exceeds the model's context of {limit}. Lower "
-                                 "data.sampling.max_new_tokens, or set max_prompt_tokens with on_bad_row: drop")
+                raise ValueError(
+                    f"the longest prompt of {prompts.settings.path} has {prompts.longest} tokens; with "
+                    f"max_new_tokens {new} that exceeds the model's context of {limit}. Lower "
+                    "data.sampling.max_new_tokens, or set max_prompt_tokens with on_bad_row: drop"
+                )
 
     # ------------------------------------------------------------------ rollouts
 
@@ -197,8 +233,17 @@ class AgroDataModule(L.LightningDataModule):
             self.engine.update_weights(version)
             self._pushed_version = version
         name = next(source.name for source in self.sources if isinstance(source, Live))
-        groups, report = rollout_groups(self.engine, prompts, self.sampling, self.rewards, self.tokenizer, n=n,
-                                        seed=seed, source=name, policy_version=version)
+        groups, report = rollout_groups(
+            self.engine,
+            prompts,
+            self.sampling,
+            self.rewards,
+            self.tokenizer,
+            n=n,
+            seed=seed,
+            source=name,
+            policy_version=version,
+        )
         self._record(report.metrics())
         return groups
 
@@ -232,9 +277,19 @@ class AgroDataModule(L.LightningDataModule):
             values = reference.logprobs(batch, max_tokens=self._module.max_tokens).cpu()
             pieces = iter(values.split((batch.completion_lengths + 1).tolist()))
             for group in part:
-                out.append(replace(group, completions=tuple(
-                    replace(c, ref_logprobs=tuple(next(pieces).tolist()), reference_id=reference.reference_id)
-                    for c in group.completions)))
+                out.append(
+                    replace(
+                        group,
+                        completions=tuple(
+                            replace(
+                                c,
+                                ref_logprobs=tuple(next(pieces).tolist()),
+                                reference_id=reference.reference_id,
+                            )
+                            for c in group.completions
+                        ),
+                    )
+                )
         self._record({"seconds/reference": time.perf_counter() - started})
         return out
 
@@ -265,21 +320,33 @@ class AgroDataModule(L.LightningDataModule):
         self.engine.update_weights(self._module.global_step)
         self._pushed_version = self._module.global_step
         ids = [prompt.prompt_ids for prompt in prompts]
-        greedy = self.engine.generate(ids, replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0), n=1, seed=0)
+        greedy = self.engine.generate(
+            ids, replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0), n=1, seed=0
+        )
         sampled = self.engine.generate(ids, self.sampling, n=self.validation_samples, seed=self.seed)
         results = []
-        texts = [[self.tokenizer.decode(g.completion_ids, skip_special_tokens=True) for g in [*first, *rest]]
-                 for first, rest in zip(greedy, sampled, strict=True)]
-        scores = iter(self.rewards.score_quietly(
-            [prompt for prompt, row in zip(prompts, texts, strict=True) for _ in row],
-            [text for row in texts for text in row]))
+        texts = [
+            [self.tokenizer.decode(g.completion_ids, skip_special_tokens=True) for g in [*first, *rest]]
+            for first, rest in zip(greedy, sampled, strict=True)
+        ]
+        scores = iter(
+            self.rewards.score_quietly(
+                [prompt for prompt, row in zip(prompts, texts, strict=True) for _ in row],
+                [text for row in texts for text in row],
+            )
+        )
         for prompt, row in zip(prompts, texts, strict=True):
             first, *rest = [next(scores).reward for _ in row]
             known = [reward for reward in rest if reward is not None]
-            results.append(PromptResult(
-                prompt=prompt, greedy_text=row[0],
-                greedy_correct=None if first is None else first >= self.correct_reward,
-                sampled=len(known), sampled_correct=sum(reward >= self.correct_reward for reward in known)))
+            results.append(
+                PromptResult(
+                    prompt=prompt,
+                    greedy_text=row[0],
+                    greedy_correct=None if first is None else first >= self.correct_reward,
+                    sampled=len(known),
+                    sampled_correct=sum(reward >= self.correct_reward for reward in known),
+                )
+            )
         return results
 
     def evaluate(self) -> dict[str, float]:
@@ -302,8 +369,11 @@ class AgroDataModule(L.LightningDataModule):
         """The feed's cursors, the alarms and the counts; the replay buffer stays on disk."""
         if self.feed is None:
             return {}
-        return {"feed": self.feed.state_dict(), "rewards": self.rewards.state_dict(),
-                "completions_used": self.completions_used}
+        return {
+            "feed": self.feed.state_dict(),
+            "rewards": self.rewards.state_dict(),
+            "completions_used": self.completions_used,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict["feed"]
@@ -311,11 +381,15 @@ class AgroDataModule(L.LightningDataModule):
         self.completions_used = state_dict["completions_used"]
 
     def _set_aside_later_rollouts(self) -> None:
-        """Rollouts from after the checkpoint are made again; their files are moved out of the buffer's sight."""
+        """Rollouts from after the checkpoint are made again; their files are moved out of the buffer's
+        sight."""
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
         done = self._restored["micro_batch"] // accumulate if self._restored else 0
-        later = [path for path in sorted(self.replay_dir.glob("step-*.parquet"))
-                 if int(path.name.split("-")[1]) >= done]
+        later = [
+            path
+            for path in sorted(self.replay_dir.glob("step-*.parquet"))
+            if int(path.name.split("-")[1]) >= done
+        ]
         if later:
             aside = self.replay_dir / f"_set_aside_at_step_{done:08d}_{time.time_ns()}"
             aside.mkdir(parents=True)
@@ -344,10 +418,12 @@ class AgroDataModule(L.LightningDataModule):
         groups = self.batch_size * accumulate * ranks
         total = sum(source.weight for source in self.sources)
         shares = ", ".join(f"{source.name} {source.weight / total:.1%}" for source in self.sources)
-        return (f"one step = {self.batch_size} groups × {accumulate} micro-batches × {ranks} ranks = {groups} groups "
-                f"× {self.group_size} completions = {groups * self.group_size} completions\n"
-                f"{self.trainer.max_steps} steps, {self.updates_per_rollout} per rollout; sources: {shares} "
-                f"({self.mixing.replace('_', ' ')})")
+        return (
+            f"one step = {self.batch_size} groups × {accumulate} micro-batches × {ranks} ranks = {groups} "
+            f"groups × {self.group_size} completions = {groups * self.group_size} completions\n"
+            f"{self.trainer.max_steps} steps, {self.updates_per_rollout} per rollout; sources: {shares} "
+            f"({self.mixing.replace('_', ' ')})"
+        )
 
 
 class PromptBatches:
@@ -366,4 +442,3 @@ class PromptBatches:
 def _offline_paths(paths: Sequence[str]) -> list[str]:
     shipped = str(resources.files("agro_lightning") / "quickstart" / "offline.parquet")
     return [shipped if path == "quickstart" else path for path in paths]
-

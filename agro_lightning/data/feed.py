@@ -1,4 +1,5 @@
-"""The training feed: draws each optimiser step's prompt groups from the sources, and hands them out as batches.
+"""The training feed: draws each optimiser step's prompt groups from the sources, and hands them out as
+batches.
 
 Everything that is drawn follows from the seed and a few cursors, which are the feed's whole state.
 """
@@ -17,7 +18,8 @@ from agro_lightning.data.prompts import PromptDataset
 from agro_lightning.types import Completion, Prompt, PromptGroup, TokenBatch
 
 LiveSampler = Callable[[Sequence[Prompt], int, int], list[PromptGroup]]
-"""(prompts, completions for each, seed) -> scored groups; prompts without a usable completion are left out."""
+"""(prompts, completions for each, seed) -> scored groups; prompts without a usable completion are left
+out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,8 @@ class TrainFeed:
         offline: the open buffer of each offline source, by name.
         replay: the open buffer of past rollouts; None without a Replay source.
         sample_live: generates and scores.
-        append: called once per rollout with its groups, which then belong to the replay buffer; returns them as
+        append: called once per rollout with its groups, which then belong to the replay buffer; returns them
+        as
             they were stored.
         on_drawn: told the groups of a step and the seconds that drawing them took.
         count_globally: sums a number over ranks.
@@ -111,7 +114,9 @@ class TrainFeed:
             share = self._share(step, part)
             num_groups = self._num_groups
             self.micro_batch += 1
-            yield pack_groups(share, num_groups=num_groups, policy_version=step, reference_id=self._reference_id())
+            yield pack_groups(
+                share, num_groups=num_groups, policy_version=step, reference_id=self._reference_id()
+            )
 
     def _advance(self, step: int) -> None:
         """Draws new groups, or uses the last ones once more."""
@@ -129,9 +134,11 @@ class TrainFeed:
             order = self._rng(step, self.settings.rank, 1).permutation(order)
         chosen = np.array_split(order, self.settings.accumulate)[part]
         if not len(chosen):
-            raise ValueError(f"step {step}: {len(self.pending)} usable groups are left for {self.settings.accumulate} "
-                             "micro-batches of this rank; look at the rollout's failure counts, or lower "
-                             "accumulate_grad_batches")
+            raise ValueError(
+                f"step {step}: {len(self.pending)} usable groups are left for {self.settings.accumulate} "
+                "micro-batches of this rank; look at the rollout's failure counts, or lower "
+                "accumulate_grad_batches"
+            )
         return [self.pending[i] for i in chosen]
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,7 +174,9 @@ class TrainFeed:
         if self.settings.mixing == "within_group":
             return self._draw_within(step)
         settings = self.settings
-        places = share_out([source.weight for source in self.sources], settings.groups_per_step, self._rng(step, 0))
+        places = share_out(
+            [source.weight for source in self.sources], settings.groups_per_step, self._rng(step, 0)
+        )
         mine = slice(settings.rank * settings.groups_per_rank, (settings.rank + 1) * settings.groups_per_rank)
         groups: dict[int, PromptGroup] = {}
         live_places = list(np.flatnonzero([isinstance(self.sources[i], Live) for i in places]))
@@ -177,7 +186,7 @@ class TrainFeed:
                 drawn = self._draw_offline(source, len(wanted))
             elif isinstance(source, Replay):
                 drawn = self._draw_replay(source, step, len(wanted))
-                live_places += list(wanted[len(drawn):])
+                live_places += list(wanted[len(drawn) :])
             else:
                 continue
             for place, row_ids in zip(wanted, drawn, strict=False):
@@ -185,15 +194,19 @@ class TrainFeed:
                     groups[place] = self._materialise(source, row_ids)
         live_places.sort()
         live = self._next_prompts(len(live_places))
-        my_live = [(place, prompt) for place, prompt in zip(live_places, live, strict=True)
-                   if mine.start <= place < mine.stop]
+        my_live = [
+            (place, prompt)
+            for place, prompt in zip(live_places, live, strict=True)
+            if mine.start <= place < mine.stop
+        ]
         sampled = self._sample(step, [prompt for _, prompt in my_live], settings.group_size)
         by_place = {place: sampled.get(i) for i, (place, _) in enumerate(my_live)}
         groups |= {place: group for place, group in by_place.items() if group is not None}
         return [groups[place] for place in sorted(groups)]
 
     def _draw_within(self, step: int) -> list[PromptGroup]:
-        """Every group mixes completions of one prompt: live ones, and rows of that prompt from the buffers."""
+        """Every group mixes completions of one prompt: live ones, and rows of that prompt from the
+        buffers."""
         settings = self.settings
         counts = split_group([source.weight for source in self.sources], settings.group_size)
         mine = slice(settings.rank * settings.groups_per_rank, (settings.rank + 1) * settings.groups_per_rank)
@@ -219,7 +232,9 @@ class TrainFeed:
         if not count:
             return []
         if self.prompts is None:
-            raise ValueError(f"{count} groups of this step must be sampled live, but the run has no live source")
+            raise ValueError(
+                f"{count} groups of this step must be sampled live, but the run has no live source"
+            )
         drawn = []
         for position in range(self.live_position, self.live_position + count):
             epoch, index = divmod(position, len(self.prompts))
@@ -228,7 +243,8 @@ class TrainFeed:
         return drawn
 
     def _sample(self, step: int, prompts: list[Prompt], n: int) -> dict[int, PromptGroup]:
-        """Live groups by index of the prompt; a prompt may be left out (failures are counted by the sampler)."""
+        """Live groups by index of the prompt; a prompt may be left out (failures are counted by the
+        sampler)."""
         if not prompts:
             return {}
         seed = int(self._rng(step, 3, self.settings.rank, n).integers(2**31))
@@ -236,8 +252,11 @@ class TrainFeed:
         waiting: dict[str, list[PromptGroup]] = {}
         for group in groups:
             waiting.setdefault(group.prompt.prompt_id, []).append(group)
-        return {i: waiting[prompt.prompt_id].pop(0) for i, prompt in enumerate(prompts)
-                if waiting.get(prompt.prompt_id)}
+        return {
+            i: waiting[prompt.prompt_id].pop(0)
+            for i, prompt in enumerate(prompts)
+            if waiting.get(prompt.prompt_id)
+        }
 
     def _draw_offline(self, source: Offline, count: int) -> list[list[int]]:
         cursor, buffer = self.cursors[source.name], self.offline[source.name]
@@ -245,15 +264,19 @@ class TrainFeed:
         while len(drawn) < count:
             plan = buffer.plan_epoch(self.settings.seed, cursor.epoch, self.settings.group_size)
             if not len(plan):
-                raise ValueError(f"source {source.name} ({', '.join(source.paths)}) holds no group of 2 or more "
-                                 "completions of one prompt")
+                raise ValueError(
+                    f"source {source.name} ({', '.join(source.paths)}) holds no group of 2 or more "
+                    "completions of one prompt"
+                )
             taken = min(count - len(drawn), len(plan) - cursor.index)
             drawn += [plan[i] for i in range(cursor.index, cursor.index + taken)]
             cursor = replace(cursor, index=cursor.index + taken)
             if cursor.index >= len(plan):
                 if not source.repeat and len(drawn) < count:
-                    raise SourceExhausted(f"source {source.name} ran dry after its {len(plan)} groups; give it more "
-                                          "data, set repeat: true, or lower trainer.max_steps")
+                    raise SourceExhausted(
+                        f"source {source.name} ran dry after its {len(plan)} groups; give it more "
+                        "data, set repeat: true, or lower trainer.max_steps"
+                    )
                 if source.repeat:
                     cursor = OfflineCursor(epoch=cursor.epoch + 1)
         self.cursors[source.name] = cursor
@@ -271,8 +294,9 @@ class TrainFeed:
         plan = self.replay.plan_epoch(self.settings.seed, step, self.settings.group_size, rows=rows)
         return [plan[i] for i in range(min(count, len(plan)))]
 
-    def _rows_of(self, source: Source, prompt: Prompt, count: int, step: int,
-                 rng: np.random.Generator) -> list[Completion]:
+    def _rows_of(
+        self, source: Source, prompt: Prompt, count: int, step: int, rng: np.random.Generator
+    ) -> list[Completion]:
         if isinstance(source, Replay):
             assert self.replay is not None
             rows = np.intersect1d(self.replay.rows_of(prompt), self._replayable(source, step))

@@ -1,4 +1,5 @@
-"""Where the groups of a step come from: sources with weights, and the arithmetic that shares a step among them."""
+"""Where the groups of a step come from: sources with weights, and the arithmetic that shares a step among
+them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,8 +60,10 @@ def check_sources(sources: Sequence[Source]) -> None:
         raise ValueError(f"data.sources has the names {names}; each source needs a name of its own")
     for source in sources:
         if not 0.0 < source.weight < float("inf"):
-            raise ValueError(f"source {source.name} has weight {source.weight}; weights must be positive. Leave the "
-                             "source out to give it no share")
+            raise ValueError(
+                f"source {source.name} has weight {source.weight}; weights must be positive. Leave the "
+                "source out to give it no share"
+            )
     if sum(isinstance(source, Live) for source in sources) > 1:
         raise ValueError("data.sources has more than one Live source; one is enough: there is one policy")
     if not any(isinstance(source, Live | Offline) for source in sources):
@@ -70,7 +73,8 @@ def check_sources(sources: Sequence[Source]) -> None:
 def share_out(weights: Sequence[float], count: int, rng: np.random.Generator) -> np.ndarray:
     """Assigns `count` places to sources in proportion to their weights, in random order.
 
-    Systematic sampling: each source gets its exact share rounded up or down, with the exact share as expectation.
+    Systematic sampling: each source gets its exact share rounded up or down, with the exact share as
+    expectation.
 
     Returns:
         (count,) index of the source of each place.
@@ -81,7 +85,8 @@ def share_out(weights: Sequence[float], count: int, rng: np.random.Generator) ->
 
 
 def split_group(weights: Sequence[float], group_size: int) -> list[int]:
-    """How many of a group's completions come from each source, largest remainders first; they sum to group_size."""
+    """How many of a group's completions come from each source, largest remainders first; they sum to
+    group_size."""
     exact = np.asarray(weights, dtype=float) / np.sum(weights) * group_size
     counts = np.floor(exact).astype(int)
     for index in np.argsort(counts - exact, kind="stable")[: group_size - counts.sum()]:

@@ -10,15 +10,21 @@ from torch import Tensor
 from agro_lightning.types import PromptGroup, TokenBatch
 
 
-def pack_groups(groups: Sequence[PromptGroup], *, num_groups: float, policy_version: int = 0,
-                reference_id: str | None = None) -> TokenBatch:
+def pack_groups(
+    groups: Sequence[PromptGroup],
+    *,
+    num_groups: float,
+    policy_version: int = 0,
+    reference_id: str | None = None,
+) -> TokenBatch:
     """Packs groups into one row of tokens: each prompt once, then its completions without their last token.
 
     Args:
         groups: whole prompt groups; every prompt and completion has at least one token.
         num_groups: groups of the whole optimiser step, what the loss is divided by.
         policy_version: optimiser steps taken so far.
-        reference_id: cached ref_logprobs count only where their reference_id equals this; when every completion
+        reference_id: cached ref_logprobs count only where their reference_id equals this; when every
+        completion
             has them the batch carries them, otherwise it carries none.
 
     Raises:
@@ -52,16 +58,21 @@ def pack_groups(groups: Sequence[PromptGroup], *, num_groups: float, policy_vers
 
     sequence_ids = np.repeat(np.arange(len(completions)), lengths)
     within = np.arange(len(sequence_ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    predictors = np.where(within == 0, prompt_ends[group_ids][sequence_ids], starts[sequence_ids] + within - 1)
+    predictors = np.where(
+        within == 0, prompt_ends[group_ids][sequence_ids], starts[sequence_ids] + within - 1
+    )
     cached = reference_id is not None and all(
-        c.ref_logprobs is not None and c.reference_id == reference_id for c in completions)
+        c.ref_logprobs is not None and c.reference_id == reference_id for c in completions
+    )
     return TokenBatch(
         input_ids=torch.from_numpy(np.concatenate([np.asarray(piece, dtype=np.int64) for piece in pieces])),
         position_ids=torch.from_numpy(np.concatenate(positions)),
         prompt_lengths=torch.from_numpy(prompt_lengths),
         completion_lengths=torch.from_numpy(lengths - 1),
         predictors=torch.from_numpy(predictors),
-        targets=torch.from_numpy(np.concatenate([np.asarray(c.completion_ids, dtype=np.int64) for c in completions])),
+        targets=torch.from_numpy(
+            np.concatenate([np.asarray(c.completion_ids, dtype=np.int64) for c in completions])
+        ),
         sequence_ids=torch.from_numpy(sequence_ids),
         group_ids=torch.from_numpy(group_ids),
         rewards=torch.tensor([c.reward for c in completions], dtype=torch.float32),
@@ -82,22 +93,28 @@ def _check(groups: Sequence[PromptGroup]) -> None:
     for group in groups:
         name = group.prompt.prompt_id
         if len(group) < 2:
-            raise ValueError(f"group {name} has {len(group)} completion; AGRO compares completions of one prompt and "
-                             "needs at least 2: raise group_size, or drop the group (on_bad_row: drop)")
+            raise ValueError(
+                f"group {name} has {len(group)} completion; AGRO compares completions of one prompt and "
+                "needs at least 2: raise group_size, or drop the group (on_bad_row: drop)"
+            )
         if not group.prompt.prompt_ids:
             raise ValueError(f"group {name} has an empty prompt; give it at least one token (a BOS, say)")
         for i, completion in enumerate(group.completions):
             if not len(completion):
-                raise ValueError(f"completion {i} of group {name} (source {completion.source}) is empty; it needs at "
-                                 "least one token, the EOS: drop it, or append the EOS")
+                raise ValueError(
+                    f"completion {i} of group {name} (source {completion.source}) is empty; it needs at "
+                    "least one token, the EOS: drop it, or append the EOS"
+                )
 
 
 def _tokens(values: Sequence[Sequence[float] | None], lengths: np.ndarray) -> Tensor | None:
     """Lays per-token values of all completions end to end, NaN where a completion has none."""
     if all(value is None for value in values):
         return None
-    parts = [np.full(length, np.nan, dtype=np.float32) if value is None else np.asarray(value, dtype=np.float32)
-             for value, length in zip(values, lengths, strict=True)]
+    parts = [
+        np.full(length, np.nan, dtype=np.float32) if value is None else np.asarray(value, dtype=np.float32)
+        for value, length in zip(values, lengths, strict=True)
+    ]
     return torch.from_numpy(np.concatenate(parts))
 
 
@@ -163,5 +180,7 @@ def select_completions(batch: TokenBatch, rows: Sequence[int]) -> TokenBatch:
         truncated=batch.truncated[on_device],
         policy_versions=batch.policy_versions[on_device],
         sources=tuple(source for source, kept in zip(batch.sources, keep.tolist(), strict=True) if kept),
-        prompt_ids=tuple(name for name, kept in zip(batch.prompt_ids, keep_group.tolist(), strict=True) if kept),
+        prompt_ids=tuple(
+            name for name, kept in zip(batch.prompt_ids, keep_group.tolist(), strict=True) if kept
+        ),
     )
