@@ -49,8 +49,8 @@ class PromptSettings:
     prompt_column: str | None = None
     """The column with the prompt, instead of the format's; dots lead into nested columns."""
     answer_column: str | None = None
-    """The column with the reference answer, instead of the format's; every row then needs one. Where it has no
-    answer in the format's way, all of its text is the answer."""
+    """The column with the reference answer, instead of the format's; every row then needs one. Where that has
+    no answer in the format's way, all of its text is the answer."""
     id_column: str | None = None
     """The column with the prompt's id; by default prompt_id where a row has it, else a hash of its tokens."""
     template: str = "{prompt}"
