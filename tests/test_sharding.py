@@ -1,0 +1,173 @@
+"""Sharded models on real gloo ranks: weights, buffers, log-probs, gradients and generation equal one process."""
+
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_lm
+from torch.distributed.tensor import DTensor
+
+from agro_lightning.data.packing import pack_groups
+from agro_lightning.loading import sharded_policy, sharded_reference
+from agro_lightning.policy import LoraSettings, Policy, PolicySettings
+from agro_lightning.sharding import ShardingSettings
+from agro_lightning.types import Completion, Prompt, PromptGroup
+
+
+def make_groups(count, seed=0, vocab=16, members=3):
+    """Groups of ragged random tokens."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        length = int(torch.randint(low, high, (), generator=rng))
+        return tuple(torch.randint(3, vocab, (length,), generator=rng).tolist())
+
+    groups = []
+    for g in range(count):
+        completions = tuple(
+            Completion(completion="", completion_ids=ids(1, 7), reward=float(torch.rand((), generator=rng)),
+                       finish_reason="stop", source="live", policy_version=0, temperature=1.0)
+            for _ in range(members))
+        groups.append(PromptGroup(prompt=Prompt(prompt_id=f"p{g}", prompt="", prompt_ids=ids(2, 6)),
+                                  completions=completions))
+    return groups
+
+
+def mesh_of(world, tensor=1):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    return init_device_mesh("cpu", (world // tensor, tensor), mesh_dim_names=("data_parallel", "tensor_parallel"))
+
+
+def full(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def load_and_measure(rank, world, settings, sharding, tensor=1):
+    """Everything that is compared with one process."""
+    mesh = mesh_of(world, tensor)
+    torch.manual_seed(5)
+    policy = sharded_policy(settings, sharding, mesh, torch.device("cpu"), temperature=0.7)
+    reference = sharded_reference(policy, sharding, mesh, torch.device("cpu"))
+    groups = make_groups(4)
+    data = mesh["data_parallel"]
+    mine = pack_groups(groups[data.get_local_rank():: data.size()], num_groups=len(groups))
+    (policy.logprobs(mine).logprobs.sum() * data.size()).backward()
+    everything = pack_groups(groups, num_groups=len(groups))
+    with torch.no_grad():
+        ref_logprobs = reference.logprobs(everything).logprobs
+    return {
+        "weights": {name: full(p) for name, p in policy.lm.named_parameters()},
+        "buffers": dict(policy.lm.named_buffers()),
+        "gradients": {name: full(p.grad) for name, p in policy.lm.named_parameters() if p.grad is not None},
+        "local": sum(p.to_local().numel() for p in policy.parameters()),
+        "logprobs": ref_logprobs,
+        "dtypes": {p.dtype for p in reference.parameters()},
+    }
+
+
+def one_process(settings):
+    torch.manual_seed(5)
+    policy = Policy(settings, temperature=0.7)
+    groups = make_groups(4)
+    logprobs = policy.logprobs(pack_groups(groups, num_groups=len(groups))).logprobs
+    logprobs.sum().backward()
+    return policy, logprobs.detach()
+
+
+def check_equal(results, policy, logprobs, tolerance=1e-6):
+    weights = dict(policy.lm.named_parameters())
+    gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
+    for result in results:
+        assert result["weights"].keys() == weights.keys()
+        for name, weight in weights.items():
+            torch.testing.assert_close(result["weights"][name], weight.detach(), rtol=0, atol=0, msg=name)
+        for name, buffer in policy.lm.named_buffers():
+            torch.testing.assert_close(result["buffers"][name], buffer, rtol=0, atol=0, msg=name)
+        assert result["gradients"].keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            error, size = (result["gradients"][name] - gradient).abs().max(), gradient.abs().max()
+            assert error <= tolerance * size, f"{name}: error {error:.1e} of {size:.1e}"
+        torch.testing.assert_close(result["logprobs"], logprobs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    def make(architecture, **kwargs):
+        folder = tmp_path / architecture
+        tiny_lm(architecture).save_pretrained(folder, **kwargs)
+        return str(folder)
+
+    return make
+
+
+@pytest.mark.parametrize("architecture", ["llama_tied", "qwen3", "gpt2", "gemma2"])
+def test_slices_of_files_equal_one_process(model_folder, architecture):
+    settings = PolicySettings(path=model_folder(architecture, max_shard_size="20KB"))
+    results = run_ranks(load_and_measure, 2, settings, ShardingSettings())
+    check_equal(results, *one_process(settings))
+
+
+def test_four_ranks_in_two_replicas_with_checkpointing(model_folder):
+    settings = PolicySettings(path=model_folder("llama_tied"), gradient_checkpointing=True)
+    results = run_ranks(load_and_measure, 4, settings, ShardingSettings(replicate=2))
+    policy, logprobs = one_process(settings)
+    check_equal(results, policy, logprobs)
+    whole = sum(p.numel() for p in policy.parameters())
+    assert sum(result["local"] for result in results) == 2 * whole  # two replicas of two shards
+
+
+def test_random_weights_are_those_of_one_process():
+    settings = PolicySettings(path="quickstart", weights="random")
+    results = run_ranks(load_and_measure, 2, settings, ShardingSettings())
+    check_equal(results, *one_process(settings))
+
+
+def test_adapters_under_fsdp_equal_one_process(model_folder):
+    pytest.importorskip("peft")
+    settings = PolicySettings(path=model_folder("llama"), lora=LoraSettings(rank=4))
+    results = run_ranks(load_and_measure, 2, settings, ShardingSettings())
+    check_equal(results, *one_process(settings))
+
+
+def test_other_names_in_the_files_are_handed_out_by_rank_0(model_folder):
+    folder = model_folder("llama")
+    file = f"{folder}/model.safetensors"
+    weights = load_file(file)
+    weights["foreign"] = torch.zeros(1)
+    save_file(weights, file, metadata={"format": "pt"})
+    settings = PolicySettings(path=folder)
+    check_equal(run_ranks(load_and_measure, 2, settings, ShardingSettings()), *one_process(settings))
+
+
+def test_a_file_of_another_shape_is_refused(model_folder):
+    folder = model_folder("llama")
+    file = f"{folder}/model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"] = weights["lm_head.weight"][:-1].clone()
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(AssertionError, match=r"lm_head.weight has shape \(63, 32\); the config makes it \(64, 32\)"):
+        run_ranks(load_and_measure, 2, PolicySettings(path=folder), ShardingSettings())
+
+
+def test_bf16_compute_keeps_fp32_master_weights(model_folder):
+    settings = PolicySettings(path=model_folder("llama"))
+    results = run_ranks(load_and_measure, 2, settings, ShardingSettings(param_dtype="bfloat16"))
+    policy, _ = one_process(settings)
+    cast = Policy(PolicySettings(path=settings.path, dtype="bfloat16"), temperature=0.7)
+    groups = make_groups(4)
+    expected = cast.logprobs(pack_groups(groups, num_groups=4)).logprobs.detach()
+    for result in results:
+        assert {w.dtype for w in result["weights"].values()} == {torch.float32}
+        assert {g.dtype for g in result["gradients"].values()} == {torch.float32}
+        assert result["dtypes"] == {torch.bfloat16}
+        for name, weight in policy.lm.named_parameters():
+            assert torch.equal(result["weights"][name], weight.detach())
+        assert torch.equal(result["logprobs"], expected)
+
+
+def test_replicate_must_divide():
+    with pytest.raises(AssertionError, match="must divide the data-parallel size"):
+        run_ranks(load_and_measure, 2, PolicySettings(), ShardingSettings(replicate=3))
