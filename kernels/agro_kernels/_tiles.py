@@ -25,28 +25,47 @@ class Tile:
     group: int
     """Row blocks that are swept together over the vocabulary, so that they share W's tiles in the L2
     cache."""
-    per_sm: int
-    """Persistent programs per multiprocessor."""
 
 
-WIDE = Tile(rows=128, columns=256, depth=64, warps=8, stages=3, group=16, per_sm=1)
-NARROW = Tile(rows=128, columns=128, depth=64, warps=4, stages=3, group=16, per_sm=2)
-EXACT = Tile(rows=64, columns=64, depth=32, warps=4, stages=2, group=8, per_sm=2)
-INTERPRETED = Tile(rows=32, columns=64, depth=32, warps=1, stages=1, group=2, per_sm=1)
+WIDE = Tile(rows=128, columns=256, depth=64, warps=8, stages=3, group=16)
+NARROW = Tile(rows=128, columns=128, depth=64, warps=8, stages=3, group=16)
+POINTERS = Tile(rows=64, columns=128, depth=32, warps=8, stages=2, group=16)
+EXACT = Tile(rows=64, columns=64, depth=32, warps=8, stages=2, group=16)
+INTERPRETED = Tile(rows=32, columns=64, depth=32, warps=1, stages=1, group=2)
 
 FORWARD: tuple[tuple[int, Tile], ...] = ((1536, NARROW), (8192, WIDE))
-"""(largest hidden size, tile), unmeasured: below 1536 the epilogue weighs more, and two programs overlap
-it."""
+"""(largest hidden size, tile), unmeasured: below 1536 the epilogue weighs more, and two programs a
+multiprocessor
+overlap it."""
 DLOGITS: tuple[tuple[int, Tile], ...] = ((1536, NARROW), (8192, WIDE))
 """The same for the backward's recompute, unmeasured."""
 
 
 def choose_tile(
-    table: tuple[tuple[int, Tile], ...], hidden_size: int, dtype: torch.dtype, interpreted: bool
+    table: tuple[tuple[int, Tile], ...],
+    hidden_size: int,
+    dtype: torch.dtype,
+    *,
+    softcap: bool = False,
+    descriptor: bool = True,
+    interpreted: bool = False,
 ) -> Tile:
-    """The table's tile for a hidden size; sizes above the last bucket take the last tile."""
+    """The tile for one launch.
+
+    Args:
+        table: FORWARD or DLOGITS; sizes above its last bucket take the last tile.
+        hidden_size: H.
+        dtype: of hidden and weight; fp32 has no exact tensor-core product, so its tile is small.
+        softcap: whether the epilogue has a tanh, whose registers a wide tile lacks.
+        descriptor: whether the copy engine loads the tiles; plain loads cost registers too.
+        interpreted: whether Triton's interpreter runs the kernel, on a CPU.
+    """
     if interpreted:
         return INTERPRETED
     if dtype == torch.float32:
         return EXACT
+    if not descriptor:
+        return POINTERS
+    if softcap:
+        return NARROW
     return next((tile for limit, tile in table if hidden_size <= limit), table[-1][1])

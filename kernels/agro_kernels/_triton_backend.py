@@ -10,27 +10,34 @@ from agro_kernels._tiles import DLOGITS, FORWARD, Tile, choose_tile
 from agro_kernels._triton_combine import launch_combine
 from agro_kernels._triton_dlogits import launch_dlogits
 from agro_kernels._triton_stats import launch_stats
-from agro_kernels._triton_tile import row_major
+from agro_kernels._triton_tile import row_major, uses_descriptors
 
 SLICE_BYTES = 256 << 20
 """Largest slice of dL/du that exists at a time."""
 
 
-def _tile(table: tuple[tuple[int, Tile], ...], hidden: Tensor) -> Tile:
-    return choose_tile(table, hidden.shape[1], hidden.dtype, interpreted=hidden.device.type == "cpu")
+def _tile(table: tuple[tuple[int, Tile], ...], hidden: Tensor, weight: Tensor, head: Head) -> Tile:
+    return choose_tile(
+        table,
+        hidden.shape[1],
+        hidden.dtype,
+        softcap=head.softcap != 0,
+        descriptor=uses_descriptors(hidden, weight),
+        interpreted=hidden.device.type == "cpu",
+    )
 
 
 def triton_stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, mean: bool, tiles: bool
 ) -> Stats:
     """Row statistics by two kernels; see chunked_stats for the arguments."""
-    tile_logsumexp, tile_mean, target_logit = launch_stats(
-        row_major(hidden), row_major(weight), bias, targets, head, mean, _tile(FORWARD, hidden)
-    )
+    hidden, weight = row_major(hidden), row_major(weight)
+    tile = _tile(FORWARD, hidden, weight, head)
+    tile_logsumexp, tile_mean, target_logit = launch_stats(hidden, weight, bias, targets, head, mean, tile)
     logsumexp, mean_logit = launch_combine(tile_logsumexp, tile_mean if mean else None)
     coarse = None
     if tiles:
-        width = SPARSE_TILE // _tile(FORWARD, hidden).columns
+        width = SPARSE_TILE // tile.columns
         padding = -tile_logsumexp.shape[0] % width
         padded = torch.nn.functional.pad(tile_logsumexp, (0, 0, 0, padding), value=-torch.inf)
         coarse = torch.logsumexp(padded.view(-1, width, hidden.shape[0]), dim=1).T
@@ -72,7 +79,7 @@ def _by_vocabulary(hidden, weight, bias, targets, head, upstream, wanted: Wanted
     d_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if wanted.hidden else None
     d_weight = weight.new_empty(weight.shape, dtype=wanted.weight) if wanted.weight else None
     d_bias = weight.new_empty(columns, dtype=torch.float32) if wanted.bias else None
-    tile = _tile(DLOGITS, hidden)
+    tile = _tile(DLOGITS, hidden, weight, head)
     for left, right in spans(columns, width):
         grad = buffer[: rows * (right - left)].view(rows, right - left)
         part = weight[left:right]
@@ -102,7 +109,7 @@ def _by_tokens(hidden, weight, bias, targets, head, upstream: Upstream, wanted: 
     d_hidden = hidden.new_empty(hidden.shape, dtype=wanted.hidden) if wanted.hidden else None
     d_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if wanted.weight else None
     d_bias = weight.new_zeros(columns, dtype=torch.float32) if wanted.bias else None
-    tile = _tile(DLOGITS, hidden)
+    tile = _tile(DLOGITS, hidden, weight, head)
     for top, bottom in spans(rows, height):
         grad = buffer[: (bottom - top) * columns].view(bottom - top, columns)
         block = slice(top, bottom)
@@ -124,7 +131,7 @@ def _sparse(hidden, weight, bias, targets, head, upstream: Upstream, wanted: Wan
     d_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if wanted.hidden else None
     d_weight = weight.new_zeros(weight.shape, dtype=wanted.weight) if wanted.weight else None
     d_bias = weight.new_zeros(columns, dtype=torch.float32) if wanted.bias else None
-    tile = _tile(DLOGITS, hidden)
+    tile = _tile(DLOGITS, hidden, weight, head)
     counts = upstream.keep.sum(0).tolist()
     kept = upstream.keep.T.nonzero()[:, 1].split(counts)  # rows in order, tile by tile
     for (left, right), rows in zip(spans(columns, SPARSE_TILE), kept, strict=True):

@@ -16,7 +16,6 @@ from agro_kernels._triton_tile import (
     logits_tile,
     matrix_argument,
     products_tile,
-    program_count,
     tile_place,
     uses_descriptors,
 )
@@ -57,52 +56,50 @@ def dlogits_kernel(
     LN2: tl.constexpr = 0.6931471805599453
     row_blocks = tl.cdiv(row_count, ROWS)
     column_blocks = tl.cdiv(column_count, COLUMNS)
-    for tile in tl.range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0), flatten=True):
-        row_block, column_block = tile_place(tile, row_blocks, column_blocks, GROUP)
-        row = row_block * ROWS
-        column = column_block * COLUMNS
-        products = products_tile(
-            hidden,
-            weight,
-            row,
-            column,
-            row_count,
-            column_count,
-            hidden_stride,
-            weight_stride,
-            H,
-            DESCRIPTOR,
-            ROWS,
-            COLUMNS,
-            DEPTH,
-        )
-        logits, bounded = logits_tile(
-            products, bias, column, column_count, inner, outer, BIAS, SOFTCAP, COLUMNS
-        )
-        rows = row + tl.arange(0, ROWS)
-        inside = rows < row_count
-        log2_p = logits - (tl.load(logsumexp + rows, mask=inside, other=0.0) * LOG2_E)[:, None]
-        c = tl.load(coefficient + rows, mask=inside, other=0.0)
-        if ENTROPY:
-            e = tl.load(entropy_coefficient + rows, mask=inside, other=0.0)
-            h = tl.load(entropy + rows, mask=inside, other=0.0)
-            # -inf logits have p = 0, and 0 * -inf would be NaN.
-            level = tl.maximum(log2_p, -1.0e30) * (e * LN2)[:, None] + (c + e * h)[:, None]
-            grad = -tl.exp2(log2_p) * level
-        else:
-            grad = -tl.exp2(log2_p) * c[:, None]
-        target = tl.load(targets + rows, mask=inside, other=-1) - column
-        hit = target[:, None] == tl.arange(0, COLUMNS)[None, :]
-        grad = tl.where(hit, grad + c[:, None], grad) * factor
-        if SOFTCAP:
-            grad *= 1.0 - bounded * bounded
-        columns = column + tl.arange(0, COLUMNS)
-        place = rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
-        tl.store(
-            out + place,
-            grad.to(out.dtype.element_ty),
-            mask=inside[:, None] & (columns < column_count)[None, :],
-        )
+    row_block, column_block = tile_place(tl.program_id(0), row_blocks, column_blocks, GROUP)
+    row = row_block * ROWS
+    column = column_block * COLUMNS
+    products = products_tile(
+        hidden,
+        weight,
+        row,
+        column,
+        row_count,
+        column_count,
+        hidden_stride,
+        weight_stride,
+        H,
+        DESCRIPTOR,
+        ROWS,
+        COLUMNS,
+        DEPTH,
+    )
+    logits = logits_tile(products, bias, column, column_count, inner, outer, BIAS, SOFTCAP, COLUMNS)
+    rows = row + tl.arange(0, ROWS)
+    inside = rows < row_count
+    log2_p = logits - (tl.load(logsumexp + rows, mask=inside, other=0.0) * LOG2_E)[:, None]
+    c = tl.load(coefficient + rows, mask=inside, other=0.0)
+    if ENTROPY:
+        e = tl.load(entropy_coefficient + rows, mask=inside, other=0.0)
+        h = tl.load(entropy + rows, mask=inside, other=0.0)
+        # -inf logits have p = 0, and 0 * -inf would be NaN.
+        level = tl.maximum(log2_p, -1.0e30) * (e * LN2)[:, None] + (c + e * h)[:, None]
+        grad = -tl.exp2(log2_p) * level
+    else:
+        grad = -tl.exp2(log2_p) * c[:, None]
+    target = tl.load(targets + rows, mask=inside, other=-1) - column
+    hit = target[:, None] == tl.arange(0, COLUMNS)[None, :]
+    grad = tl.where(hit, grad + c[:, None], grad) * factor
+    if SOFTCAP:
+        bounded = logits * (1.0 / outer)  # tanh again, which costs fewer registers than keeping it
+        grad *= 1.0 - bounded * bounded
+    columns = column + tl.arange(0, COLUMNS)
+    place = rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
+    tl.store(
+        out + place,
+        grad.to(out.dtype.element_ty),
+        mask=inside[:, None] & (columns < column_count)[None, :],
+    )
 
 
 def launch_dlogits(
@@ -127,7 +124,7 @@ def launch_dlogits(
     entropy, entropy_coefficient = upstream.entropy, upstream.entropy_coefficient
     has_entropy = entropy is not None and entropy_coefficient is not None
     tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
-    dlogits_kernel[(program_count(tiles, tile.per_sm, hidden.device),)](
+    dlogits_kernel[(tiles,)](
         matrix_argument(hidden, [tile.rows, tile.depth], descriptor),
         matrix_argument(weight, [tile.columns, tile.depth], descriptor),
         bias if bias is not None else upstream.logsumexp, targets, upstream.logsumexp, upstream.coefficient,

@@ -16,7 +16,6 @@ from agro_kernels._triton_tile import (
     logits_tile,
     matrix_argument,
     products_tile,
-    program_count,
     tile_place,
     uses_descriptors,
 )
@@ -49,51 +48,49 @@ def stats_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """tile_logsumexp and tile_mean are (column blocks, N); target_logit (N,) is written where a tile owns
-    it."""
+    """tile_logsumexp and tile_mean are (column blocks, N); target_logit (N,) is written by its tile."""
     LN2: tl.constexpr = 0.6931471805599453
     row_blocks = tl.cdiv(row_count, ROWS)
     column_blocks = tl.cdiv(column_count, COLUMNS)
-    for tile in tl.range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0), flatten=True):
-        row_block, column_block = tile_place(tile, row_blocks, column_blocks, GROUP)
-        row = row_block * ROWS
-        column = column_block * COLUMNS
-        products = products_tile(
-            hidden,
-            weight,
-            row,
-            column,
-            row_count,
-            column_count,
-            hidden_stride,
-            weight_stride,
-            H,
-            DESCRIPTOR,
-            ROWS,
-            COLUMNS,
-            DEPTH,
-        )
-        logits, _ = logits_tile(products, bias, column, column_count, inner, outer, BIAS, SOFTCAP, COLUMNS)
-        columns = column + tl.arange(0, COLUMNS)
-        logits = tl.where((columns < column_count)[None, :], logits, -float("inf"))
-        rows = row + tl.arange(0, ROWS)
-        inside = rows < row_count
-        # A row of -inf (a masking bias) must not give inf - inf.
-        peak = tl.maximum(tl.max(logits, 1), -3.0e38)
-        weights = tl.exp2(logits - peak[:, None])
-        total = tl.sum(weights, 1)
-        out = column_block.to(tl.int64) * row_count + rows
-        tl.store(tile_logsumexp + out, (peak + tl.log2(total)) * LN2, mask=inside)
-        if MEAN:
-            # Past the edge and at -inf the weight is 0, and 0 * -inf would be NaN.
-            below = tl.sum(weights * tl.maximum(logits - peak[:, None], -1.0e30), 1)
-            tl.store(tile_mean + out, tl.where(total > 0, peak + below / total, 0.0) * LN2, mask=inside)
-        target = tl.load(targets + rows, mask=inside, other=-1) - column
-        owned = (target >= 0) & (target < COLUMNS)
-        if tl.max(owned.to(tl.int32), 0) > 0:
-            hit = target[:, None] == tl.arange(0, COLUMNS)[None, :]
-            chosen = tl.sum(tl.where(hit, logits, 0.0), 1) * LN2
-            tl.store(target_logit + rows, chosen, mask=inside & owned)
+    row_block, column_block = tile_place(tl.program_id(0), row_blocks, column_blocks, GROUP)
+    row = row_block * ROWS
+    column = column_block * COLUMNS
+    products = products_tile(
+        hidden,
+        weight,
+        row,
+        column,
+        row_count,
+        column_count,
+        hidden_stride,
+        weight_stride,
+        H,
+        DESCRIPTOR,
+        ROWS,
+        COLUMNS,
+        DEPTH,
+    )
+    logits = logits_tile(products, bias, column, column_count, inner, outer, BIAS, SOFTCAP, COLUMNS)
+    columns = column + tl.arange(0, COLUMNS)
+    logits = tl.where((columns < column_count)[None, :], logits, -float("inf"))
+    rows = row + tl.arange(0, ROWS)
+    inside = rows < row_count
+    # A row of -inf (a masking bias) must not give inf - inf.
+    peak = tl.maximum(tl.max(logits, 1), -3.0e38)
+    weights = tl.exp2(logits - peak[:, None])
+    total = tl.sum(weights, 1)
+    out = column_block.to(tl.int64) * row_count + rows
+    tl.store(tile_logsumexp + out, (peak + tl.log2(total)) * LN2, mask=inside)
+    if MEAN:
+        # Past the edge and at -inf the weight is 0, and 0 * -inf would be NaN.
+        below = tl.sum(weights * tl.maximum(logits - peak[:, None], -1.0e30), 1)
+        tl.store(tile_mean + out, tl.where(total > 0, peak + below / total, 0.0) * LN2, mask=inside)
+    target = tl.load(targets + rows, mask=inside, other=-1) - column
+    owned = (target >= 0) & (target < COLUMNS)
+    if tl.max(owned.to(tl.int32), 0) > 0:
+        hit = target[:, None] == tl.arange(0, COLUMNS)[None, :]
+        chosen = tl.sum(tl.where(hit, logits, 0.0), 1) * LN2
+        tl.store(target_logit + rows, chosen, mask=inside & owned)
 
 
 def kernel_factors(head: Head) -> tuple[float, float]:
@@ -127,12 +124,11 @@ def launch_stats(
     target_logit = torch.zeros(rows, dtype=torch.float32, device=hidden.device)
     descriptor = uses_descriptors(hidden, weight)
     inner, outer = kernel_factors(head)
-    grid = (program_count(blocks * -(-rows // tile.rows), tile.per_sm, hidden.device),)
-    stats_kernel[grid](
+    stats_kernel[(blocks * -(-rows // tile.rows),)](
         matrix_argument(hidden, [tile.rows, tile.depth], descriptor),
         matrix_argument(weight, [tile.columns, tile.depth], descriptor),
-        bias if bias is not None else target_logit, targets, tile_logsumexp, tile_mean, target_logit, rows, columns,
-        hidden.stride(0), weight.stride(0), inner, outer, H=hidden.shape[1], DESCRIPTOR=descriptor,
+        bias if bias is not None else target_logit, targets, tile_logsumexp, tile_mean, target_logit, rows,
+        columns, hidden.stride(0), weight.stride(0), inner, outer, H=hidden.shape[1], DESCRIPTOR=descriptor,
         BIAS=bias is not None, SOFTCAP=head.softcap != 0, MEAN=mean, ROWS=tile.rows, COLUMNS=tile.columns,
         DEPTH=tile.depth, GROUP=tile.group, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

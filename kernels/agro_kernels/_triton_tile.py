@@ -4,7 +4,6 @@
 # pyright: reportAssignmentType=false, reportArgumentType=false, reportIndexIssue=false
 # Kernel bodies are Triton's language, which only looks like Python.
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,14 +34,16 @@ def load_tile(
 ):
     """A (ROWS, COLUMNS) tile of a row-major matrix, zeros past its edges."""
     if DESCRIPTOR:
-        return source.load([row, column])
-    rows = row + tl.arange(0, ROWS)
-    columns = column + tl.arange(0, COLUMNS)
-    # N * H and V * H pass 2^31.
-    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    return tl.load(
-        source + offsets, mask=(rows < row_count)[:, None] & (columns < column_count)[None, :], other=0.0
-    )
+        tile = source.load([row, column])
+    else:
+        rows = row + tl.arange(0, ROWS)
+        columns = column + tl.arange(0, COLUMNS)
+        inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+        # N * H and V * H pass 2^31.
+        tile = tl.load(
+            source + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0
+        )
+    return tile
 
 
 @triton.jit
@@ -90,17 +91,16 @@ def logits_tile(
     SOFTCAP: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """From X Wᵀ to logits in units of log 2, and tanh of the softcap (or the logits again without one).
+    """From X Wᵀ to logits in units of log 2.
 
     Without softcap z = outer * u; with it z = outer * tanh(inner * u); outer carries 1 / log 2.
     """
     if BIAS:
         columns = column + tl.arange(0, COLUMNS)
         products += tl.load(bias + columns, mask=columns < column_count, other=0.0).to(tl.float32)[None, :]
-    bounded = products
     if SOFTCAP:
-        bounded = tanh(products * inner)
-    return bounded * outer, bounded
+        products = tanh(products * inner)
+    return products * outer
 
 
 def uses_descriptors(hidden: Tensor, weight: Tensor) -> bool:
@@ -120,13 +120,6 @@ def matrix_argument(matrix: Tensor, block: list[int], descriptor: bool) -> Tenso
     if not descriptor:
         return matrix
     return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], block)
-
-
-def program_count(tiles: int, per_sm: int, device: torch.device) -> int:
-    """Persistent programs to launch; one-dimensional, so no grid limit of 65535 applies."""
-    if device.type != "cuda":
-        return min(tiles, 3)
-    return min(tiles, per_sm * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def row_major(matrix: Tensor) -> Tensor:

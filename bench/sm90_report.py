@@ -1,0 +1,193 @@
+"""Compiles every kernel and every tile of the static table for Hopper (sm_90), on a machine without a GPU.
+
+Prints registers, stack (above 0: registers spill), shared memory, tensor-core instructions and bulk copies of
+each,
+and exits with 1 where the gate fails: stack 0, wgmma present for 16-bit inputs, shared memory at most 232,448
+bytes.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # compiled kernels are what this is about
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from agro_kernels import _tiles
+from agro_kernels._triton_combine import ROWS, combine_kernel
+from agro_kernels._triton_dlogits import dlogits_kernel
+from agro_kernels._triton_stats import stats_kernel
+from bench._records import emit, parser, record
+
+BENCH = "sm90_report"
+SHARED_LIMIT = 232_448
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SIZES = (896, 2048, 2880, 4096, 8192)
+VARIANTS: dict[str, dict[str, bool]] = {
+    "plain": {},
+    "entropy": {"ENTROPY": True, "MEAN": True},
+    "softcap_bias_entropy": {"SOFTCAP": True, "BIAS": True, "ENTROPY": True, "MEAN": True},
+    "pointers": {"DESCRIPTOR": False},
+}
+TYPES = {"targets": "*i64"} | {name: "fp32" for name in ("inner", "outer", "factor")}
+TYPES |= {name: "i32" for name in ("row_count", "column_count", "tile_count")}
+ALIGNED = ("hidden_stride", "weight_stride", "out_stride")
+TYPES |= {name: "i32" for name in ALIGNED}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One kernel to compile."""
+
+    name: str
+    kernel: Any
+    dtype: str
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+    @property
+    def needs_wgmma(self) -> bool:
+        return self.dtype != "fp32" and "H" in self.constants
+
+
+def head_case(kernel: Any, kind: str, table: Any, dtype: str, size: int, variant: str) -> Case:
+    """A forward or backward kernel at one hidden size, with the table's tile."""
+    flags = {"DESCRIPTOR": True, "BIAS": False, "SOFTCAP": False, "ENTROPY": False, "MEAN": False}
+    flags |= VARIANTS[variant]
+    tile = _tiles.choose_tile(
+        table, size, DTYPES[dtype], softcap=flags["SOFTCAP"], descriptor=flags["DESCRIPTOR"]
+    )
+    shape = {"H": size, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "GROUP": tile.group}
+    constants = {name: value for name, value in (flags | shape).items() if name in kernel.arg_names}
+    name = f"{kind}:{dtype}:H{size}:{variant}:{tile.rows}x{tile.columns}x{tile.depth}"
+    return Case(
+        name=name, kernel=kernel, dtype=dtype, constants=constants, warps=tile.warps, stages=tile.stages
+    )
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """Every kernel with every tile that the tables can give; all variants at one size of each tile."""
+    seen = set()
+    for kernel, kind, table in (
+        (stats_kernel, "stats", _tiles.FORWARD),
+        (dlogits_kernel, "dlogits", _tiles.DLOGITS),
+    ):
+        for dtype in ("bf16",) if quick else DTYPES:
+            for size in SIZES:
+                tile = _tiles.choose_tile(table, size, DTYPES[dtype])
+                first = (kind, dtype, tile) not in seen
+                seen.add((kind, dtype, tile))
+                for variant in VARIANTS:
+                    if variant == "plain" or (first and not quick):
+                        yield head_case(kernel, kind, table, dtype, size, variant)
+    for mean in (False, True):
+        constants = {"MEAN": mean, "ROWS": ROWS}
+        name = f"combine:mean={mean}"
+        yield Case(name=name, kernel=combine_kernel, dtype="fp32", constants=constants, warps=4, stages=3)
+
+
+def signature(case: Case) -> dict[str, str]:
+    """The types of the kernel's arguments, as the launcher would give them."""
+    constants, kinds = case.constants, {}
+    for name in case.kernel.arg_names:
+        if name in constants:
+            kinds[name] = "constexpr"
+        elif name in ("hidden", "weight") and constants.get("DESCRIPTOR"):
+            rows = constants["ROWS"] if name == "hidden" else constants["COLUMNS"]
+            kinds[name] = f"tensordesc<{case.dtype}[{rows}, {constants['DEPTH']}]>"
+        elif name in ("hidden", "weight", "out", "bias"):
+            kinds[name] = f"*{case.dtype}"
+        else:
+            kinds[name] = TYPES.get(name, "*fp32")
+    return kinds
+
+
+def compile_case(case: Case) -> dict[str, int]:
+    """Compiles for sm_90 and reads the cost from the binary."""
+    kinds = signature(case)
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, (name, kind) in enumerate(kinds.items())
+        if kind.startswith("*") or (name in ALIGNED and case.constants.get("DESCRIPTOR"))
+    }
+    compiled = triton.compile(
+        ASTSource(fn=case.kernel, signature=kinds, constexprs=case.constants, attrs=aligned),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": True},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ptx = compiled.asm["ptx"]
+
+    def figure(name: str) -> int:
+        found = re.search(rf"{name}:(\d+)", usage)
+        assert found is not None, usage
+        return int(found[1])
+
+    return {
+        "registers": figure("REG"),
+        "stack_bytes": figure("STACK"),
+        "shared_bytes": compiled.metadata.shared,
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "bulk_copies": ptx.count("cp.async.bulk.tensor"),
+    }
+
+
+def failures(case: Case, figures: dict[str, int]) -> list[str]:
+    """What the gate holds against a kernel; empty is good."""
+    found = []
+    if figures["stack_bytes"] > 0:
+        found.append(f"{case.name}: {figures['stack_bytes']} bytes of stack: registers spill")
+    if figures["shared_bytes"] > SHARED_LIMIT:
+        found.append(f"{case.name}: {figures['shared_bytes']} bytes of shared memory, above {SHARED_LIMIT}")
+    if case.needs_wgmma and figures["wgmma"] == 0:
+        found.append(f"{case.name}: no wgmma instruction")
+    return found
+
+
+def report(quick: bool) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records of all cases, and the gate's failures."""
+    records, failed = [], []
+    for case in cases(quick):
+        figures = compile_case(case)
+        failed += failures(case, figures)
+        records += [
+            record(BENCH, case.name, "ours", metric, value, "bytes" if metric.endswith("bytes") else "count")
+            for metric, value in figures.items()
+        ]
+    return records, failed
+
+
+def wide(records: list[dict[str, Any]]) -> str:
+    """One line a kernel."""
+    rows: dict[str, dict[str, int]] = {}
+    for item in records:
+        rows.setdefault(item["case"], {})[item["metric"]] = item["value"]
+    lines = [f"{'kernel':58}" + "".join(f"{metric:>14}" for metric in next(iter(rows.values())))]
+    lines += [f"{name:58}" + "".join(f"{value:>14}" for value in row.values()) for name, row in rows.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = parser(__doc__).parse_args()
+    records, failed = report(options.quick)
+    emit(records, options.json, wide(records))
+    if failed:
+        sys.exit("the gate fails:\n" + "\n".join(failed))
+
+
+if __name__ == "__main__":
+    main()
