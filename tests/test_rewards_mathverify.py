@@ -1,0 +1,86 @@
+"""MathVerify: comparing mathematics in processes that can be killed."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from agro_lightning.rewards import MathVerify
+from agro_lightning.types import Prompt
+
+
+def prompts(*answers):
+    return [Prompt(prompt_id=f"p{i}", prompt="q", prompt_ids=(1,), answer=a) for i, a in enumerate(answers)]
+
+
+@pytest.fixture(scope="module")
+def math_verify():
+    pytest.importorskip("math_verify")
+    reward = MathVerify(timeout_s=3.0, workers=2)
+    yield reward
+    reward.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "completion", "expected"),
+    [
+        (r"\frac{1}{2}", "so it is 0.5", 1.0),
+        (r"\frac{1}{2}", r"so \boxed{\dfrac{2}{4}}", 1.0),
+        ("1,234", "the answer is 1234", 1.0),
+        ("\u22125", r"\boxed{-5}", 1.0),
+        ("-5", "the answer is \u22125", 1.0),
+        ("x^2+1", "$1+x^2$", 1.0),
+        ("(1,2)", r"\boxed{(1, 2)}", 1.0),
+        ("5", r"\boxed{5\text{ cm}}", 1.0),
+        (r"\text{Sunday}", r"\boxed{\text{Sunday}}", 1.0),
+        (r"\{1,2\}", r"\boxed{\{2,1\}}", 1.0),
+        (r"\frac{\sqrt{3}}{2}", r"\boxed{\sqrt{\frac{3}{4}}}", 1.0),
+        ("7", r"\boxed{7} is right, 8 is not", 1.0),
+        ("7", "6", 0.0),
+        ("7", "no idea", 0.0),
+        ("7", "", 0.0),
+        ("7", r"\boxed{", 0.0),
+    ],
+)
+def test_math_verify_compares_meaning(math_verify, answer, completion, expected):
+    (score,) = math_verify(prompts(answer), [completion])
+    assert (score.reward, score.failure) == (expected, None), score.message
+
+
+def test_math_verify_counts_a_hanging_check_apart_and_works_off_the_main_thread(math_verify):
+    scores = []
+    completions = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{3}", r"\boxed{4}", r"\boxed{3}"]
+    thread = threading.Thread(
+        target=lambda: scores.extend(math_verify(prompts("3", "3", "3", None), completions))
+    )
+    thread.start()
+    thread.join()
+    assert [score.reward for score in scores] == [None, 1.0, 0.0, None]
+    assert [score.failure for score in scores] == ["timeout", None, None, "error"]
+    assert "no answer" in scores[3].message
+
+
+def test_math_verify_scores_equal_pairs_equally_and_in_order(math_verify):
+    answers = [str(i % 5) for i in range(60)]
+    completions = [rf"\boxed{{{i % 3}}}" for i in range(60)]
+    scores = math_verify(prompts(*answers), completions)
+    assert [score.reward for score in scores] == [float(i % 5 == i % 3) for i in range(60)]
+
+
+def test_a_missing_extra_is_named_in_one_line():
+    code = """
+import sys
+sys.modules["math_verify"] = sys.modules["reasoning_gym"] = None
+from agro_lightning.rewards import GymReward, MathVerify
+for reward in (MathVerify, GymReward):
+    try:
+        reward()
+    except ImportError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == [
+        "MathVerify needs the extra `math`: pip install 'agro-lightning[math]'",
+        "GymReward needs the extra `gym`: pip install 'agro-lightning[gym]'",
+    ], done.stderr

@@ -1,0 +1,237 @@
+"""Python functions as rewards, in this process and isolated."""
+
+import copy
+
+import pytest
+
+from agro_lightning.rewards import PythonReward, RewardUsageError
+from agro_lightning.types import Prompt
+
+FUNCTIONS = """
+import asyncio, os, time
+
+def lengths(completions):
+    return [len(text) for text in completions]
+
+def rich(prompts, completions, answers, fields, bonus=0.0):
+    return [float(text == answer) + row.get("extra", 0) + bonus + (prompt == "q")
+            for prompt, text, answer, row in zip(prompts, completions, answers, fields)]
+
+def anything(**given):
+    return [len(given)] * len(given["completions"])
+
+def one(completion, answer):
+    if completion == "raise":
+        raise KeyError("no such key")
+    if completion == "hang":
+        time.sleep(60)
+    if completion == "exit":
+        raise SystemExit(1)
+    if completion == "crash":
+        os._exit(1)
+    return {"nan": float("nan"), "inf": float("inf"), "text": "good", "none": None}.get(completion, 1.5)
+
+async def slow_one(completion):
+    if completion == "hang":
+        await asyncio.sleep(60)
+    if completion == "raise":
+        raise TimeoutError("mine")
+    return len(completion)
+
+now = 0
+
+async def how_many_at_once(completion):
+    global now
+    now += 1
+    seen = now
+    await asyncio.sleep(0.1)
+    now -= 1
+    return seen
+
+async def slow_batch(completions):
+    await asyncio.sleep(60 if "hang" in completions else 0.01)
+    return [1] * len(completions)
+
+def raises(completions):
+    raise RuntimeError("down\\nfor maintenance")
+
+def hangs(completions):
+    time.sleep(60)
+
+def short(completions):
+    return [1.0]
+
+def scalar(completions):
+    return 1.0
+
+def torch_like(completions):
+    import numpy
+    return numpy.ones(len(completions), dtype=numpy.float32)
+
+def needs_more(completions, secret):
+    return [0.0]
+
+def in_thread(completions):
+    import threading
+    return [float(threading.current_thread() is threading.main_thread())] * len(completions)
+
+class NotAFunction:
+    pass
+"""
+
+
+def prompts(*answers):
+    return [Prompt(prompt_id=f"p{i}", prompt="q", prompt_ids=(1,), answer=a) for i, a in enumerate(answers)]
+
+
+@pytest.fixture(scope="module")
+def functions(tmp_path_factory):
+    file = tmp_path_factory.mktemp("functions") / "my_rewards.py"
+    file.write_text(FUNCTIONS)
+    return file
+
+
+@pytest.fixture
+def python_reward(functions):
+    made = []
+
+    def make(function, **options):
+        made.append(PythonReward(f"{functions}:{function}", **options))
+        return made[-1]
+
+    yield make
+    for reward in made:
+        reward.close()
+
+
+def results(reward, *completions):
+    return [(score.reward, score.failure) for score in reward(prompts(*completions), list(completions))]
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_function_gets_what_it_names(python_reward, isolate):
+    assert results(python_reward("lengths", isolate=isolate, workers=1), "a", "abc") == [
+        (1.0, None),
+        (3.0, None),
+    ]
+    rich = python_reward("rich", isolate=isolate, workers=1, options={"bonus": 0.5})
+    row = Prompt(prompt_id="p", prompt="q", prompt_ids=(1,), answer="x", fields={"extra": 2})
+    assert [score.reward for score in rich([row, row], ["x", "y"])] == [4.5, 3.5]
+    assert results(python_reward("anything", isolate=isolate, workers=1), "a") == [(4.0, None)]
+    assert results(python_reward("torch_like", isolate=isolate, workers=1), "a", "b") == [(1.0, None)] * 2
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_no_failure_of_a_function_becomes_a_score(python_reward, isolate):
+    reward = python_reward("one", batched=False, isolate=isolate, timeout_s=1.5, workers=2)
+    found = results(reward, "fine", "raise", "hang", "nan", "inf", "text", "none", "exit", "fine")
+    failures = ["error", "timeout", "non_finite", "non_finite", "error", "error", "error"]
+    assert found == [(1.5, None), *((None, kind) for kind in failures), (1.5, None)]
+    messages = [score.message for score in reward(prompts("raise", "text", "nan"), ["raise", "text", "nan"])]
+    assert messages[0] == "KeyError: 'no such key'"
+    assert messages[1] == "the function returned 'good' (str) as a score; a number is needed"
+    assert messages[2] == "the score is nan"
+
+
+def test_a_crash_is_survived_in_isolation(python_reward):
+    reward = python_reward("one", batched=False, isolate=True, workers=1)
+    assert results(reward, "fine", "crash", "fine") == [(1.5, None), (None, "error"), (1.5, None)]
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_what_fails_a_batched_call_fails_all_of_it(python_reward, isolate):
+    options = {"isolate": isolate, "timeout_s": 1.0, "workers": 1}
+    scores = python_reward("raises", **options)(prompts("a", "b"), ["a", "b"])
+    assert [score.message for score in scores] == ["RuntimeError: down for maintenance"] * 2
+    assert results(python_reward("hangs", **options), "a", "b") == [(None, "timeout")] * 2
+    assert results(python_reward("slow_batch", **options), "a", "hang") == [(None, "timeout")] * 2
+    assert results(python_reward("slow_batch", **options), "a", "b") == [(1.0, None)] * 2
+
+
+def test_unbatched_async_calls_wait_side_by_side_and_fail_alone(python_reward):
+    for concurrency, most in ((64, 40.0), (3, 3.0)):
+        reward = python_reward("how_many_at_once", batched=False, concurrency=concurrency)
+        assert max(score.reward for score in reward(prompts(*["a"] * 40), ["a"] * 40)) == most
+    reward = python_reward("slow_one", batched=False, timeout_s=1.0, concurrency=2)
+    assert results(reward, "hang", "ab", "raise", "a", "hang", "a") == [
+        (None, "timeout"), (2.0, None), (None, "error"), (1.0, None), (None, "timeout"), (1.0, None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("short", "returned 1 scores for 3 completions"),
+        ("scalar", "returned a float for 3 completions; it must return a list of 3 numbers"),
+    ],
+)
+def test_a_wrong_number_of_scores_ends_the_run(python_reward, function, message, isolate):
+    reward = python_reward(function, isolate=isolate, workers=1)
+    with pytest.raises(RewardUsageError, match=f"reward '{function}': .*{message}"):
+        reward(prompts("a", "b", "c"), ["a", "b", "c"])
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "message"),
+    [
+        ("my_rewards.lengths", {}, "write module:function"),
+        ("no_such_module:f", {}, "ModuleNotFoundError.*PYTHONPATH"),
+        ("{file}:missing", {}, "has no attribute 'missing'"),
+        ("{file}:NotAFunction", {}, "is a type; a function is needed"),
+        (
+            "{file}:needs_more",
+            {},
+            "takes .completions, secret.; with batched: true it must take `completions`",
+        ),
+        (
+            "{file}:lengths",
+            {"batched": False},
+            "takes .completions.; with batched: false it must take `completion`",
+        ),
+        ("{file}:lengths", {"options": {"bonus": 1}}, "must take the options .bonus."),
+    ],
+)
+def test_a_function_that_cannot_be_used_is_told_at_once(functions, function, options, message):
+    with pytest.raises(RewardUsageError, match=message):
+        PythonReward(function.format(file=functions), **options)
+
+
+def test_isolated_functions_are_checked_at_the_first_call(functions):
+    reward = PythonReward(f"{functions}:missing", isolate=True, workers=1)
+    with pytest.raises(RewardUsageError, match="has no attribute 'missing'"):
+        reward(prompts("a"), ["a"])
+
+
+def test_modules_of_the_parents_path_load_in_workers(functions, monkeypatch):
+    monkeypatch.syspath_prepend(str(functions.parent))
+    for isolate in (False, True):
+        reward = PythonReward("my_rewards:lengths", isolate=isolate, workers=1)
+        assert reward.name == "lengths"
+        assert results(reward, "abc") == [(3.0, None)]
+        reward.close()
+
+
+def test_without_a_time_limit_the_function_runs_in_the_calling_thread(python_reward):
+    assert results(python_reward("in_thread", timeout_s=None), "a") == [(1.0, None)]
+    assert results(python_reward("in_thread"), "a") == [(0.0, None)]
+    assert results(python_reward("slow_batch", timeout_s=None), "a") == [(1.0, None)]
+    with pytest.raises(ValueError, match="with isolate it must be a number"):
+        python_reward("in_thread", timeout_s=None, isolate=True)
+
+
+def test_calls_that_hang_in_this_process_end_the_run_at_some_point(python_reward, monkeypatch):
+    monkeypatch.setattr("agro_lightning.rewards.python_reward.MAX_STUCK_THREADS", 2)
+    reward = python_reward("hangs", timeout_s=0.1)
+    assert results(reward, "a") + results(reward, "a") == [(None, "timeout")] * 2
+    with pytest.raises(RewardUsageError, match="2 calls of .* hang in this process; set isolate: true"):
+        reward(prompts("a"), ["a"])
+
+
+def test_rewards_with_processes_and_threads_can_be_copied(python_reward):
+    for isolate in (False, True):
+        reward = python_reward("lengths", isolate=isolate, workers=1)
+        results(reward, "a")
+        twin = copy.deepcopy(reward)
+        assert results(twin, "abc") == [(3.0, None)]
+        twin.close()
