@@ -1,6 +1,5 @@
 """Reading rollout files as prompt groups: drawn at random, by prompt, or in order, in bounded memory."""
 
-import bisect
 import hashlib
 import json
 from collections import Counter
@@ -14,12 +13,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.data.checks import row_checker
-from agro_lightning.data.discover import FoundFile, find_row_files
+from agro_lightning.data.file_set import FileSet, RowFile
 from agro_lightning.data.members import Members
-from agro_lightning.data.packed import INDEX, Record, prompt_key
+from agro_lightning.data.packed import Record, prompt_key
 from agro_lightning.data.plan import GroupPlan
-from agro_lightning.data.row_store import RowStore, SourceFile
-from agro_lightning.data.schema import FIX_ROW, BadFileError, BadRowError, prompt_id_of
+from agro_lightning.data.row_store import RowStore
+from agro_lightning.data.schema import FIX_ROW, BadRowError, prompt_id_of
 from agro_lightning.data.writer import beyond_capacity, remove_files
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
@@ -36,23 +35,6 @@ class BufferCounts:
     """Bad rows left out, by reason."""
     files_skipped: Mapping[str, str]
     """Files left out, and why."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowFile:
-    """A loaded file; its rows have the numbers first..first+len(source.rows)-1 in the buffer."""
-
-    source: SourceFile
-    label: str
-    """See discover.FoundFile."""
-    first: int
-    newest_version: int
-    """The newest policy version of its rows; -1 where none is recorded."""
-
-    @property
-    def ids(self) -> np.ndarray:
-        """Its rows' numbers in the buffer."""
-        return np.arange(self.first, self.first + len(self.source.rows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,90 +116,49 @@ class RolloutBuffer:
             raise ValueError(f"on_bad_row is {on_bad_row!r}; it must be error or drop")
         if on_bad_file not in ("error", "skip"):
             raise ValueError(f"on_bad_file is {on_bad_file!r}; it must be error or skip")
-        self._paths = [str(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
         self._strict_rows = on_bad_row == "error"
-        self._strict_files = on_bad_file == "error"
         self._source_name = source_name
         self._live = live
         self.accept = accept
         checker = row_checker(tokenizer, vocab_size, max_prompt_tokens, max_completion_tokens, append_eos)
         self.tokenizer_id = checker.tokens.tokenizer_id
-        self._store = RowStore(
-            checker, strict=self._strict_rows, directory=Path(cache_dir) if cache_dir else None
-        )
-        self._files: dict[str, RowFile] = {}
-        self._firsts: list[int] = []
-        self._by_first: list[RowFile] = []
-        self._next_row = 0
-        self._skipped: dict[str, tuple[tuple[int, int], str]] = {}
+        store = RowStore(checker, strict=self._strict_rows, directory=Path(cache_dir) if cache_dir else None)
+        listed = [str(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+        self._set = FileSet(listed, store, strict=on_bad_file == "error", live=live)
         self._planned: tuple[tuple[int, int, int], GroupPlan] | None = None
         self.refresh()
         if not live and not self.num_rows:
             raise ValueError(
-                f"no row can be drawn from {', '.join(self._paths) or 'no paths'}: {len(self._files)} files "
-                f"read, {len(self._skipped)} skipped, rows dropped: {dict(self.counts.dropped) or 'none'}. "
+                f"no row can be drawn from {', '.join(listed) or 'no paths'}: {len(self.files)} files read, "
+                f"{len(self._set.skipped)} skipped, rows dropped: {dict(self.counts.dropped) or 'none'}. "
                 "Give .parquet or .jsonl files, or folders that hold some"
             )
 
     def refresh(self) -> int:
-        """Loads files added since, and forgets files that are gone; returns how many new rows there are.
+        """Loads files added since, and forgets files that are gone; returns how many rows came and went.
 
         Only new files are read. With `on_bad_file: skip`, a skipped file is tried again once it has changed.
 
         Raises:
             BadFileError, BadRowError: as in the constructor; also a file that changed after it was loaded.
         """
-        found = find_row_files(self._paths, may_be_missing=self._live)
-        gone = self._files.keys() - found.keys()
-        for real in gone:
-            del self._files[real]
-        before = self._next_row
-        for real, entry in sorted(found.items(), key=lambda item: item[1].label):
-            if real in self._files:
-                source = self._files[real].source
-                if (entry.size, entry.mtime_ns) != (source.size, source.mtime_ns):
-                    raise BadFileError(
-                        f"{entry.path} changed after it was read; row files are immutable: add new ones"
-                    )
-            elif self.accept is None or self.accept(entry.label):
-                self._load(real, entry)
-        if gone or self._next_row != before:
-            self._by_first = sorted(self._files.values(), key=lambda file: file.first)
-            self._firsts = [file.first for file in self._by_first]
-            for name in ("files", "_ordered", "_members"):
-                self.__dict__.pop(name, None)
-            self._planned = None
-        return self._next_row - before
-
-    def _load(self, real: str, entry: FoundFile) -> None:
-        state = (entry.size, entry.mtime_ns)
-        if real in self._skipped and self._skipped[real][0] == state:
-            return
-        self._skipped.pop(real, None)
+        changed = None
         try:
-            source = self._store.load(entry.path)
-        except FileNotFoundError:  # removed since it was listed
-            return
-        except BadFileError as error:
-            if self._strict_files:
-                raise
-            self._skipped[real] = (state, str(error))
-            return
-        versions = source.rows.column("policy_versions")
-        newest = int(versions.max(initial=-1))
-        self._files[real] = RowFile(
-            source=source, label=entry.label, first=self._next_row, newest_version=newest
-        )
-        self._next_row += len(source.rows)
+            changed = self._set.refresh(self.accept)
+        finally:
+            if changed != 0:
+                self.__dict__.pop("_members", None)
+                self._planned = None
+        return changed
 
-    @cached_property
+    @property
     def files(self) -> list[RowFile]:
         """The loaded files, oldest first: by their newest policy version, then by label."""
-        return sorted(self._files.values(), key=lambda file: (file.newest_version, file.label))
+        return self._set.files
 
     @property
     def num_rows(self) -> int:
-        return sum(len(file.source.rows) for file in self._files.values())
+        return self._set.num_rows
 
     def num_groups(self, min_size: int = 2) -> int:
         """How many prompts have at least `min_size` rows."""
@@ -227,16 +168,16 @@ class RolloutBuffer:
     def counts(self) -> BufferCounts:
         """What is there and what was left out, over all files that are loaded now."""
         dropped: Counter[str] = Counter()
-        for file in self._files.values():
+        for file in self.files:
             dropped.update(file.source.dropped)
-        if not self._strict_rows and self._files:
+        if not self._strict_rows:
             singles = int((self._members.counts == 1).sum())
             dropped.update({"prompt_mismatch": self._members.mismatched, "group_of_one": singles})
         return BufferCounts(
             rows=self.num_rows,
-            files=len(self._files),
+            files=len(self.files),
             dropped={reason: count for reason, count in sorted(dropped.items()) if count},
-            files_skipped={real: message for real, (_, message) in self._skipped.items()},
+            files_skipped=self._set.skipped,
         )
 
     @property
@@ -259,9 +200,9 @@ class RolloutBuffer:
             newest: of all rows, only so many of the newest: the capacity.
             rows: only these, such as UseLedger.available gives.
         """
-        chosen = self._ordered if newest is None else self._ordered[max(0, self.num_rows - newest) :]
+        chosen = self._set.order if newest is None else self._set.order[max(0, self.num_rows - newest) :]
         if min_policy_version is not None:
-            versions = self._column("policy_versions")[self.num_rows - len(chosen) :]
+            versions = self._set.column("policy_versions")[self.num_rows - len(chosen) :]
             chosen = chosen[versions >= min_policy_version]
         if rows is not None:
             chosen = np.intersect1d(chosen, rows)
@@ -339,9 +280,13 @@ class RolloutBuffer:
         for place in np.argsort(members.rows[members.starts], kind="stable"):
             yield self._group(members.rows[members.starts[place] : ends[place]].tolist())
 
+    def by_file(self, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[RowFile, np.ndarray]]:
+        """Each file that has some of these rows, with their places among its rows."""
+        return self._set.by_file(rows)
+
     def row_id(self, row: int) -> str:
         """Names a row by its file and its number there."""
-        file, place = self._locate(row)
+        file, place = self._set.locate(row)
         return f"{file.source.path}:{file.source.rows.read(place).number}"
 
     def evict(self, keep_rows: int) -> list[Path]:
@@ -363,7 +308,7 @@ class RolloutBuffer:
             raise ValueError(
                 f"group {list(rows)} is empty or has a row twice; name distinct rows of one prompt"
             )
-        records = [(self._read(row), self._locate(row)[0].source.path) for row in rows]
+        records = [(self._read(row), self._set.locate(row)[0].source.path) for row in rows]
         first = records[0][0]
         completions: list[Completion] = []
         for record, path in records:
@@ -375,40 +320,16 @@ class RolloutBuffer:
         return PromptGroup(prompt=first.prompt(), completions=tuple(completions))
 
     def _read(self, row: int) -> Record:
-        file, place = self._locate(row)
+        file, place = self._set.locate(row)
         return file.source.rows.read(place)
-
-    def _locate(self, row: int) -> tuple[RowFile, int]:
-        index = bisect.bisect_right(self._firsts, row) - 1
-        if index >= 0:
-            file = self._by_first[index]
-            if row - file.first < len(file.source.rows):
-                return file, row - file.first
-        raise KeyError(f"row {row} is not in the buffer (any more); plan again after refresh()")
-
-    def _column(self, name: str) -> np.ndarray:
-        """An index column of all rows, in the order of `_ordered`."""
-        values = np.empty(self.num_rows, INDEX[name])
-        start = 0
-        for file in self.files:
-            end = start + len(file.source.rows)
-            values[start:end] = file.source.rows.column(name)
-            start = end
-        return values
-
-    @cached_property
-    def _ordered(self) -> np.ndarray:
-        """All row numbers, oldest first."""
-        kind = np.int32 if self._next_row < 1 << 31 else np.int64
-        return np.concatenate([np.zeros(0, kind), *(file.ids.astype(kind) for file in self.files)])
 
     @cached_property
     def _members(self) -> Members:
-        keys = self._column("prompt_keys")
-        order = np.argsort(keys, kind="stable").astype(self._ordered.dtype)
+        keys = self._set.column("prompt_keys")
+        order = np.argsort(keys, kind="stable").astype(self._set.order.dtype)
         keys = keys[order]
         return Members.of(
-            self._ordered[order], keys, self._column("prompt_checks")[order], self._refuse_mismatch
+            self._set.order[order], keys, self._set.column("prompt_checks")[order], self._refuse_mismatch
         )
 
     def _refuse_mismatch(self, row: int, first: int) -> None:

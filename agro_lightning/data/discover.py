@@ -2,10 +2,10 @@
 
 import glob
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from agro_lightning.data.reader import SUFFIXES
 from agro_lightning.data.schema import BadFileError
@@ -15,7 +15,7 @@ from agro_lightning.data.schema import BadFileError
 class FoundFile:
     """A row file as a directory listing shows it."""
 
-    path: Path
+    path: str
     label: str
     """Its path within the folder that was named, or its name: the same wherever that folder lies. The whole
     path where two files would share a label."""
@@ -26,6 +26,8 @@ class FoundFile:
 def find_row_files(paths: Sequence[str], *, may_be_missing: bool) -> dict[str, FoundFile]:
     """Every Parquet and JSONL file under `paths`, by its real path, so that none is found twice.
 
+    Works on plain strings, since a live buffer of thousands of files is listed again at every step.
+
     Args:
         paths: files; folders, searched at any depth, without names that start with "." or "_"; globs.
         may_be_missing: a path that does not exist is skipped instead of being an error.
@@ -34,55 +36,61 @@ def find_row_files(paths: Sequence[str], *, may_be_missing: bool) -> dict[str, F
         BadFileError: a path does not exist, or is a file of another kind.
     """
     found: dict[str, FoundFile] = {}
+    folders: dict[str, str] = {}
     for given in paths:
         for path, label in _expand(given, may_be_missing):
             try:
-                stat = path.stat()
+                state = os.lstat(path)
+                linked = stat.S_ISLNK(state.st_mode)
+                state = os.stat(path) if linked else state
             except FileNotFoundError:
-                if path.is_symlink():
+                if os.path.islink(path):
                     raise BadFileError(f"{path} is a link to a file that does not exist; remove it") from None
                 continue  # removed since it was listed
-            entry = FoundFile(path=path, label=label, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
-            found.setdefault(os.path.realpath(path), entry)
+            name = os.path.realpath(path) if linked else _real_name(path, folders)
+            entry = FoundFile(path=path, label=label, size=state.st_size, mtime_ns=state.st_mtime_ns)
+            found.setdefault(name, entry)
     labels = Counter(entry.label for entry in found.values())
     return {
-        real: entry if labels[entry.label] == 1 else _with_whole_path(entry) for real, entry in found.items()
+        name: entry if labels[entry.label] == 1 else replace(entry, label=entry.path)
+        for name, entry in found.items()
     }
 
 
-def _with_whole_path(entry: FoundFile) -> FoundFile:
-    return FoundFile(path=entry.path, label=str(entry.path), size=entry.size, mtime_ns=entry.mtime_ns)
+def _real_name(path: str, folders: dict[str, str]) -> str:
+    """As os.path.realpath of what is no link itself; `folders` remembers what is known of folders."""
+    folder, name = os.path.split(path)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    return os.path.join(folders[folder], name)
 
 
-def _expand(given: str, may_be_missing: bool) -> Iterator[tuple[Path, str]]:
-    path = Path(given)
-    if path.is_dir():
-        yield from _walk(path)
-    elif path.exists():
-        if path.suffix not in SUFFIXES:
-            raise BadFileError(
-                f"{given} is no row file; accepted are {' and '.join(SUFFIXES)} files, and folders"
-            )
-        yield path, path.name
+def _expand(given: str, may_be_missing: bool) -> Iterator[tuple[str, str]]:
+    if os.path.isdir(given):
+        yield from _walk(given)
+    elif os.path.exists(given):
+        if not given.endswith(SUFFIXES):
+            accepted = " and ".join(SUFFIXES)
+            raise BadFileError(f"{given} is no row file; accepted are {accepted} files, and folders of them")
+        yield given, os.path.basename(given)
     elif glob.has_magic(given):
         matches = sorted(glob.glob(given, recursive=True))
         if not matches and not may_be_missing:
             raise BadFileError(f"no file matches {given}")
-        for match in map(Path, matches):
-            if match.is_dir():
+        for match in matches:
+            if os.path.isdir(match):
                 yield from _walk(match)
-            elif match.suffix in SUFFIXES:
-                yield match, match.name
+            elif match.endswith(SUFFIXES):
+                yield match, os.path.basename(match)
     elif not may_be_missing:
-        raise BadFileError(
-            f"{given} does not exist; give .parquet or .jsonl files, folders that hold some, or globs"
-        )
+        raise BadFileError(f"{given} does not exist; give {' or '.join(SUFFIXES)} files, folders, or globs")
 
 
-def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
+def _walk(folder: str) -> Iterator[tuple[str, str]]:
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
+        within = os.path.relpath(parent, folder)
         for name in sorted(files):
             if name.endswith(SUFFIXES) and not name.startswith((".", "_")):
-                path = Path(parent, name)
-                yield path, path.relative_to(folder).as_posix()
+                label = name if within == os.curdir else os.path.join(within, name)
+                yield os.path.join(parent, name), label
