@@ -209,6 +209,7 @@ def _flex_attention(
         layout.masks[window] = create_block_mask(sees, None, None, size, size, device=str(query.device))
 
     def cap(score, batch, head, q, k):
+        assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
     attend = _compiled_flex() if query.is_cuda else flex_attention

@@ -5,7 +5,7 @@ import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ generators."""
 
 def rng_state() -> dict[str, Any]:
     """This process's random generators, as tensors and plain values."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = cast(tuple, np.random.get_state())
     version, internal, gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),

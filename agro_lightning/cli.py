@@ -12,7 +12,6 @@ os.environ.setdefault(
 )  # Lightning still calls jsonargparse's older names
 
 import lightning as L
-from jsonargparse import ActionConfigFile
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -50,7 +49,7 @@ class AgroCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = AgroParser(**{"dump_header": [], **kwargs})
         parser.add_argument(
-            "-c", "--config", action=ActionConfigFile, help="A YAML file with any of these keys."
+            "-c", "--config", action="config", help="A YAML file with any of these keys."
         )
         return parser
 

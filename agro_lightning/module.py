@@ -29,6 +29,7 @@ from agro_lightning.reference import (
     frozen_copy,
 )
 from agro_lightning.sharding import ShardingSettings, clip_by_norm, data_rank, total_norm
+from agro_lightning.self_check import check_logprobs
 from agro_lightning.types import Prompt, TokenBatch
 
 
@@ -147,6 +148,10 @@ class AgroModule(L.LightningModule):
     def on_fit_start(self) -> None:
         if isinstance(self.reference, FrozenReference) and self.device_mesh is None:
             self.reference.to(self.device)
+        assert self.policy is not None
+        check_logprobs(self.policy)
+        if isinstance(self.reference, FrozenReference):
+            self.reference.policy.share_prompts(self.policy.shared_prompts)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         settings = self.optimizer_settings

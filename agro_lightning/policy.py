@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -37,7 +37,7 @@ class LoraSettings:
 
     rank: int = 16
     """Rank of every adapter."""
-    alpha: float = 32.0
+    alpha: int = 32
     """Adapters are scaled by alpha / rank."""
     target_modules: list[str] | str = "all-linear"
     """Names of the linear layers that get adapters, or "all-linear" (all but the head)."""
@@ -62,6 +62,10 @@ class PolicySettings:
     """How shared prompts are attended to: padded dense blocks, or flex_attention ("auto": flex on GPUs)."""
     head_backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
     """Implementation of the fused head (kernels/README.md)."""
+    logit_scale: float | None = None
+    """What logits are multiplied with, where the model's config does not say it; None: as the config says."""
+    softcap: float | None = None
+    """Cap of the logits (softcap * tanh(logits / softcap)); None: as the config says."""
     lora: LoraSettings | None = None
     """Train low-rank adapters only; the reference is then the same model with the adapters off."""
     gradient_checkpointing: bool = False
@@ -78,11 +82,16 @@ class HeadOptions:
     softcap: float | None = None
 
     @classmethod
-    def from_config(cls, config: Any) -> "HeadOptions":
-        """Reads Cohere's logit_scale, Granite's logits_scaling and Gemma's final_logit_softcapping."""
+    def of(cls, settings: PolicySettings, config: Any) -> "HeadOptions":
+        """The settings' own values, else Cohere's logit_scale, Granite's logits_scaling and Gemma's
+        final_logit_softcapping."""
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        return cls(logit_scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return cls(
+            logit_scale=scale if settings.logit_scale is None else settings.logit_scale,
+            softcap=softcap if settings.softcap is None else settings.softcap,
+        )
 
 
 class TokenLogprobs(NamedTuple):
@@ -231,7 +240,7 @@ class Policy(nn.Module):
             None  # ranks that hold slices of each weight, set by the sharding
         )
         self.reshard_after_forward = True
-        self.head_options = HeadOptions.from_config(base.config)
+        self.head_options = HeadOptions.of(settings, base.config)
         self.plain_attention = base.get_decoder().config._attn_implementation or "sdpa"
         if settings.gradient_checkpointing:
             for layer in self.layers_of(base):
@@ -275,9 +284,17 @@ class Policy(nn.Module):
         return self.layers_of(self.base)
 
     @property
+    def head(self) -> nn.Linear:
+        """The LM head, whose weight the fused kernels read."""
+        head = self.base.get_output_embeddings()
+        if head is None:
+            raise ValueError(f"{type(self.base).__name__} has no LM head; give a causal language model")
+        return cast(nn.Linear, head)
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the LM head; token ids must be below it."""
-        return self.base.get_output_embeddings().weight.shape[0]
+        return self.head.weight.shape[0]
 
     @property
     def max_positions(self) -> int:
@@ -307,7 +324,7 @@ class Policy(nn.Module):
         return out.last_hidden_state[0].index_select(0, predictors)
 
     def _head(self, hidden: Tensor) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
-        head = self.base.get_output_embeddings()
+        head = self.head
         weight, bias = _slice_here(head.weight), _slice_here(getattr(head, "bias", None))
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)

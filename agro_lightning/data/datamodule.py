@@ -14,11 +14,13 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 
 from agro_lightning.data.buffer import RolloutBuffer
-from agro_lightning.data.feed import FeedSettings, TrainFeed
-from agro_lightning.data.mixing import Live, Mixing, Offline, Replay, Source, check_sources
+from agro_lightning.data.feed import FeedSettings, TrainFeed, rollout_name, step_of_rollout
+from agro_lightning.data.mixing import Live, Mixing, Offline, Replay, Source, Stream, check_sources
 from agro_lightning.data.packing import pack_groups
 from agro_lightning.data.prompts import PromptDataset, PromptSettings
 from agro_lightning.data.schema import tokenizer_id
+from agro_lightning.data.stream import StreamReader, stream_dir
+from agro_lightning.data.use_log import UseLog
 from agro_lightning.data.writer import append_rollouts
 from agro_lightning.evaluation import PromptResult, summarize
 from agro_lightning.policy import Policy, load_tokenizer
@@ -34,7 +36,7 @@ class AgroDataModule(L.LightningDataModule):
     Args:
         train: prompts of live rollouts.
         validation: the fixed prompts that accuracy is measured on.
-        sources: where groups come from, with weights: Live, Replay, Offline.
+        sources: where groups come from, with weights: Live, Replay, Stream, Offline.
         rewards: what scores live completions; the total is the weighted sum.
         batch_size: prompt groups of one micro-batch on one rank.
         group_size: completions of each prompt.
@@ -91,6 +93,16 @@ class AgroDataModule(L.LightningDataModule):
         ):
             if value < least:
                 raise ValueError(f"data.{name} is {value}; it must be at least {least}")
+        for source in sources:
+            if isinstance(source, Stream) and mixing == "within_group":
+                raise ValueError(
+                    f"source {source.name} gives whole groups; data.mixing must be per_group with it"
+                )
+            if isinstance(source, Stream) and source.max_uses % updates_per_rollout:
+                raise ValueError(
+                    f"source {source.name} has max_uses {source.max_uses}, which updates_per_rollout "
+                    f"{updates_per_rollout} does not divide; its groups could not be used exactly so often"
+                )
         if bad := [k for k in pass_at if not 1 <= k <= validation_samples]:
             raise ValueError(
                 f"data.pass_at has {bad}; pass@k needs 1 <= k <= validation_samples = {validation_samples}"
@@ -109,10 +121,13 @@ class AgroDataModule(L.LightningDataModule):
             on_zero_reward=on_zero_reward,
         )
         self.batch_size, self.group_size, self.sampling = batch_size, group_size, sampling
-        self.engine, self.mixing, self.updates_per_rollout = engine, mixing, updates_per_rollout
+        self.engine = engine
+        self.mixing: Mixing = mixing
+        self.updates_per_rollout, self.seed = updates_per_rollout, seed
         self.validation_samples, self.pass_at = validation_samples, tuple(pass_at)
-        self.correct_reward, self.on_bad_row, self.on_bad_file = correct_reward, on_bad_row, on_bad_file
-        self.max_logprob_gap, self.seed = max_logprob_gap, seed
+        self.correct_reward, self.max_logprob_gap = correct_reward, max_logprob_gap
+        self.on_bad_row: Literal["error", "drop"] = on_bad_row
+        self.on_bad_file: Literal["error", "skip"] = on_bad_file
         self._rollout_metrics: dict[str, float] = {}
         self.last_groups: list[PromptGroup] = []
         self.completions_used = 0
@@ -203,6 +218,7 @@ class AgroDataModule(L.LightningDataModule):
                 if isinstance(source, Offline)
             },
             replay=self._buffer([str(self.replay_dir)], "", live=True) if replay else None,
+            streams={s.name: self._stream(s) for s in self.sources if isinstance(s, Stream)},
             sample_live=self._sample_live,
             append=self._append,
             on_drawn=self._finish,
@@ -213,6 +229,18 @@ class AgroDataModule(L.LightningDataModule):
             self.feed.load_state_dict(self._restored)
             self._restored = None
         return self.feed
+
+    def _stream(self, source: Stream) -> StreamReader:
+        assert self.trainer is not None
+        folder = stream_dir(source, Path(self.trainer.default_root_dir))
+        log = Path(self.trainer.default_root_dir) / f"uses-{source.name}.jsonl"
+        return StreamReader(
+            source,
+            folder,
+            self._buffer([str(folder)], source.name, live=True),
+            log=UseLog(log) if self.trainer.is_global_zero else None,
+            agree=self._from_rank_zero,
+        )
 
     def _check_lengths(self) -> None:
         limit, new = self.policy.max_positions, self.sampling.max_new_tokens
@@ -256,14 +284,14 @@ class AgroDataModule(L.LightningDataModule):
         taken, self._rollout_metrics = self._rollout_metrics, {}
         return taken
 
-    def _append(self, groups: list[PromptGroup], step: int) -> list[PromptGroup]:
+    def _append(self, groups: list[PromptGroup], step: int, part: int) -> list[PromptGroup]:
         """Adds reference log-probs, once, and hands the rollout to the replay buffer."""
         reuse = self.updates_per_rollout > 1 or any(isinstance(source, Replay) for source in self.sources)
         if reuse:
             groups = self._annotate(groups)
         if groups and any(isinstance(source, Replay) for source in self.sources):
             assert self.trainer is not None
-            name = f"step-{step:08d}-rank-{self.trainer.global_rank:05d}-n-{len(groups[0]):05d}"
+            name = rollout_name(step, self.trainer.global_rank, part)
             append_rollouts(self.replay_dir, groups, name=name, tokenizer_id=self.tokenizer_id)
         return groups
 
@@ -296,6 +324,16 @@ class AgroDataModule(L.LightningDataModule):
     def _finish(self, groups: list[PromptGroup], seconds: float) -> None:
         self.last_groups = groups
         self._record({"seconds/draw": seconds})
+        for stream in self.feed.streams.values() if self.feed else ():
+            self._record(stream.metrics(self._module.global_step))
+
+    def _from_rank_zero(self, value: Any) -> Any:
+        assert self.trainer is not None
+        if self.trainer.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
 
     def _count_globally(self, count: float) -> float:
         assert self.trainer is not None
@@ -326,7 +364,7 @@ class AgroDataModule(L.LightningDataModule):
         sampled = self.engine.generate(ids, self.sampling, n=self.validation_samples, seed=self.seed)
         results = []
         texts = [
-            [self.tokenizer.decode(g.completion_ids, skip_special_tokens=True) for g in [*first, *rest]]
+            [str(self.tokenizer.decode(g.completion_ids, skip_special_tokens=True)) for g in [*first, *rest]]
             for first, rest in zip(greedy, sampled, strict=True)
         ]
         scores = iter(
@@ -388,7 +426,7 @@ class AgroDataModule(L.LightningDataModule):
         later = [
             path
             for path in sorted(self.replay_dir.glob("step-*.parquet"))
-            if int(path.name.split("-")[1]) >= done
+            if step_of_rollout(path.name) >= done
         ]
         if later:
             aside = self.replay_dir / f"_set_aside_at_step_{done:08d}_{time.time_ns()}"

@@ -4,17 +4,20 @@ batches.
 Everything that is drawn follows from the seed and a few cursors, which are the feed's whole state.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
-from agro_lightning.data.buffer import RolloutBuffer
-from agro_lightning.data.mixing import Live, Mixing, Offline, Replay, Source, share_out, split_group
+from agro_lightning.data.buffer import RolloutBuffer, Selection
+from agro_lightning.data.mixing import Live, Mixing, Offline, Replay, Source, Stream, share_out, split_group
 from agro_lightning.data.packing import pack_groups
 from agro_lightning.data.prompts import PromptDataset
+from agro_lightning.data.stream import StreamReader
 from agro_lightning.types import Completion, Prompt, PromptGroup, TokenBatch
 
 LiveSampler = Callable[[Sequence[Prompt], int, int], list[PromptGroup]]
@@ -67,10 +70,10 @@ class TrainFeed:
         prompts: the prompts of live rollouts; None when no source is live.
         offline: the open buffer of each offline source, by name.
         replay: the open buffer of past rollouts; None without a Replay source.
+        streams: the reader of each Stream source, by name.
         sample_live: generates and scores.
-        append: called once per rollout with its groups, which then belong to the replay buffer; returns them
-        as
-            they were stored.
+        append: called with the groups of one rollout, the step, and a number that tells several rollouts of
+            one step apart; the groups then belong to the replay buffer. Returns them as they were stored.
         on_drawn: told the groups of a step and the seconds that drawing them took.
         count_globally: sums a number over ranks.
         reference_id: what cached reference log-probs must have been made with to count.
@@ -84,14 +87,15 @@ class TrainFeed:
         prompts: PromptDataset | None,
         offline: dict[str, RolloutBuffer],
         replay: RolloutBuffer | None,
+        streams: dict[str, StreamReader],
         sample_live: LiveSampler,
-        append: Callable[[list[PromptGroup], int], list[PromptGroup]],
+        append: Callable[[list[PromptGroup], int, int], list[PromptGroup]],
         on_drawn: Callable[[list[PromptGroup], float], None],
         count_globally: Callable[[float], float],
         reference_id: Callable[[], str | None],
     ):
         self.settings, self.sources = settings, list(sources)
-        self.prompts, self.offline, self.replay = prompts, offline, replay
+        self.prompts, self.offline, self.replay, self.streams = prompts, offline, replay, streams
         self._sample_live, self._append, self._on_drawn = sample_live, append, on_drawn
         self._count_globally, self._reference_id = count_globally, reference_id
         self.micro_batch = 0
@@ -107,6 +111,8 @@ class TrainFeed:
         return self.settings.total_steps * self.settings.accumulate
 
     def __iter__(self) -> Iterator[TokenBatch]:
+        for stream in self.streams.values():
+            stream.begin(-(-self.micro_batch // self.settings.accumulate))
         while self.micro_batch < len(self):
             step, part = divmod(self.micro_batch, self.settings.accumulate)
             if part == 0:
@@ -125,6 +131,8 @@ class TrainFeed:
             self.pending, self.uses = self._draw(step), 0
             self._on_drawn(self.pending, time.perf_counter() - started)
         self.uses += 1
+        for stream in self.streams.values():
+            stream.use(step)
         self._num_groups = self._count_globally(len(self.pending))
 
     def _share(self, step: int, part: int) -> list[PromptGroup]:
@@ -150,6 +158,7 @@ class TrainFeed:
             "pending": [asdict(group) for group in self.pending] if self._pending_is_needed() else [],
             "uses": self.uses,
             "num_groups": self._num_groups,
+            "streams": {name: stream.state_dict() for name, stream in self.streams.items()},
         }
 
     def _pending_is_needed(self) -> bool:
@@ -162,6 +171,9 @@ class TrainFeed:
         for name, cursor in state["cursors"].items():
             if name in self.cursors:
                 self.cursors[name] = OfflineCursor(**cursor)
+        for name, stream in state["streams"].items():
+            if name in self.streams:
+                self.streams[name].load_state_dict(stream)
         self.pending = [_group_from_dict(group) for group in state["pending"]]
         self.uses, self._num_groups = state["uses"], state["num_groups"]
 
@@ -179,14 +191,16 @@ class TrainFeed:
         )
         mine = slice(settings.rank * settings.groups_per_rank, (settings.rank + 1) * settings.groups_per_rank)
         groups: dict[int, PromptGroup] = {}
-        live_places = list(np.flatnonzero([isinstance(self.sources[i], Live) for i in places]))
+        live_places = [place for place, i in enumerate(places) if isinstance(self.sources[i], Live)]
         for index, source in enumerate(self.sources):
-            wanted = np.flatnonzero(places == index)
+            wanted = np.flatnonzero(places == index).tolist()
             if isinstance(source, Offline):
                 drawn = self._draw_offline(source, len(wanted))
+            elif isinstance(source, Stream):
+                drawn = self.streams[source.name].draw(step, len(wanted), settings.updates_per_rollout)
             elif isinstance(source, Replay):
                 drawn = self._draw_replay(source, step, len(wanted))
-                live_places += list(wanted[len(drawn) :])
+                live_places += wanted[len(drawn) :]
             else:
                 continue
             for place, row_ids in zip(wanted, drawn, strict=False):
@@ -248,7 +262,7 @@ class TrainFeed:
         if not prompts:
             return {}
         seed = int(self._rng(step, 3, self.settings.rank, n).integers(2**31))
-        groups = self._append(self._sample_live(prompts, n, seed), step)
+        groups = self._append(self._sample_live(prompts, n, seed), step, n)
         waiting: dict[str, list[PromptGroup]] = {}
         for group in groups:
             waiting.setdefault(group.prompt.prompt_id, []).append(group)
@@ -282,36 +296,54 @@ class TrainFeed:
         self.cursors[source.name] = cursor
         return drawn
 
-    def _replayable(self, source: Replay, step: int) -> np.ndarray:
-        """The rows of past rollouts that may be drawn at this step."""
+    def _replayable(self, source: Replay, step: int) -> Selection:
+        """The past rollouts that may be drawn at this step: those of earlier steps, on every rank alike."""
         assert self.replay is not None
+        self.replay.accept = lambda label: step_of_rollout(label) < step
+        self.replay.refresh()
         oldest = None if source.max_staleness is None else step - source.max_staleness
         return self.replay.select(min_policy_version=oldest, newest=source.capacity)
 
     def _draw_replay(self, source: Replay, step: int, count: int) -> list[list[int]]:
-        assert self.replay is not None
-        rows = self._replayable(source, step)
-        plan = self.replay.plan_epoch(self.settings.seed, step, self.settings.group_size, rows=rows)
+        plan = self._replayable(source, step).plan_epoch(self.settings.seed, step, self.settings.group_size)
         return [plan[i] for i in range(min(count, len(plan)))]
 
     def _rows_of(
         self, source: Source, prompt: Prompt, count: int, step: int, rng: np.random.Generator
     ) -> list[Completion]:
-        if isinstance(source, Replay):
-            assert self.replay is not None
-            rows = np.intersect1d(self.replay.rows_of(prompt), self._replayable(source, step))
-        else:
-            rows = self.offline[source.name].rows_of(prompt)
-        chosen = rng.permutation(rows)[:count].tolist()
-        if not chosen:
-            return []
-        return list(self._materialise(source, chosen).completions)
+        buffer = self._replayable(source, step) if isinstance(source, Replay) else self.offline[source.name]
+        chosen = rng.permutation(buffer.rows_of(prompt))[:count].tolist()
+        return list(self._materialise(source, chosen).completions) if chosen else []
 
     def _materialise(self, source: Source, row_ids: list[int]) -> PromptGroup:
-        buffer = self.replay if isinstance(source, Replay) else self.offline[source.name]
+        buffer = (
+            self.replay
+            if isinstance(source, Replay)
+            else self.streams[source.name].buffer
+            if isinstance(source, Stream)
+            else self.offline[source.name]
+        )
         assert buffer is not None
         (group,) = buffer.groups([row_ids])
         return replace(group, completions=tuple(replace(c, source=source.name) for c in group.completions))
+
+
+def rollout_name(step: int, rank: int, part: int) -> str:
+    """The name of the replay file of one step and rank; `part` tells several of one step apart."""
+    return f"step-{step:08d}-rank-{rank:05d}-part-{part:05d}"
+
+
+def step_of_rollout(label: str) -> int:
+    """The step in a name made by rollout_name.
+
+    Raises:
+        ValueError: the file was not made by this run.
+    """
+    name = PurePath(label).name
+    match = re.match(r"step-(\d+)-rank-", name)
+    if match is None:
+        raise ValueError(f"{label} does not belong in a replay folder; keep other files in an Offline source")
+    return int(match[1])
 
 
 def _group_from_dict(group: dict[str, Any]) -> PromptGroup:
