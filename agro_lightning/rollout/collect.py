@@ -1,0 +1,126 @@
+"""One rollout: generate, decode, score, and keep what can be trained on, with everything else counted."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from agro_lightning.rewards import RewardSet
+from agro_lightning.rollout.base import Generation, RolloutEngine, Sampling
+from agro_lightning.types import Completion, Prompt, PromptGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutReport:
+    """What one rollout took and what became of its completions."""
+
+    prompts: int
+    completions: int
+    """Completions asked for."""
+    tokens: int
+    """Tokens generated."""
+    failures: Mapping[str, int]
+    """Completions that were dropped, by reason: "generation", or a reward's failure kind."""
+    dropped_groups: int
+    """Prompts left with fewer than 2 usable completions."""
+    generate_seconds: float
+    score_seconds: float
+
+    def metrics(self) -> dict[str, float]:
+        """Sums that can be added up over the rollouts of a step, by metric name."""
+        kinds = {f"reward_failures/{kind}": float(n) for kind, n in self.failures.items() if kind != "generation"}
+        return {
+            "rollout_completions": float(self.completions),
+            "rollout_tokens": float(self.tokens),
+            "generation_failures": float(self.failures.get("generation", 0)),
+            "dropped_groups": float(self.dropped_groups),
+            "seconds/generate": self.generate_seconds,
+            "seconds/score": self.score_seconds,
+            "reward_failures": sum(kinds.values()),
+            **kinds,
+        }
+
+
+def rollout_groups(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    rewards: RewardSet,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n: int,
+    seed: int,
+    source: str,
+    policy_version: int,
+) -> tuple[list[PromptGroup], RolloutReport]:
+    """Samples n completions of each prompt and scores them.
+
+    A completion that could not be generated or scored is dropped and counted, never scored 0; a prompt with
+    fewer than min(n, 2) usable completions is left out.
+
+    Args:
+        engine: already attached and up to date.
+        prompts: what to answer.
+        sampling: temperature, length, truncation of the distribution.
+        rewards: the weighted sum of rewards.
+        tokenizer: decodes completions, without special tokens.
+        n: completions of each prompt.
+        seed: the same seed, weights and prompts give the same completions.
+        source: name of the source in metrics and files.
+        policy_version: optimiser steps the policy has taken.
+
+    Returns:
+        The groups in the order of the prompts, and the report.
+
+    Raises:
+        RewardFailureError: the rewards' alarms.
+    """
+    started = time.perf_counter()
+    generations = engine.generate([prompt.prompt_ids for prompt in prompts], sampling, n=n, seed=seed)
+    generated = time.perf_counter()
+    failures: Counter[str] = Counter()
+    kept: list[tuple[int, Generation]] = []
+    for index, row in enumerate(generations):
+        usable = [g for g in row if g.finish_reason != "error" and g.completion_ids]
+        failures["generation"] += n - len(usable)
+        kept += [(index, generation) for generation in usable]
+    texts = [str(text) for text in tokenizer.batch_decode([list(g.completion_ids) for _, g in kept],
+                                                          skip_special_tokens=True)]
+    scores = rewards([prompts[index] for index, _ in kept], texts)
+    completions: list[list[Completion]] = [[] for _ in prompts]
+    for (index, generation), text, score in zip(kept, texts, scores, strict=True):
+        if score.reward is None:
+            failures[score.failure or "error"] += 1
+            continue
+        completions[index].append(
+            Completion(
+                completion=text,
+                completion_ids=generation.completion_ids,
+                reward=score.reward,
+                reward_parts=dict(score.parts),
+                finish_reason=generation.finish_reason,
+                source=source,
+                policy_version=policy_version,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                behavior_logprobs=generation.behavior_logprobs,
+            )
+        )
+    groups = [
+        PromptGroup(prompt=prompt, completions=tuple(rows))
+        for prompt, rows in zip(prompts, completions, strict=True)
+        if len(rows) >= min(n, 2)
+    ]
+    report = RolloutReport(
+        prompts=len(prompts),
+        completions=n * len(prompts),
+        tokens=sum(len(g.completion_ids) for _, g in kept),
+        failures={kind: count for kind, count in failures.items() if count},
+        dropped_groups=len(prompts) - len(groups),
+        generate_seconds=generated - started,
+        score_seconds=time.perf_counter() - generated,
+    )
+    return groups, report
