@@ -48,13 +48,39 @@ class Offline:
     """Name in metrics."""
 
 
-Source = Live | Replay | Offline
+@dataclass(kw_only=True)
+class Stream:
+    """Groups that `rollout --follow RUN` processes append while the run trains: the asynchronous mode.
+
+    They follow the weights that the callback `agro_lightning.publish.PublishWeights` puts into the run's
+    folder. Each group is trained on by exactly `max_uses` optimiser steps, the oldest first, unless it
+    grows too old. The uses are counted in the checkpoint, so that this also holds when either side is
+    killed and restarted.
+    """
+
+    max_uses: int
+    """Optimiser steps that train on each group: 1 to 255, a multiple of updates_per_rollout. 1 is the
+    usual."""
+    max_staleness: int | None = None
+    """Groups sampled more than so many optimiser steps ago expire; None: never. Groups count as used or
+    expired, never as lost."""
+    timeout_s: float = 1800.0
+    """The run stops, and says why, when it has waited so long for enough groups."""
+    path: str | None = None
+    """The folder that is filled; by default `stream` in the run's folder."""
+    weight: float = 1.0
+    """Share, relative to the other sources."""
+    name: str = "stream"
+    """Name in metrics."""
+
+
+Source = Live | Replay | Stream | Offline
 
 
 def check_sources(sources: Sequence[Source]) -> None:
     """Raises ValueError for no source, doubled names, or weights that are not positive."""
     if not sources:
-        raise ValueError("data.sources is empty; give at least one of Live, Replay, Offline")
+        raise ValueError("data.sources is empty; give at least one of Live, Replay, Stream, Offline")
     names = [source.name for source in sources]
     if len(set(names)) != len(names):
         raise ValueError(f"data.sources has the names {names}; each source needs a name of its own")
@@ -66,7 +92,17 @@ def check_sources(sources: Sequence[Source]) -> None:
             )
     if sum(isinstance(source, Live) for source in sources) > 1:
         raise ValueError("data.sources has more than one Live source; one is enough: there is one policy")
-    if not any(isinstance(source, Live | Offline) for source in sources):
+    streams = [source for source in sources if isinstance(source, Stream)]
+    for source in streams:
+        if not 1 <= source.max_uses <= 255:
+            raise ValueError(f"source {source.name} has max_uses {source.max_uses}; it must be 1 to 255")
+        if source.max_staleness is not None and source.max_staleness < 0:
+            raise ValueError(
+                f"source {source.name} has max_staleness {source.max_staleness}; it must be 0 or more"
+            )
+    if len({source.path for source in streams}) != len(streams):
+        raise ValueError("two Stream sources have the same path; each needs a folder of its own")
+    if all(isinstance(source, Replay) for source in sources):
         raise ValueError("data.sources has Replay only, which nothing fills; add a Live source")
 
 
