@@ -128,10 +128,11 @@ class RolloutBuffer:
         self._planned: tuple[tuple[int, int, int], GroupPlan] | None = None
         self.refresh()
         if not live and not self.num_rows:
+            skipped = list(self._set.skipped.values())
             raise ValueError(
                 f"no row can be drawn from {', '.join(listed) or 'no paths'}: {len(self.files)} files read, "
-                f"{len(self._set.skipped)} skipped, rows dropped: {dict(self.counts.dropped) or 'none'}. "
-                "Give .parquet or .jsonl files, or folders that hold some"
+                f"{len(skipped)} skipped, rows dropped: {dict(self.counts.dropped) or 'none'}. "
+                f"{skipped[0] if skipped else 'Give .parquet or .jsonl files, or folders that hold some.'}"
             )
 
     def refresh(self) -> int:
@@ -142,7 +143,7 @@ class RolloutBuffer:
         Raises:
             BadFileError, BadRowError: as in the constructor; also a file that changed after it was loaded.
         """
-        changed = None
+        changed = -1
         try:
             changed = self._set.refresh(self.accept)
         finally:

@@ -86,8 +86,13 @@ def _expand(given: str, may_be_missing: bool) -> Iterator[tuple[str, str]]:
         raise BadFileError(f"{given} does not exist; give {' or '.join(SUFFIXES)} files, folders, or globs")
 
 
+def _refuse(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # a folder may be removed while it is listed
+        raise BadFileError(f"{error.filename} cannot be read ({error.strerror}); allow it") from None
+
+
 def _walk(folder: str) -> Iterator[tuple[str, str]]:
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=_refuse):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
         within = os.path.relpath(parent, folder)
         for name in sorted(files):

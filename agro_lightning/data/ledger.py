@@ -41,14 +41,13 @@ class UseLedger:
         """
         counted: dict[str, np.ndarray] = {}
         for file, places in buffer.by_file(rows):
-            numbers = file.source.rows.column("numbers")
+            numbers = file.source.rows.column("numbers")[places]
             new = self._uses_up_to(file.label, int(numbers.max())).astype(np.int64)
-            np.add.at(new, numbers[places], 1)
-            if new.max() > self.max_uses:
-                number = int(np.argmax(new))
-                raise ValueError(
-                    f"{file.source.path}:{number} would be used {new[number]} times; max_uses is {self.max_uses}"
-                )
+            np.add.at(new, numbers, 1)
+            worst = int(numbers[np.argmax(new[numbers])])
+            if new[worst] > self.max_uses:
+                times = f"{new[worst]} times; max_uses is {self.max_uses}"
+                raise ValueError(f"row {file.source.path}:{worst} would be used {times}")
             counted[file.label] = new.astype(np.uint8)
         self._uses.update(counted)
 

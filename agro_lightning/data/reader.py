@@ -23,6 +23,7 @@ from agro_lightning.data.schema import (
 SUFFIXES = (".parquet", ".jsonl")
 BATCH_ROWS = 1024
 BATCH_BYTES = 16 << 20
+BATCH_LINE_BYTES = 4 << 20
 MAX_LINE_BYTES = 64 << 20
 
 
@@ -60,7 +61,7 @@ def _read_parquet(path: Path) -> Iterator[RawRows]:
             arrow_extensions_enabled=False,
         ) as file:
             present = _check_columns(path, file.schema_arrow)
-            for raw in file.iter_batches(_batch_rows(file.metadata), columns=present, use_threads=False):
+            for raw in file.iter_batches(_batch_rows(file, present), columns=present, use_threads=False):
                 batch = _typed(path, raw)
                 numbers = np.arange(first, first + batch.num_rows)
                 first += batch.num_rows
@@ -74,11 +75,24 @@ def _read_parquet(path: Path) -> Iterator[RawRows]:
         ) from None
 
 
-def _batch_rows(metadata: pq.FileMetaData) -> int:
-    """Rows whose decoded size stays near BATCH_BYTES, going by the file's own average."""
-    size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
-    average = max(1, size // max(1, metadata.num_rows))
-    return int(min(BATCH_ROWS, max(1, BATCH_BYTES // average)))
+def _batch_rows(file: pq.ParquetFile, columns: list[str]) -> int:
+    """Rows whose decoded size stays near BATCH_BYTES.
+
+    A file's own sizes are those of encoded values, which may be far smaller (repeated prompts are stored
+    once), so values are counted, and the first rows are looked at as they decode.
+    """
+    metadata = file.metadata
+    chunks = [
+        metadata.row_group(group).column(column)
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+    ]
+    size = sum(chunk.total_uncompressed_size + 8 * chunk.num_values for chunk in chunks)
+    average = size / max(1, metadata.num_rows)
+    for probe in file.iter_batches(8, columns=columns, use_threads=False):
+        average = max(average, probe.nbytes / max(1, probe.num_rows))
+        break
+    return int(min(BATCH_ROWS, max(1, BATCH_BYTES // max(1, average))))
 
 
 def _check_columns(path: Path, found: pa.Schema) -> list[str]:
@@ -194,7 +208,7 @@ def _read_jsonl(path: Path, rejections: Rejections) -> Iterator[RawRows]:
             rows.append(row)
             numbers.append(number)
             size += len(line)
-            if len(rows) >= BATCH_ROWS or size >= BATCH_BYTES:
+            if len(rows) >= BATCH_ROWS or size >= BATCH_LINE_BYTES:
                 yield RawRows(batch=pa.RecordBatch.from_pylist(rows, READ_SCHEMA), numbers=np.array(numbers))
                 rows, numbers, size = [], [], 0
     if rows:
