@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from agro_lightning.callbacks import NonFiniteGuard, SampleTable, StepMetrics, Summary
+from agro_lightning.callbacks import NonFiniteGuard, RunCheckpoint, SampleTable, StepMetrics, Summary
 from agro_lightning.checkpoint import DurableCheckpointIO
 from agro_lightning.cli_errors import explain
 from agro_lightning.data.datamodule import AgroDataModule
@@ -69,6 +69,13 @@ class AgroCLI(LightningCLI):
             "one under runs/, named by the time. To resume, give that of the run, and "
             "--ckpt_path last.",
         )
+        parser.add_argument(
+            "--checkpoint_every",
+            type=int,
+            default=100,
+            help="Optimiser steps between checkpoints in RUN_DIR/checkpoints; the last two are kept. For other "
+            "rules (best-k, say) list a ModelCheckpoint in trainer.callbacks.",
+        )
         parser.link_arguments("data.sampling.temperature", "model.temperature")
         parser.set_defaults({f"data.{key}": value for key, value in DATA_DEFAULTS.items()})
 
@@ -85,18 +92,8 @@ class AgroCLI(LightningCLI):
         given = given if isinstance(given, list) else [given]
         kept = [callback for callback in mine if not any(type(other) is type(callback) for other in given)]
         if not any(isinstance(callback, ModelCheckpoint) for callback in given):
-            kept.append(
-                ModelCheckpoint(
-                    dirpath=folder / "checkpoints",
-                    filename="step-{step:08d}",
-                    auto_insert_metric_name=False,
-                    every_n_train_steps=100,
-                    save_top_k=2,
-                    monitor="step",
-                    mode="max",
-                    save_last="link",
-                )
-            )
+            every = self._get(self.config_init, "checkpoint_every")
+            kept.append(RunCheckpoint(folder / "checkpoints", every=every))
         config["callbacks"] = [*given, *kept]
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
@@ -115,7 +112,13 @@ def _commands() -> dict[str, tuple[str, Callable[[], Callable[..., Any]]]]:
 
         return export
 
+    def rollout() -> Callable[..., Any]:
+        from agro_lightning.rollout_command import rollout
+
+        return rollout
+
     return {
+        "rollout": ("Sample and score completions into a buffer, or for a run that is training.", rollout),
         "export": ("Turn a checkpoint into a folder that from_pretrained loads.", export),
     }
 

@@ -211,8 +211,8 @@ class StreamReader:
             f"source {self.source.name}: {self.folder} has {found} usable groups, step {step} needs {count}, "
             f"and no more came within {self.source.timeout_s:g} s. It holds {self._groups} groups in "
             f"{len(self._labels)} files; {expired} unused ones are older than max_staleness "
-            f"{self.source.max_staleness} (newest unused: version {newest}). Is `rollout --follow` running on "
-            "this run's folder, and does this run publish its weights (callback PublishWeights)?"
+            f"{self.source.max_staleness} (newest unused: version {newest}). Is `rollout --follow` running "
+            "on this run, and does this run publish its weights (callback PublishWeights)?"
         )
 
     def metrics(self, step: int) -> dict[str, float]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.data.durable import sync_directory
 from agro_lightning.export import build_model
-from agro_lightning.policy import Policy, PolicySettings, load_lm
+from agro_lightning.policy import Policy, PolicySettings, load_lm, load_tokenizer
 
 ABOUT_FILE = "publication.json"
 POLL_SECONDS = 0.2
@@ -78,22 +78,24 @@ def wait_for_publication(run_dir: Path, timeout_s: float) -> Publication:
     while (found := newest_publication(run_dir)) is None:
         if time.monotonic() >= deadline:
             raise TimeoutError(
-                f"no weights appeared in {weights_dir(run_dir)} within {timeout_s:g} s. Is the run started, with "
-                "the callback agro_lightning.publish.PublishWeights?"
+                f"no weights appeared in {weights_dir(run_dir)} within {timeout_s:g} s. Was the run "
+                "started, with the callback agro_lightning.publish.PublishWeights?"
             )
         time.sleep(POLL_SECONDS)
     return found
 
 
-def load_published_policy(found: Publication, settings: PolicySettings) -> Policy:
-    """A policy with published weights.
+def load_published_policy(
+    found: Publication, settings: PolicySettings
+) -> tuple[Policy, PreTrainedTokenizerBase]:
+    """A policy with published weights, and its tokenizer.
 
     Raises:
         FileNotFoundError: it was withdrawn meanwhile; take the newest again.
     """
     merged = replace(settings, path=str(found.folder), weights="pretrained", lora=None)
     with _withdrawn(found):
-        return Policy(merged, temperature=found.facts.temperature)
+        return Policy(merged, temperature=found.facts.temperature), load_tokenizer(merged.path)
 
 
 @torch.no_grad()
