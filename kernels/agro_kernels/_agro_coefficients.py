@@ -8,6 +8,11 @@ def segment_sums(values: Tensor, segments: Tensor, count: int) -> Tensor:
     """Sums of `values` (N,) by segment id in [0, count), in fp64 and in the rows' order. -> (count,)"""
     if values.device.type == "cpu":  # sequential there, hence repeatable
         return torch.zeros(count, dtype=torch.float64).index_add_(0, segments, values.double())
+    return padded_segment_sums(values, segments, count)
+
+
+def padded_segment_sums(values: Tensor, segments: Tensor, count: int) -> Tensor:
+    """segment_sums without atomics, by sorting into a (count, longest) matrix."""
     ordered, order = segments.sort(stable=True)
     bounds = torch.searchsorted(ordered, torch.arange(count + 1, device=values.device))
     start, lengths = bounds[:-1], bounds.diff()

@@ -19,7 +19,7 @@ GATHER_ELEMENTS = 16 << 20
 def _local(targets: Tensor, offset: int, columns: int) -> Tensor:
     """Targets counted from this slice's first column; -1 where another slice owns them."""
     local = targets.to(torch.int64) - offset
-    return torch.where((local >= 0) & (local < columns), local, -1)
+    return torch.where((local >= 0) & (local < columns), local, -1).contiguous()
 
 
 def _active_rows(active: Tensor) -> Tensor | None:
@@ -93,6 +93,7 @@ def head_stats(
     """
     check_target_range(targets, total_columns, ignore_index)
     head = Head(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+    bias = None if bias is None else bias.contiguous()
     count = hidden.shape[0]
     dtype = stats_dtype(hidden.dtype)
     rows = _active_rows(targets != ignore_index)
@@ -212,6 +213,7 @@ def head_grads(
     """
     head = Head(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     dtype = stats_dtype(hidden.dtype)
+    bias = None if bias is None else bias.contiguous()
     active = targets != ignore_index
     moved = coefficient != 0
     if entropy_coefficient is not None:
@@ -225,15 +227,18 @@ def head_grads(
     )
     active_hidden = hidden if rows is None else hidden[rows]
     if active_hidden.shape[0] == 0:
-        d_hidden = active_hidden.to(wanted.hidden) if wanted.hidden else None
+        d_hidden = hidden.new_zeros(0, hidden.shape[1], dtype=wanted.hidden) if wanted.hidden else None
         d_weight = weight.new_zeros(weight.shape, dtype=wanted.weight) if wanted.weight else None
         d_bias = weight.new_zeros(weight.shape[0], dtype=dtype) if want_bias else None
     else:
+        # The gradient of a sum arrives expanded, with stride 0; kernels read it by address.
         upstream = Upstream(
-            logsumexp=logsumexp,
-            coefficient=coefficient.to(dtype),
-            entropy=entropy,
-            entropy_coefficient=entropy_coefficient,
+            logsumexp=logsumexp.contiguous(),
+            coefficient=coefficient.to(dtype).contiguous(),
+            entropy=None if entropy is None else entropy.contiguous(),
+            entropy_coefficient=None
+            if entropy_coefficient is None
+            else entropy_coefficient.to(dtype).contiguous(),
         )
         if rows is not None:
             upstream = upstream.rows(rows)
