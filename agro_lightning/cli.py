@@ -79,6 +79,9 @@ class AgroCLI(LightningCLI):
         parser.link_arguments("data.sampling.temperature", "model.temperature")
         parser.set_defaults({f"data.{key}": value for key, value in DATA_DEFAULTS.items()})
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would take settings from the checkpoint; here they stand in the config alone."""
+
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list) -> L.Trainer:
         """Adds what every run has to what the config asks for: run folder, loggers, callbacks, durable
         checkpoints."""

@@ -18,6 +18,7 @@ TRAINER_DEFAULTS = {
     "log_every_n_steps": 1,
     "num_sanity_val_steps": 0,
     "val_check_interval": 50,
+    "check_val_every_n_epoch": None,  # then val_check_interval counts micro-batches over the whole run
     "use_distributed_sampler": False,
     "enable_model_summary": False,
 }

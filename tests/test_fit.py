@@ -1,0 +1,157 @@
+"""Whole runs through the command line: the quick start's parts, killed and resumed, exported, refused."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+SMALL = """
+trainer: {max_steps: 8, accumulate_grad_batches: 2, val_check_interval: 1000, enable_progress_bar: false}
+checkpoint_every: 3
+model:
+  optimizer: {learning_rate: 1.0e-3, warmup_steps: 2}
+data:
+  validation: {path: quickstart-val, limit: 6}
+  batch_size: 2
+  group_size: 4
+  updates_per_rollout: 2
+  validation_samples: 2
+  pass_at: [2]
+  sources:
+  - {weight: 2, name: live}
+  - {weight: 1, capacity: 48, max_staleness: 6, name: replay}
+  - {weight: 1, paths: [quickstart], repeat: true, name: offline}
+"""
+TIMES = ("seconds", "tokens_per_second", "peak_memory")
+
+
+def command(*args, **env):
+    return subprocess.Popen(
+        [sys.executable, "-m", "agro_lightning", *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    )
+
+
+def run(*args, code=0):
+    process = command(*args)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == code, output
+    return output
+
+
+def metrics(folder):
+    with (folder / "metrics.csv").open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    return [{k: v for k, v in row.items() if v and not any(t in k for t in TIMES)} for row in rows]
+
+
+def final_state(folder):
+    return torch.load(folder / "checkpoints" / "step-00000008.ckpt", weights_only=True)
+
+
+def assert_same(one, other, path="checkpoint"):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{path}[{i}]")
+    else:
+        assert one == other or (one != one and other != other), (path, one, other)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole_run(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    output = run("fit", "--config", config, "--run_dir", folder)
+    return folder, output
+
+
+def kill_after_checkpoint(config, folder, step):
+    """Starts a run and kills it with SIGKILL as soon as rollouts from after the checkpoint of `step` exist."""
+    process = command("fit", "--config", config, "--run_dir", folder)
+    try:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            done = (folder / "checkpoints" / f"step-{step:08d}.ckpt").exists()
+            later = any(int(p.name.split("-")[1]) >= step for p in (folder / "replay").glob("step-*.parquet"))
+            if (done and later) or process.poll() is not None:
+                break
+            time.sleep(0.01)
+        assert process.poll() is None, process.communicate()[0]
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()  # closes its output
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_killed_run_resumes_bitwise(config, whole_run, tmp_path, step):
+    folder = tmp_path / "run"
+    kill_after_checkpoint(config, folder, step)
+    run("fit", "--config", config, "--run_dir", folder, "--ckpt_path", "last")
+    whole, resumed = final_state(whole_run[0]), final_state(folder)
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "AgroDataModule"):
+        assert_same(whole[key], resumed[key], key)
+    assert metrics(folder) == metrics(whole_run[0])
+    assert any(row.get("train/share/replay", "0") not in ("", "0.0") for row in metrics(folder))
+
+
+def test_a_run_leaves_what_the_readme_promises(whole_run):
+    folder, output = whole_run
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary.keys() == {"before", "after", "steps", "seconds", "completions", "run_dir"}
+    assert summary["before"].keys() == summary["after"].keys() == {"greedy_accuracy", "sampled_accuracy"}
+    assert summary["steps"] == 8 and summary["completions"] > 100
+    assert "2 groups × 2 micro-batches × 1 ranks = 4 groups × 4 completions = 16 completions" in output
+    assert "greedy accuracy" in output and f"tensorboard --logdir {folder}" in output
+    assert (folder / "reward.png").stat().st_size > 5000
+    assert any(folder.glob("events.out.tfevents*"))
+    assert len(metrics(folder)) >= 8
+
+
+def test_export_gives_equal_logits(whole_run, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ckpt = whole_run[0] / "checkpoints" / "step-00000008.ckpt"
+    run("export", "--ckpt", ckpt, "--out", tmp_path / "model")
+    weights = torch.load(ckpt, weights_only=True)["state_dict"]
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for name, parameter in exported.named_parameters():
+        assert torch.equal(parameter, weights[f"policy.lm.{name}"]), name
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer("12+34=").input_ids
+    assert "holds a model already" in run("export", "--ckpt", ckpt, "--out", tmp_path / "model", code=1)
+
+
+def test_validate_measures_a_checkpoint(config, whole_run):
+    ckpt = whole_run[0] / "checkpoints" / "step-00000008.ckpt"
+    output = run("validate", "--config", config, "--ckpt_path", ckpt)
+    assert "val/greedy_accuracy" in output and "val/pass_at_2" in output
+
+
+def test_a_foreign_checkpoint_is_refused(config, tmp_path):
+    bad = tmp_path / "foreign.ckpt"
+    torch.save({"state_dict": Path}, bad)
+    output = run("fit", "--config", config, "--run_dir", tmp_path / "run", "--ckpt_path", bad, code=1)
+    assert "cannot be read as tensors and plain values" in output
