@@ -12,6 +12,8 @@ os.environ.setdefault(
 )  # Lightning still calls jsonargparse's older names
 
 import lightning as L
+from docstring_parser import DocstringStyle
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -23,6 +25,10 @@ from agro_lightning.data.datamodule import AgroDataModule
 from agro_lightning.metrics_file import MetricsFile
 from agro_lightning.module import AgroModule
 from agro_lightning.quickstart.defaults import DATA_DEFAULTS, TRAINER_DEFAULTS
+
+set_parsing_settings(
+    docstring_parse_style=DocstringStyle.GOOGLE, docstring_parse_attribute_docstrings=True
+)
 
 TRAINING_COMMANDS = {
     "fit": "Train. Without --config it trains the quick start that ships with the package.",
@@ -73,8 +79,8 @@ class AgroCLI(LightningCLI):
             "--checkpoint_every",
             type=int,
             default=100,
-            help="Optimiser steps between checkpoints in RUN_DIR/checkpoints; the last two are kept. For other "
-            "rules (best-k, say) list a ModelCheckpoint in trainer.callbacks.",
+            help="Optimiser steps between checkpoints in RUN_DIR/checkpoints; the last two are kept. For "
+            "other rules (best-k, say) list a ModelCheckpoint in trainer.callbacks.",
         )
         parser.link_arguments("data.sampling.temperature", "model.temperature")
         parser.set_defaults({f"data.{key}": value for key, value in DATA_DEFAULTS.items()})

@@ -64,10 +64,10 @@ def rollout(
         follow: the folder of a run that trains on what is made here: `fit` with a Stream source and the
             callback PublishWeights. The newest weights are used for each file, until the run ends.
         groups: prompts to answer in all; default every prompt once, with follow until the run ends.
-        groups_per_file: prompts of one file; default 64, with follow 8. shard: i/k: this is process i of k
-        that fill one folder; each makes every k-th file. max_ahead: with follow: most groups that may wait
-        for the run; default twice what it uses in a step, and
-            one file of every process.
+        groups_per_file: prompts of one file; default 64, with follow 8.
+        shard: i/k: this is process i of k that fill one folder; each makes every k-th file.
+        max_ahead: with follow: most groups that may wait for the run; default twice what it uses in a step,
+            and one file of every process.
         timeout_s: with follow: how long to wait for weights, or for the run to use groups.
         source: the name that rows give as their source.
         max_failure_fraction: stop when more than this fraction of the latest rewards failed.
@@ -268,7 +268,8 @@ class _Tally:
         there = sum(1 for _ in folder.glob("part-*.parquet"))
         print(
             f"made {self.files} files, {self.groups} groups, {self.completions} completions, {self.tokens} "
-            f"tokens in {time.monotonic() - self.started:.0f} s ({waited:.0f} s of it waiting); {self._failed}, "
+            f"tokens in {time.monotonic() - self.started:.0f} s ({waited:.0f} s of it waiting); "
+            f"{self._failed}, "
             f"{self.dropped_groups} prompts left out, {self.empty_files} files with nothing usable\n"
             f"{folder} now has {there} files"
         )

@@ -51,7 +51,7 @@ class AgroDataModule(L.LightningDataModule):
         on_bad_file: what happens to a torn or foreign file: "error", or "skip" (counted).
         max_failure_fraction: stop when more than this fraction of the latest rewards failed.
         zero_reward_rollouts: rollouts in a row without any reward after which an alarm is raised; 0 switches
-        it off.
+            it off.
         on_zero_reward: what that alarm does: "warn", or "stop".
         max_logprob_gap: stop when engine and trainer log-probs differ by more than this on average, in nats.
         seed: of sampling, order and mixing.
