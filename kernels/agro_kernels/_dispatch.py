@@ -15,7 +15,8 @@ def triton_available() -> bool:
 
 
 @cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Warns of `message` the first time only."""
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
@@ -46,7 +47,7 @@ def choose_backend(backend: str, hidden: Tensor, weight: Tensor) -> str:
         capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         backend = "triton" if low and capable and triton_available() else "chunked"
     if backend == "triton" and device.type != "cpu" and hidden.shape[1] * dtype.itemsize % 16:
-        _warn_once(
+        warn_once(
             f"hidden size {hidden.shape[1]} in {dtype} gives rows that are not a multiple of 16 bytes, which "
             "the tensor copy engine needs; a slower kernel with plain loads is used"
         )
