@@ -121,6 +121,11 @@ def _commands() -> dict[str, tuple[str, Callable[[], Callable[..., Any]]]]:
 
         return export
 
+    def annotate() -> Callable[..., Any]:
+        from agro_lightning.annotate import annotate
+
+        return annotate
+
     def rollout() -> Callable[..., Any]:
         from agro_lightning.rollout_command import rollout
 
@@ -128,6 +133,7 @@ def _commands() -> dict[str, tuple[str, Callable[[], Callable[..., Any]]]]:
 
     return {
         "rollout": ("Sample and score completions into a buffer, or for a run that is training.", rollout),
+        "annotate": ("Cache a reference's log-probs in a copy of a buffer.", annotate),
         "export": ("Turn a checkpoint into a folder that from_pretrained loads.", export),
     }
 

@@ -3,6 +3,8 @@ log-probs."""
 
 import copy
 import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -12,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from agro_lightning.data.packing import split_batch
+from agro_lightning.data.packing import pack_groups, split_batch
 from agro_lightning.policy import Policy
-from agro_lightning.types import TokenBatch
+from agro_lightning.types import PromptGroup, TokenBatch
 
 ReferenceKind = Literal["auto", "frozen", "adapter_off", "cached"]
 
@@ -161,3 +163,29 @@ class CachedReference:
 def frozen_copy(policy: Policy) -> FrozenReference:
     """A frozen reference that starts as the policy is now."""
     return FrozenReference(copy.deepcopy(policy))
+
+
+def with_ref_logprobs(
+    groups: Sequence[PromptGroup], reference: Reference, *, device: torch.device, max_tokens: int | None
+) -> list[PromptGroup]:
+    """The groups with every completion's log-probs under the reference, and its reference_id.
+
+    Args:
+        groups: of 2 or more completions each.
+        device: of the reference.
+        max_tokens: most input tokens of one pass.
+    """
+    batch = pack_groups(groups, num_groups=len(groups)).to(device)
+    values = reference.logprobs(batch, max_tokens=max_tokens).cpu()
+    pieces = iter(values.split((batch.completion_lengths + 1).tolist()))
+    known = reference.reference_id
+    return [
+        replace(
+            group,
+            completions=tuple(
+                replace(c, ref_logprobs=tuple(next(pieces).tolist()), reference_id=known)
+                for c in group.completions
+            ),
+        )
+        for group in groups
+    ]

@@ -16,7 +16,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from agro_lightning.data.buffer import RolloutBuffer
 from agro_lightning.data.feed import FeedSettings, TrainFeed, rollout_name, step_of_rollout
 from agro_lightning.data.mixing import Live, Mixing, Offline, Replay, Source, Stream, check_sources
-from agro_lightning.data.packing import pack_groups
 from agro_lightning.data.prompts import PromptDataset, PromptSettings
 from agro_lightning.data.schema import tokenizer_id
 from agro_lightning.data.stream import StreamReader, stream_dir
@@ -24,6 +23,7 @@ from agro_lightning.data.use_log import UseLog
 from agro_lightning.data.writer import append_rollouts
 from agro_lightning.evaluation import PromptResult, summarize
 from agro_lightning.policy import Policy, load_tokenizer
+from agro_lightning.reference import with_ref_logprobs
 from agro_lightning.rewards import ExactMatch, Reward, RewardSet
 from agro_lightning.rollout import AutoEngine, RolloutEngine, Sampling
 from agro_lightning.rollout.collect import rollout_groups
@@ -213,7 +213,7 @@ class AgroDataModule(L.LightningDataModule):
             self.sources,
             prompts=self.train_prompts,
             offline={
-                source.name: self._buffer(_offline_paths(source.paths), source.name, live=False)
+                source.name: self._buffer(offline_paths(source.paths), source.name, live=False)
                 for source in self.sources
                 if isinstance(source, Offline)
             },
@@ -297,27 +297,12 @@ class AgroDataModule(L.LightningDataModule):
 
     def _annotate(self, groups: list[PromptGroup]) -> list[PromptGroup]:
         started = time.perf_counter()
-        reference, device = self._module.reference, self._module.device
-        out: list[PromptGroup] = []
+        module, out = self._module, []
         for start in range(0, len(groups), self.batch_size):
             part = groups[start : start + self.batch_size]
-            batch = pack_groups(part, num_groups=len(part)).to(device)
-            values = reference.logprobs(batch, max_tokens=self._module.max_tokens).cpu()
-            pieces = iter(values.split((batch.completion_lengths + 1).tolist()))
-            for group in part:
-                out.append(
-                    replace(
-                        group,
-                        completions=tuple(
-                            replace(
-                                c,
-                                ref_logprobs=tuple(next(pieces).tolist()),
-                                reference_id=reference.reference_id,
-                            )
-                            for c in group.completions
-                        ),
-                    )
-                )
+            out += with_ref_logprobs(
+                part, module.reference, device=module.device, max_tokens=module.max_tokens
+            )
         self._record({"seconds/reference": time.perf_counter() - started})
         return out
 
@@ -477,6 +462,7 @@ class PromptBatches:
         return iter(self._batches)
 
 
-def _offline_paths(paths: Sequence[str]) -> list[str]:
+def offline_paths(paths: Sequence[str]) -> list[str]:
+    """The paths, with the shipped buffer's for "quickstart"."""
     shipped = str(resources.files("agro_lightning") / "quickstart" / "offline.parquet")
     return [shipped if path == "quickstart" else path for path in paths]

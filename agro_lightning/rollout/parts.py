@@ -86,7 +86,7 @@ class Parts:
         return int(np.random.default_rng([self.seed, part]).integers(2**31))
 
 
-def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+def claim_folder(folder: Path, settings: Mapping[str, Any], name: str = SETTINGS_FILE) -> None:
     """Notes in a folder what it is filled with, or checks that it is filled with just that.
 
     Raises:
@@ -95,16 +95,16 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         sync_directory(folder.parent)
-    path = folder / SETTINGS_FILE
+    path = folder / name
     try:
         write_once(path, json.dumps(settings, indent=1, sort_keys=True).encode())
     except FileExistsError:
         found = json.loads(path.read_text())
         wanted = json.loads(json.dumps(settings))
-        for name in sorted(found.keys() | wanted.keys()):
-            if found.get(name) != wanted.get(name):
+        for key in sorted(found.keys() | wanted.keys()):
+            if found.get(key) != wanted.get(key):
                 raise ValueError(
-                    f"{folder} was begun with {name} {found.get(name)!r}, not {wanted.get(name)!r}. Go on "
+                    f"{folder} was begun with {key} {found.get(key)!r}, not {wanted.get(key)!r}. Go on "
                     "with the same settings, or give another folder"
                 ) from None
 
