@@ -82,6 +82,8 @@ def _empty(settings: PolicySettings, sharding: ShardingSettings, meshes: Meshes,
     if meshes.tensor is not None:
         policy.tensor_group = parallelize(policy.base, meshes.tensor)
     shard(policy, policy.layers, meshes.data, sharding, frozen=frozen)
+    if sharding.param_dtype is not None:
+        policy.compute_dtype = getattr(torch, sharding.param_dtype)
     policy.reshard_after_forward = sharding.reshard_after_forward or frozen
     offloaded = frozen and sharding.offload_reference
     materialise(policy, torch.device("cpu") if offloaded else device)

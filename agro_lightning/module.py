@@ -1,5 +1,6 @@
 """AgroModule: policy, reference and objective as a LightningModule with automatic optimisation."""
 
+import contextlib
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from agro_lightning.reference import (
     ReferenceKind,
     frozen_copy,
 )
-from agro_lightning.sharding import ShardingSettings, clip_by_norm, data_rank, total_norm
+from agro_lightning.sharding import ShardingSettings, clip_by_norm, data_rank, reshard, total_norm, unsharded
 from agro_lightning.self_check import check_logprobs
 from agro_lightning.types import Prompt, TokenBatch
 
@@ -106,6 +107,7 @@ class AgroModule(L.LightningModule):
         self._pieces: list[tuple[TokenBatch, Tensor, Tensor]] = []
         self._reference_file: str | None = None
         self._answers: list[PromptResult] = []
+        self._whole_policy = contextlib.ExitStack()
 
     # ------------------------------------------------------------------ building
 
@@ -185,9 +187,13 @@ class AgroModule(L.LightningModule):
 
     def reference_logprobs(self, batch: TokenBatch) -> Tensor:
         """(N,) reference log-probs of the batch, cached where the data has them."""
-        if batch.ref_logprobs is not None:
-            return batch.ref_logprobs
-        return self.reference.logprobs(batch, max_tokens=self.max_tokens)
+        known = batch.ref_logprobs
+        if known is not None and not self._over_ranks(0):
+            return known
+        if known is None:
+            self._over_ranks(1)
+        computed = self.reference.logprobs(batch, max_tokens=self.max_tokens)
+        return computed if known is None else known
 
     def _whole(self, batch: TokenBatch, ref_logprobs: Tensor) -> StepResult:
         """One pass; AGRO's loss is fused with the head, other objectives take its log-probs."""
@@ -267,6 +273,10 @@ class AgroModule(L.LightningModule):
 
     # ------------------------------------------------------------------ guards
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        assert self.policy is not None
+        reshard(self.policy)
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
@@ -334,10 +344,15 @@ class AgroModule(L.LightningModule):
 
     # ------------------------------------------------------------------ validation
 
+    def on_validation_epoch_start(self) -> None:
+        assert self.policy is not None
+        self._whole_policy.enter_context(unsharded(self.policy))  # ranks may have more or fewer batches
+
     def validation_step(self, batch: list[Prompt], batch_idx: int) -> None:
         self._answers += self.trainer.datamodule.answer(batch)  # type: ignore[attr-defined]
 
     def on_validation_epoch_end(self) -> None:
+        self._whole_policy.close()
         answers, self._answers = self._answers, []
         summary = self.trainer.datamodule.summarize(answers)  # type: ignore[attr-defined]
         self.log_dict(

@@ -240,6 +240,8 @@ class Policy(nn.Module):
             None  # ranks that hold slices of each weight, set by the sharding
         )
         self.reshard_after_forward = True
+        self.held = False
+        self.compute_dtype: torch.dtype = base.dtype
         self.head_options = HeadOptions.of(settings, base.config)
         self.plain_attention = base.get_decoder().config._attn_implementation or "sdpa"
         if settings.gradient_checkpointing:
@@ -382,7 +384,7 @@ class Policy(nn.Module):
         """Yields the model as transformers made it: no gradients, its own attention, whole weights on every
         rank."""
         config = self.base.get_decoder().config
-        with torch.no_grad(), unsharded(self, reshard_after_forward=self.reshard_after_forward):
+        with torch.no_grad(), unsharded(self):
             config._attn_implementation = self.plain_attention
             try:
                 yield self.lm

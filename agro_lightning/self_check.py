@@ -31,7 +31,7 @@ def check_logprobs(policy: Policy) -> float:
     """
     groups = _random_groups(policy)
     own = _own_logprobs(policy, groups)
-    tolerance = 2e-3 if policy.head.weight.dtype == torch.float32 else 0.1
+    tolerance = 2e-3 if policy.compute_dtype == torch.float32 else 0.1
     gap = _gap(policy, groups, own)
     if gap > tolerance and policy.settings.packing == "auto" and policy.shared_prompts:
         shared_gap = gap

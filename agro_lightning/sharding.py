@@ -122,25 +122,49 @@ def fsdp_units(policy: nn.Module) -> list[FSDPModule]:
 
 
 @contextlib.contextmanager
-def unsharded(policy: nn.Module, *, reshard_after_forward: bool = True) -> Iterator[None]:
-    """Holds whole parameters on every rank: one gathering for a generation in which ranks stop at different lengths.
+def unsharded(policy: nn.Module) -> Iterator[None]:
+    """Holds whole parameters on every rank, gathered once: ranks may then run any number of forwards, or none.
 
-    Args:
-        policy: the FSDP root, or a model without FSDP, which is left as it is.
-        reshard_after_forward: what the layers are set to afterwards.
+    All ranks enter and leave together. Within it, entering again does nothing, on any subset of ranks.
+    Without FSDP the model is left as it is.
     """
     units = fsdp_units(policy)
-    if units:
-        policy.wake()  # type: ignore[operator] - FSDP must see the root run first, or each layer becomes a root
+    if not units or is_held(policy):
+        yield
+        return
+    policy.wake()  # type: ignore[operator] - FSDP must see the root run first, or each layer becomes a root
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
+    policy.held = True  # type: ignore[assignment] - not a parameter
     try:
         yield
     finally:
+        policy.held = False  # type: ignore[assignment]
         for unit in units:
             unit.reshard()
-            unit.set_reshard_after_forward(reshard_after_forward and unit is not units[-1], recurse=False)
+            frees = policy.reshard_after_forward and unit is not units[-1]  # see `shard`
+            unit.set_reshard_after_forward(bool(frees), recurse=False)
+
+
+def is_held(policy: nn.Module) -> bool:
+    """Whether whole parameters are on every rank at present."""
+    return bool(getattr(policy, "held", False))
+
+
+def lockstep(policy: nn.Module, forwards: int) -> int:
+    """How many forwards every rank must run, where this one needs `forwards`: the most that any rank needs.
+
+    A forward of a sharded model gathers parameters from all ranks. All ranks call this together, unless the
+    policy is held whole or is not sharded: then each may run what it needs.
+    """
+    if is_held(policy) or not fsdp_units(policy):
+        return forwards
+    parameter = next(policy.parameters())
+    kind = parameter.device_mesh.device_type if isinstance(parameter, DTensor) else parameter.device.type
+    most = torch.tensor(forwards, device=kind)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
 
 
 def reshard(policy: nn.Module) -> None:

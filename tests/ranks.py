@@ -5,9 +5,10 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def _main(function: Callable[..., Any], rank: int, world: int, port: int, args: 
             torch.distributed.destroy_process_group()
 
 
-def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 60.0) -> list[Any]:
     """What `function(rank, world, *args)` returned on each rank. Raises AssertionError with the tracebacks."""
     context, port = _context(), free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(world)]
@@ -58,24 +59,32 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
         process.start()
     for _, sender in pipes:
         sender.close()
-    results, errors = [], []
+    results: dict[int, Any] = {}
+    errors: list[str] = []
+    waiting = {receiver: rank for rank, (receiver, _) in enumerate(pipes)}
+    deadline = time.monotonic() + timeout
     try:
-        for rank, (receiver, _) in enumerate(pipes):
-            if not receiver.poll(timeout):
-                errors.append(f"rank {rank}: no answer within {timeout} s")
-                continue
-            try:
-                error, result = receiver.recv()
-            except EOFError:
-                error, result = "died without an answer", None
-            results.append(None if result is None else torch.load(io.BytesIO(result), weights_only=False))
-            if error:
-                errors.append(f"rank {rank}: {error}")
-                timeout = 5.0
+        while waiting:
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                errors += [f"rank {rank}: no answer" for rank in waiting.values()]
+                break
+            for receiver in ready:
+                rank = waiting.pop(receiver)
+                try:
+                    error, result = receiver.recv()
+                except EOFError:
+                    error, result = "died without an answer", None
+                if error:
+                    errors.append(f"rank {rank}: {error}")
+                    deadline = min(deadline, time.monotonic() + 5.0)  # the others may wait for it for ever
+                else:
+                    results[rank] = torch.load(io.BytesIO(result), weights_only=False)
     finally:
         for process in processes:
-            process.join(5)
+            process.join(0.1 if errors else 10.0)
             if process.is_alive():
                 process.kill()
+                process.join()
     assert not errors, "\n".join(errors)
-    return results
+    return [results[rank] for rank in range(world)]

@@ -1,0 +1,207 @@
+"""The real trainer on gloo ranks: gradients, clipping, skipped steps and generation equal those of one process."""
+
+import logging
+import warnings
+
+import lightning as L
+import pytest
+import torch
+from ranks import run_ranks
+from test_sharding import full, make_groups
+from tiny_models import tiny_lm
+
+from agro_lightning.data.packing import pack_groups
+from agro_lightning.module import AgroModule, OptimizerSettings
+from agro_lightning.objectives import Agro
+from agro_lightning.objectives.rloo import Rloo
+from agro_lightning.policy import PolicySettings
+from agro_lightning.rollout.base import Sampling
+from agro_lightning.rollout.batched import BatchedDecoding
+from agro_lightning.rollout.continuous import ContinuousBatching
+from agro_lightning.rollout.generate import Generate
+from agro_lightning.sharding import ShardingSettings, data_rank
+from agro_lightning.strategy import Sharded
+
+GROUPS = 16
+"""Prompt groups of a step, over all ranks and micro-batches."""
+
+
+class Record(L.Callback):
+    """Gradients as the optimiser gets them, before and after clipping, by step."""
+
+    def __init__(self):
+        self.gradients, self.norms, self.skipped = [], [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradients.append({n: full(p.grad) for n, p in pl_module.policy.named_parameters() if p.grad is not None})
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.norms.append(float(pl_module.last_gradient_norm))
+            self.skipped.append(pl_module.step_skipped)
+
+
+class Batches:
+    """A sized loader."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def batches_of(rank, ranks, accumulate, steps, poison=None):
+    """This rank's micro-batches: of different sizes over ranks and micro-batches, covering every group once."""
+    out = []
+    for step in range(steps):
+        groups = make_groups(GROUPS, seed=step)
+        cuts = torch.linspace(0, GROUPS, ranks * accumulate + 1).round().long()
+        cuts[1:-1] += torch.arange(ranks * accumulate - 1) % 2  # uneven
+        for part in range(accumulate):
+            at = part * ranks + rank
+            batch = pack_groups(groups[cuts[at]: cuts[at + 1]], num_groups=GROUPS)
+            if poison == (step, at):
+                batch.rewards[0] = float("nan")
+            out.append(batch)
+    return Batches(out)
+
+
+def fit(rank, world, path, options):
+    """Trains some steps on fixed groups; returns what is compared."""
+    logging.getLogger("lightning").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    tensor, accumulate = options.get("tensor", 1), options.get("accumulate", 1)
+    steps, ranks = options.get("steps", 2), world // tensor
+    module = AgroModule(policy=PolicySettings(path=path), objective=options.get("objective", Agro(beta=0.05)),
+                        optimizer=OptimizerSettings(learning_rate=1e-3, warmup_steps=0, schedule="constant"),
+                        max_tokens=options.get("max_tokens"), temperature=0.7,
+                        sharding=ShardingSettings(replicate=options.get("replicate", 1)))
+    record = Record()
+    trainer = L.Trainer(accelerator="cpu", devices=world, max_steps=steps, max_epochs=1, logger=False,
+                        strategy="auto" if world == 1 else Sharded(tensor_parallel_size=tensor),
+                        accumulate_grad_batches=accumulate, gradient_clip_val=options.get("clip"),
+                        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+                        callbacks=[record], use_distributed_sampler=False)
+    trainer.fit(module, train_dataloaders=batches_of(rank // tensor, ranks, accumulate, steps, options.get("poison")))
+    return {"gradients": record.gradients, "norms": record.norms, "skipped": record.skipped,
+            "weights": {n: full(p) for n, p in module.policy.named_parameters()},
+            "reference_id": module.reference.reference_id}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_lm("qwen3").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def expected(model_folder):
+    """One process, all groups in one batch; by options that change the result."""
+    known = {}
+
+    def of(**options):
+        key = repr(sorted(options.items()))
+        if key not in known:
+            (known[key],) = run_ranks(fit, 1, model_folder, options)
+        return known[key]
+
+    return of
+
+
+def relative_error(ours, theirs):
+    """|ours - theirs| / |theirs|, both over all tensors together."""
+    difference = sum(float((ours[name] - theirs[name]).square().sum()) for name in theirs)
+    return (difference / sum(float(theirs[name].square().sum()) for name in theirs)) ** 0.5
+
+
+CASES = {
+    "2 ranks": (2, {}),
+    "4 ranks, accumulation": (4, {"accumulate": 2}),
+    "2 ranks, above the token budget": (2, {"max_tokens": 20}),
+    "2 ranks of tensor parallelism": (2, {"tensor": 2}),
+    "2 x 2 ranks, accumulation, above the budget": (4, {"tensor": 2, "accumulate": 2, "max_tokens": 20}),
+    "2 x 2 replicas": (4, {"replicate": 2}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_and_clipping_equal_one_process(model_folder, expected, case):
+    world, options = CASES[case]
+    one = expected(clip=0.1)
+    for result in run_ranks(fit, world, model_folder, {**options, "clip": 0.1}):
+        assert result["gradients"][0].keys() == one["gradients"][0].keys()
+        assert relative_error(result["gradients"][0], one["gradients"][0]) <= 1e-6
+        assert result["norms"] == pytest.approx(one["norms"], rel=1e-4)
+        assert one["norms"][0] > 0.1  # or nothing was clipped
+        assert relative_error(result["weights"], one["weights"]) <= 1e-4
+        assert result["reference_id"] == one["reference_id"]
+
+
+def test_objectives_that_are_not_fused_equal_one_process(model_folder, expected):
+    one = expected(objective=Rloo(beta=0.05))
+    for result in run_ranks(fit, 2, model_folder, {"objective": Rloo(beta=0.05), "accumulate": 2}):
+        assert relative_error(result["gradients"][0], one["gradients"][0]) <= 1e-6
+
+
+def test_nan_on_one_rank_is_skipped_on_all(model_folder, expected):
+    results = run_ranks(fit, 2, model_folder, {"poison": (0, 1), "steps": 2})
+    for result in results:
+        assert result["skipped"] == [True, False]
+        assert all(torch.isfinite(weight).all() for weight in result["weights"].values())
+        assert relative_error(result["weights"], results[0]["weights"]) == 0.0
+
+
+def generate(rank, world, path, engine, tensor):
+    """Unequal lengths before and after a training step."""
+    from agro_lightning.policy import load_tokenizer
+
+    warnings.simplefilter("ignore")
+    groups = make_groups(4)
+    prompts = [group.prompt.prompt_ids for group in groups]
+    module = AgroModule(policy=PolicySettings(path=path), objective=Agro(beta=0.05),
+                        optimizer=OptimizerSettings(learning_rate=0.05, warmup_steps=0, schedule="constant"))
+    outputs = []
+
+    class Rollout(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            engine.attach(pl_module.policy, load_tokenizer("quickstart"))
+            self.generate(pl_module)
+
+        def generate(self, pl_module):
+            place = data_rank(pl_module.device_mesh)
+            mine = slice(place.rank, None, place.size)
+            engine.update_weights(pl_module.global_step)
+            rows = engine.generate(prompts[mine], Sampling(max_new_tokens=3 + 6 * place.rank, temperature=0.0),
+                                   n=1, seed=3)
+            outputs.append([generation.completion_ids[:3] for row in rows for generation in row])
+            outputs.append([len(generation.completion_ids) for row in rows for generation in row])
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            self.generate(pl_module)
+
+    trainer = L.Trainer(accelerator="cpu", devices=world, max_steps=2, max_epochs=1, logger=False,
+                        strategy="auto" if world == 1 else Sharded(tensor_parallel_size=tensor),
+                        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+                        callbacks=[Rollout()], use_distributed_sampler=False)
+    trainer.fit(module, train_dataloaders=batches_of(rank // tensor, world // tensor, 1, 2))
+    return outputs
+
+
+@pytest.mark.parametrize(("engine", "world", "tensor"), [
+    (Generate, 2, 1), (BatchedDecoding, 2, 1), (ContinuousBatching, 2, 1), (BatchedDecoding, 4, 2)],
+    ids=lambda value: getattr(value, "__name__", str(value)))
+def test_generation_of_unequal_lengths_before_and_after_steps(model_folder, engine, world, tensor):
+    (one,) = run_ranks(generate, 1, model_folder, engine(), 1)
+    results = run_ranks(generate, world, model_folder, engine(), tensor)
+    ranks = world // tensor
+    for moment in (0, 2, 4):
+        for rank, result in enumerate(results):
+            assert result[moment] == one[moment][rank // tensor:: ranks]
+    assert one[0] != one[4]  # the steps changed what is generated
+    assert max(results[0][1]) < max(results[-1][1])  # ranks stopped at different lengths
