@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from agro_lightning.data.packing import pack_groups, split_batch
 from agro_lightning.policy import Policy
+from agro_lightning.sharding import lockstep
 from agro_lightning.types import PromptGroup, TokenBatch
 
 ReferenceKind = Literal["auto", "frozen", "adapter_off", "cached"]
@@ -64,6 +65,15 @@ class Reference(Protocol):
         ...
 
 
+def _in_pieces(policy: Policy, batch: TokenBatch, max_tokens: int | None) -> Tensor:
+    """Log-probs in pieces of at most max_tokens; ranks with fewer pieces repeat one, so that all run the same
+    collectives."""
+    pieces = [batch] if max_tokens is None else split_batch(batch, max_tokens)
+    idle = lockstep(policy, len(pieces)) - len(pieces)
+    values = [policy.logprobs(piece).logprobs for piece in pieces + pieces[:1] * idle]
+    return torch.cat(values[: len(pieces)])
+
+
 class FrozenReference:
     """A second, frozen instance of the policy.
 
@@ -84,8 +94,7 @@ class FrozenReference:
 
     @torch.no_grad()
     def logprobs(self, batch: TokenBatch, *, max_tokens: int | None = None) -> Tensor:
-        pieces = [batch] if max_tokens is None else split_batch(batch, max_tokens)
-        return torch.cat([self.policy.logprobs(piece).logprobs for piece in pieces])
+        return _in_pieces(self.policy, batch, max_tokens)
 
     @torch.no_grad()
     def reset_to(self, policy: Policy) -> None:
@@ -128,9 +137,8 @@ class AdapterOffReference:
 
     @torch.no_grad()
     def logprobs(self, batch: TokenBatch, *, max_tokens: int | None = None) -> Tensor:
-        pieces = [batch] if max_tokens is None else split_batch(batch, max_tokens)
         with self.policy.adapters_off():
-            return torch.cat([self.policy.logprobs(piece).logprobs for piece in pieces])
+            return _in_pieces(self.policy, batch, max_tokens)
 
     def reset_to(self, policy: Policy) -> None:
         raise ValueError(
