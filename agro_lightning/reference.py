@@ -47,7 +47,9 @@ def weights_hash(module: nn.Module) -> str:
 def _gathered(tensor: DTensor) -> torch.Tensor:
     """The whole tensor; shards that wait in CPU memory are gathered on their mesh's device."""
     kind = tensor.device_mesh.device_type
-    return (tensor if tensor.device.type == kind else tensor.to(kind)).full_tensor()
+    moved = tensor if tensor.device.type == kind else tensor.to(kind)
+    assert isinstance(moved, DTensor)
+    return moved.full_tensor()
 
 
 class Reference(Protocol):

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -76,14 +76,25 @@ class DataRank(NamedTuple):
     """None: the default group."""
     first: bool
     """Whether this process writes what its tensor-parallel group has in common."""
+    tensor_group: dist.ProcessGroup | None = None
+    """The processes with this one's data; None when there is no other."""
+
+    def agree(self, value: Any) -> Any:
+        """The value of the first process that has this one's data: rewards may depend on clocks or chance."""
+        if self.tensor_group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, group=self.tensor_group, group_src=0)
+        return box[0]
 
 
 def data_rank(mesh: DeviceMesh | None) -> DataRank:
     """The place of this process in the strategy's mesh, or among all processes without one."""
     if mesh is not None:
         data = mesh["data_parallel"]
-        return DataRank(data.get_local_rank(), data.size(), data.get_group(),
-                        mesh["tensor_parallel"].get_local_rank() == 0)
+        tensor = mesh["tensor_parallel"]
+        return DataRank(data.get_local_rank(), data.size(), data.get_group(), tensor.get_local_rank() == 0,
+                        tensor.get_group() if tensor.size() > 1 else None)
     if dist.is_initialized():
         return DataRank(dist.get_rank(), dist.get_world_size(), None, True)
     return DataRank(0, 1, None, True)

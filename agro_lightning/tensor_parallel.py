@@ -39,6 +39,7 @@ def parallelize(lm: PreTrainedModel, mesh: DeviceMesh) -> ProcessGroup:
     decoder = lm.get_decoder()
     parallelize_module(decoder, mesh, plan)
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    assert isinstance(embedding, nn.Module) and isinstance(head, nn.Module)
     tied = head.weight is embedding.weight
     parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()))
     parallelize_module(head, mesh, ColwiseParallel(output_layouts=Replicate()))

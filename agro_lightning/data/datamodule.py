@@ -1,6 +1,7 @@
 """AgroDataModule: prompts, sources, rewards and the engine, put together into the training feed and
 validation."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -27,6 +28,7 @@ from agro_lightning.reference import with_ref_logprobs
 from agro_lightning.rewards import ExactMatch, Reward, RewardSet
 from agro_lightning.rollout import AutoEngine, RolloutEngine, Sampling
 from agro_lightning.rollout.collect import rollout_groups
+from agro_lightning.sharding import DataRank, data_rank, unsharded
 from agro_lightning.types import Prompt, PromptGroup, TokenBatch
 
 
@@ -149,6 +151,11 @@ class AgroDataModule(L.LightningDataModule):
         return policy
 
     @property
+    def _place(self) -> DataRank:
+        """This process among those that get different data."""
+        return data_rank(self._module.device_mesh)
+
+    @property
     def _module(self) -> Any:
         assert self.trainer is not None
         return self.trainer.lightning_module
@@ -203,8 +210,8 @@ class AgroDataModule(L.LightningDataModule):
                 batch_size=self.batch_size,
                 group_size=self.group_size,
                 accumulate=trainer.accumulate_grad_batches,
-                rank=trainer.global_rank,
-                world_size=trainer.world_size,
+                rank=self._place.rank,
+                world_size=self._place.size,
                 total_steps=trainer.max_steps,
                 mixing=self.mixing,
                 updates_per_rollout=self.updates_per_rollout,
@@ -221,6 +228,7 @@ class AgroDataModule(L.LightningDataModule):
             streams={s.name: self._stream(s) for s in self.sources if isinstance(s, Stream)},
             sample_live=self._sample_live,
             append=self._append,
+            drawing=self._drawing,
             on_drawn=self._finish,
             count_globally=self._count_globally,
             reference_id=lambda: self._module.reference.reference_id,
@@ -273,7 +281,23 @@ class AgroDataModule(L.LightningDataModule):
             policy_version=version,
         )
         self._record(report.metrics())
-        return groups
+        return self._place.agree(groups)
+
+    @contextlib.contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Holds whole models while a step is drawn: ranks may generate and annotate different numbers of
+        times."""
+        reference = getattr(self._module.reference, "policy", None) if self._reused else None
+        with contextlib.ExitStack() as held:
+            if self.train_prompts is not None:
+                held.enter_context(unsharded(self.policy))
+                if reference is not None:
+                    held.enter_context(unsharded(reference))
+            yield
+
+    @property
+    def _reused(self) -> bool:
+        return self.updates_per_rollout > 1 or any(isinstance(source, Replay) for source in self.sources)
 
     def _record(self, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -286,12 +310,11 @@ class AgroDataModule(L.LightningDataModule):
 
     def _append(self, groups: list[PromptGroup], step: int, part: int) -> list[PromptGroup]:
         """Adds reference log-probs, once, and hands the rollout to the replay buffer."""
-        reuse = self.updates_per_rollout > 1 or any(isinstance(source, Replay) for source in self.sources)
-        if reuse:
+        if self._reused:
             groups = self._annotate(groups)
-        if groups and any(isinstance(source, Replay) for source in self.sources):
-            assert self.trainer is not None
-            name = rollout_name(step, self.trainer.global_rank, part)
+        place = self._place
+        if groups and place.first and any(isinstance(source, Replay) for source in self.sources):
+            name = rollout_name(step, place.rank, part)
             append_rollouts(self.replay_dir, groups, name=name, tokenizer_id=self.tokenizer_id)
         return groups
 
@@ -321,11 +344,11 @@ class AgroDataModule(L.LightningDataModule):
         return box[0]
 
     def _count_globally(self, count: float) -> float:
-        assert self.trainer is not None
-        if self.trainer.world_size == 1:
+        place = self._place
+        if place.size == 1:
             return count
         total = torch.tensor(float(count), device=self._module.device)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=place.group)
         return float(total)
 
     # ------------------------------------------------------------------ validation
@@ -333,7 +356,7 @@ class AgroDataModule(L.LightningDataModule):
     def val_dataloader(self) -> "PromptBatches":
         assert self.trainer is not None
         prompts = [self.val_prompts[i] for i in range(len(self.val_prompts))]
-        mine = prompts[self.trainer.global_rank :: self.trainer.world_size]
+        mine = prompts[self._place.rank :: self._place.size]
         size = max(1, self.batch_size * self.group_size // max(1, self.validation_samples))
         return PromptBatches([mine[start : start + size] for start in range(0, len(mine), size)])
 
@@ -374,15 +397,17 @@ class AgroDataModule(L.LightningDataModule):
 
     def evaluate(self) -> dict[str, float]:
         """Accuracies over all validation prompts and ranks."""
-        results = [result for prompts in self.val_dataloader() for result in self.answer(prompts)]
+        with unsharded(self.policy):  # ranks may have more or fewer prompts
+            results = [result for prompts in self.val_dataloader() for result in self.answer(prompts)]
         return self.summarize(results)
 
     def summarize(self, results: list[PromptResult]) -> dict[str, float]:
         """Gathers results over ranks and averages them over prompts."""
         assert self.trainer is not None
-        if self.trainer.world_size > 1:
-            gathered: list[Any] = [None] * self.trainer.world_size
-            dist.all_gather_object(gathered, results)
+        place = self._place
+        if place.size > 1:
+            gathered: list[Any] = [None] * place.size
+            dist.all_gather_object(gathered, results, group=place.group)
             results = [result for part in gathered for result in part]
         return summarize(results, ks=self.pass_at)
 
@@ -437,7 +462,7 @@ class AgroDataModule(L.LightningDataModule):
     def describe(self) -> str:
         """The batch arithmetic and the sources, for the start of a run."""
         assert self.trainer is not None
-        ranks, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        ranks, accumulate = self._place.size, self.trainer.accumulate_grad_batches
         groups = self.batch_size * accumulate * ranks
         total = sum(source.weight for source in self.sources)
         shares = ", ".join(f"{source.name} {source.weight / total:.1%}" for source in self.sources)

@@ -7,6 +7,7 @@ Everything that is drawn follows from the seed and a few cursors, which are the 
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import PurePath
 from typing import Any
@@ -74,6 +75,7 @@ class TrainFeed:
         sample_live: generates and scores.
         append: called with the groups of one rollout, the step, and a number that tells several rollouts of
             one step apart; the groups then belong to the replay buffer. Returns them as they were stored.
+        drawing: entered by all ranks together around each drawing.
         on_drawn: told the groups of a step and the seconds that drawing them took.
         count_globally: sums a number over ranks.
         reference_id: what cached reference log-probs must have been made with to count.
@@ -93,10 +95,12 @@ class TrainFeed:
         on_drawn: Callable[[list[PromptGroup], float], None],
         count_globally: Callable[[float], float],
         reference_id: Callable[[], str | None],
+        drawing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         self.settings, self.sources = settings, list(sources)
         self.prompts, self.offline, self.replay, self.streams = prompts, offline, replay, streams
         self._sample_live, self._append, self._on_drawn = sample_live, append, on_drawn
+        self._drawing = drawing
         self._count_globally, self._reference_id = count_globally, reference_id
         self.micro_batch = 0
         self.live_position = 0
@@ -128,7 +132,8 @@ class TrainFeed:
         """Draws new groups, or uses the last ones once more."""
         if not self.pending or self.uses >= self.settings.updates_per_rollout:
             started = time.perf_counter()
-            self.pending, self.uses = self._draw(step), 0
+            with self._drawing():
+                self.pending, self.uses = self._draw(step), 0
             self._on_drawn(self.pending, time.perf_counter() - started)
         self.uses += 1
         for stream in self.streams.values():
