@@ -4,6 +4,7 @@ from agro_lightning.rollout.auto import AutoEngine, default_engine
 from agro_lightning.rollout.base import Generation, RolloutEngine, Sampling
 from agro_lightning.rollout.batched import BatchedDecoding
 from agro_lightning.rollout.continuous import ContinuousBatching
+from agro_lightning.rollout.gap import LogprobGap, LogprobGapError, check_logprob_gap, logprob_gap
 from agro_lightning.rollout.generate import Generate
 
 __all__ = [
@@ -12,7 +13,11 @@ __all__ = [
     "ContinuousBatching",
     "Generate",
     "Generation",
+    "LogprobGap",
+    "LogprobGapError",
     "RolloutEngine",
     "Sampling",
+    "check_logprob_gap",
     "default_engine",
+    "logprob_gap",
 ]

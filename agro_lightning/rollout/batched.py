@@ -21,6 +21,8 @@ _PREFILL_LOGITS = 1 << 26
 """Most tokens, and most logits, of one prefill pass."""
 _REFILL_BELOW = 0.75
 """Share of rows still running at which ended ones are dropped and waiting ones taken in."""
+_STEP_BYTES = {"cpu": 16 << 20, "cuda": 32 << 30}
+"""Bytes of memory that could be read in the time that a decoding step takes apart from computing."""
 _PADDING_FREE = 256
 _PADDING_SHARE = 0.125
 """Padding tokens that a prefill pass may have: up to the first, and above it a share of its real tokens."""
@@ -56,17 +58,52 @@ class BatchedDecoding(TransformersEngine):
         """
         reason = self.unsupported(policy.base)
         if reason is not None:
-            raise ValueError(f"BatchedDecoding does not serve {type(policy.base).__name__}: {reason}. "
-                             "Use the engine Generate")
+            raise ValueError(
+                f"BatchedDecoding does not serve {type(policy.base).__name__}: {reason}. "
+                "Use the engine Generate"
+            )
         super().attach(policy, tokenizer)
 
     def _generate(
         self, lm: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, seed: int
     ) -> list[list[Generation]]:
-        run = _Run(lm=lm, prompts=prompts, sampling=sampling, n=n, seed=seed, eos=self._eos,
-                   memory=self.memory_budget(lm), kv_bytes=self.kv_bytes_per_token(lm))
-        run.decode()
+        run = _Run(
+            lm=lm,
+            prompts=prompts,
+            sampling=sampling,
+            n=n,
+            seed=seed,
+            eos=self._eos,
+            memory=self.memory_budget(lm),
+            kv_bytes=self.kv_bytes_per_token(lm),
+        )
+        for slab in self._slabs(lm, [len(prompt) for prompt in prompts], n):
+            run.decode(slab)
         return run.generations()
+
+    def _slabs(self, lm: Any, lengths: Sequence[int], n: int) -> list[list[int]]:
+        """Prompts in groups that are decoded one after the other, so that short ones get short rows.
+
+        Each step of a group reads the weights and each row's columns, as many as the longest row of the group
+        has. A group is cut in two where that saves more reading of padding than it costs in reading weights.
+        """
+        weights = sum(parameter.nbytes for parameter in lm.parameters())
+        cut_cost = weights + _STEP_BYTES["cuda" if lm.device.type == "cuda" else "cpu"]
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        column = n * self.kv_bytes_per_token(lm)
+        slabs, pending = [], [order]
+        while pending:
+            slab = pending.pop()
+            saved = [
+                (len(slab) - cut) * (lengths[slab[0]] - lengths[slab[cut]]) * column
+                for cut in range(1, len(slab))
+            ]
+            if saved and max(saved) > cut_cost:
+                cut = saved.index(max(saved)) + 1
+                pending += [slab[cut:], slab[:cut]]
+            else:
+                slabs.append(slab)
+        return slabs
 
 
 @dataclass(slots=True)
@@ -80,14 +117,23 @@ class _Waiting:
 class _Run:
     """One call of generate: what waits, the rows in flight, and what came out so far."""
 
-    def __init__(self, *, lm: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, seed: int,
-                 eos: Sequence[int], memory: int, kv_bytes: int) -> None:
+    def __init__(
+        self,
+        *,
+        lm: Any,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        n: int,
+        seed: int,
+        eos: Sequence[int],
+        memory: int,
+        kv_bytes: int,
+    ) -> None:
         self.lm, self.prompts, self.sampling, self.n, self.seed = lm, prompts, sampling, n, seed
         self.eos, self.memory, self.kv_bytes = eos, memory, kv_bytes
         self.vocabulary = lm.get_input_embeddings().weight.shape[0]
         self.logits_bytes = 20 * self.vocabulary  # logits, their fp32 copy and log-probs, the fp64 sums
-        longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-        self.waiting = deque(_Waiting(index) for index in longest_first)
+        self.waiting: deque[_Waiting] = deque()
         self.cache = RowsCache()
         self.eos_tensor = torch.tensor(eos, dtype=torch.long, device=lm.device)
         # one line a completion; row r of the batch writes into line rows[r]
@@ -97,8 +143,10 @@ class _Run:
         self.logprobs = None if sampling.temperature == 0 else np.zeros(self.tokens.shape, dtype=np.float32)
         self.counts = np.zeros(len(prompts) * n, dtype=np.int64)
 
-    def decode(self) -> None:
-        """Runs until nothing waits and no row is left."""
+    def decode(self, prompts: Sequence[int]) -> None:
+        """Makes the completions of some prompts, longest first."""
+        self.waiting.extend(_Waiting(index) for index in prompts)
+        self._keep(torch.zeros(0, dtype=torch.long))
         logits = self._admit(None)
         while True:
             assert logits is not None  # there are rows in flight
@@ -169,14 +217,21 @@ class _Run:
             chunk = prompts[part]
             ids = torch.zeros((len(chunk), len(chunk[0])), dtype=torch.long)
             for row, prompt in enumerate(chunk):
-                ids[row, :len(prompt)] = torch.as_tensor(prompt)
+                ids[row, : len(prompt)] = torch.as_tensor(prompt)
             last, place = torch.tensor([len(prompt) - 1 for prompt in chunk]).unique(return_inverse=True)
             cache = DynamicCache()
-            out = self.lm(input_ids=ids.to(device), past_key_values=cache, use_cache=True,
-                          logits_to_keep=last.to(device))
+            out = self.lm(
+                input_ids=ids.to(device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=last.to(device),
+            )
             copies = torch.tensor(counts[part])
-            logits.append(out.logits[torch.arange(len(chunk)), place.to(device)].repeat_interleave(
-                copies.to(device), 0, output_size=int(copies.sum())))
+            logits.append(
+                out.logits[torch.arange(len(chunk)), place.to(device)].repeat_interleave(
+                    copies.to(device), 0, output_size=int(copies.sum())
+                )
+            )
             pairs = [(keys, values) for keys, values, *_ in cache if keys is not None and values is not None]
             for row, (prompt, count) in enumerate(zip(chunk, counts[part], strict=True)):
                 end = len(prompt)
@@ -190,10 +245,13 @@ class _Run:
         while start < len(lengths):
             end, longest = start + 1, lengths[start]
             while end < len(lengths):
-                size, real = end + 1 - start, sum(lengths[start:end + 1])
-                different = len(set(lengths[start:end + 1]))
-                if (size * longest > _PREFILL_TOKENS or size * different * self.vocabulary > _PREFILL_LOGITS
-                        or size * longest - real > max(_PADDING_FREE, _PADDING_SHARE * real)):
+                size, real = end + 1 - start, sum(lengths[start : end + 1])
+                different = len(set(lengths[start : end + 1]))
+                if (
+                    size * longest > _PREFILL_TOKENS
+                    or size * different * self.vocabulary > _PREFILL_LOGITS
+                    or size * longest - real > max(_PADDING_FREE, _PADDING_SHARE * real)
+                ):
                     break
                 end += 1
             yield slice(start, end)
@@ -201,9 +259,10 @@ class _Run:
 
     def generations(self) -> list[list[Generation]]:
         """The records, n for each prompt, in the order of the prompts."""
+
         def record(line: int, count: int) -> Generation:
             logprobs = None if self.logprobs is None else self.logprobs[line, :count].tolist()
             return generation(self.tokens[line, :count].tolist(), logprobs, self.eos)
 
         records = [record(line, count) for line, count in enumerate(self.counts.tolist())]
-        return [records[start:start + self.n] for start in range(0, len(records), self.n)]
+        return [records[start : start + self.n] for start in range(0, len(records), self.n)]

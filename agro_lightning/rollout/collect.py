@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.rewards import RewardSet
 from agro_lightning.rollout.base import Generation, RolloutEngine, Sampling
+from agro_lightning.rollout.gap import warn_if_cut
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
 
@@ -30,7 +31,9 @@ class RolloutReport:
 
     def metrics(self) -> dict[str, float]:
         """Sums that can be added up over the rollouts of a step, by metric name."""
-        kinds = {f"reward_failures/{kind}": float(n) for kind, n in self.failures.items() if kind != "generation"}
+        kinds = {
+            f"reward_failures/{kind}": float(n) for kind, n in self.failures.items() if kind != "generation"
+        }
         return {
             "rollout_completions": float(self.completions),
             "rollout_tokens": float(self.tokens),
@@ -77,6 +80,7 @@ def rollout_groups(
     Raises:
         RewardFailureError: the rewards' alarms.
     """
+    warn_if_cut(sampling)
     started = time.perf_counter()
     generations = engine.generate([prompt.prompt_ids for prompt in prompts], sampling, n=n, seed=seed)
     generated = time.perf_counter()
@@ -86,8 +90,8 @@ def rollout_groups(
         usable = [g for g in row if g.finish_reason != "error" and g.completion_ids]
         failures["generation"] += n - len(usable)
         kept += [(index, generation) for generation in usable]
-    texts = [str(text) for text in tokenizer.batch_decode([list(g.completion_ids) for _, g in kept],
-                                                          skip_special_tokens=True)]
+    # one by one: batch_decode gives [""] for no completions
+    texts = [str(tokenizer.decode(list(g.completion_ids), skip_special_tokens=True)) for _, g in kept]
     scores = rewards([prompts[index] for index, _ in kept], texts)
     completions: list[list[Completion]] = [[] for _ in prompts]
     for (index, generation), text, score in zip(kept, texts, scores, strict=True):

@@ -14,11 +14,11 @@ from agro_lightning.rollout.base import Generation, Sampling
 from agro_lightning.rollout.transformers_engine import TransformersEngine, failed, generation
 
 _DENSE_KEYS = 4096
-"""Without flash attention every query meets the keys of all requests in flight; about this many keys."""
+"""Without flash attention every query meets the keys of all requests in flight: so many keys."""
 
 
 def flash_attention(lm: Any) -> bool:
-    """Whether this model can use flash attention here: on a GPU, in half precision, with the package there."""
+    """Whether this model can use flash attention here: on a GPU, in half precision, package installed."""
     installed = is_flash_attn_2_available() or is_flash_attn_3_available()
     fitting = lm.device.type == "cuda" and lm.dtype in (torch.float16, torch.bfloat16)
     return bool(installed and fitting and lm._supports_flash_attn)
@@ -50,10 +50,15 @@ class ContinuousBatching(TransformersEngine):
         allowed = self.memory_budget(lm) // (page * self.kv_bytes_per_token(lm))
         known = {field.name for field in fields(ContinuousBatchingConfig)}
         options: dict[str, Any] = dict(
-            page_size=page, num_blocks=ceil(1.25 * max(min(wanted, allowed), 2 * blocks_each)),
+            page_size=page,
+            num_blocks=ceil(1.25 * max(min(wanted, allowed), 2 * blocks_each)),
             max_batch_tokens=min(8192, at_once + sum(map(len, prompts))) if flash else max(at_once, 256),
-            max_requests_per_batch=at_once, max_blocks_per_request=blocks_each + blocks_each % 2 if flash else 0,
-            return_logprobs=sampling.temperature > 0, seed=seed % 2**62, auto_switch_to_flash=flash)
+            max_requests_per_batch=at_once,
+            max_blocks_per_request=blocks_each + blocks_each % 2 if flash else 0,
+            return_logprobs=sampling.temperature > 0,
+            seed=seed % 2**62,
+            auto_switch_to_flash=flash,
+        )
         if "page_size" not in known:  # its name before transformers 5.18
             options["block_size"] = options.pop("page_size")
         return ContinuousBatchingConfig(**{key: value for key, value in options.items() if key in known})
@@ -63,16 +68,22 @@ class ContinuousBatching(TransformersEngine):
     ) -> list[list[Generation]]:
         greedy = sampling.temperature == 0
         settings = GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens, do_sample=not greedy, num_return_sequences=n,
-            eos_token_id=list(self._eos), pad_token_id=0)
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=not greedy,
+            num_return_sequences=n,
+            eos_token_id=list(self._eos),
+            pad_token_id=0,
+        )
         if not greedy:
             settings.update(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
         lm.destroy_cached_continuous_batching_manager()  # one that the user left on the model has stale keys
         devices = list(range(torch.cuda.device_count())) if lm.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             results = _run(lm, prompts, settings, self.size(lm, prompts, sampling, n, seed), n)
-        return [[self._record(results.get(_name(index, copy, n)), greedy) for copy in range(n)]
-                for index in range(len(prompts))]
+        return [
+            [self._record(results.get(_name(index, copy, n)), greedy) for copy in range(n)]
+            for index in range(len(prompts))
+        ]
 
     def _record(self, output: Any, greedy: bool) -> Generation:
         if output is None or output.error is not None:
@@ -86,8 +97,11 @@ def _name(index: int, copy: int, n: int) -> str:
 
 
 def _run(
-    lm: Any, prompts: Sequence[Sequence[int]], settings: GenerationConfig, config: ContinuousBatchingConfig,
-    n: int
+    lm: Any,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationConfig,
+    config: ContinuousBatchingConfig,
+    n: int,
 ) -> dict[str, Any]:
     """Outputs by request id; requests that a dying generation thread lost are missing."""
     manager = lm.init_continuous_batching(generation_config=settings, continuous_batching_config=config)

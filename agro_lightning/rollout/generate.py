@@ -78,14 +78,23 @@ class Generate(TransformersEngine):
         ids = torch.zeros((len(rows), width), dtype=torch.long)
         mask = torch.zeros_like(ids)
         for index, row in enumerate(rows):
-            ids[index, width - len(row):] = torch.as_tensor(row)
-            mask[index, width - len(row):] = 1
+            ids[index, width - len(row) :] = torch.as_tensor(row)
+            mask[index, width - len(row) :] = 1
         chooser = _Draw(seed, lines, sampling)
-        settings = GenerationConfig(max_new_tokens=sampling.max_new_tokens, do_sample=False, use_cache=True,
-                                    eos_token_id=list(self._eos) or None, pad_token_id=0)
+        settings = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=list(self._eos) or None,
+            pad_token_id=0,
+        )
         with _no_defaults(lm):
-            lm.generate(ids.to(lm.device), attention_mask=mask.to(lm.device), generation_config=settings,
-                        logits_processor=LogitsProcessorList([chooser]))
+            lm.generate(
+                ids.to(lm.device),
+                attention_mask=mask.to(lm.device),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([chooser]),
+            )
         tokens = torch.stack(chooser.tokens, 1).tolist()
         logprobs = torch.stack(chooser.logprobs, 1).tolist() if chooser.logprobs else None
         records = []

@@ -40,9 +40,9 @@ class RowsLayer(DynamicLayer):
         """Writes the new columns behind the filled ones and returns all that are filled."""
         (keys, values), start = self.stored, self.filled
         self.filled += key_states.shape[-2]
-        keys[:, :, start:self.filled] = key_states
-        values[:, :, start:self.filled] = value_states
-        self.keys, self.values = keys[:, :, :self.filled], values[:, :, :self.filled]
+        keys[:, :, start : self.filled] = key_states
+        values[:, :, start : self.filled] = value_states
+        self.keys, self.values = keys[:, :, : self.filled], values[:, :, : self.filled]
         return self.keys, self.values
 
 
@@ -99,15 +99,18 @@ class RowsCache:
             stored = []
             for part in range(2):
                 like = old[part][0] if old else added[0].layers[index][part]
-                # zeros, not empty: a masked column has weight 0, and 0 times a stray NaN would be NaN
-                new = like.new_zeros((len(self.lengths), like.shape[0], capacity, like.shape[-1]))
+                new = like.new_empty((len(self.lengths), like.shape[0], capacity, like.shape[-1]))
                 start = len(keep)
+                # masked columns are zeroed: their weight is 0, but 0 times a stray NaN would be NaN
+                new[:start, :, : width - overlap] = 0
                 if old and start:
-                    used = old[part][keep.to(new.device), :, old_width - overlap:old_width]
-                    new[:start, :, width - overlap:width] = used
+                    used = old[part][keep.to(new.device), :, old_width - overlap : old_width]
+                    new[:start, :, width - overlap : width] = used
                 for item in added:
-                    new[start:start + item.rows, :, width - item.length:width] = item.layers[index][part]
-                    start += item.rows
+                    end = start + item.rows
+                    new[start:end, :, : width - item.length] = 0
+                    new[start:end, :, width - item.length : width] = item.layers[index][part]
+                    start = end
                 stored.append(new)
             self.layers.append(RowsLayer(*stored, filled=width))
         self._cache = Cache(layers=[*self.layers])
@@ -117,9 +120,15 @@ class RowsCache:
 
     def forward(self, lm: Any, tokens: Int[Tensor, " rows"]) -> Float[Tensor, "rows vocab"]:
         """Feeds one token to each row and returns the logits of the next ones."""
-        mask = None if self._mask is None else self._mask[:, :self.width + 1]
+        mask = None if self._mask is None else self._mask[:, : self.width + 1]
         positions = self.lengths.to(tokens.device)[:, None]
-        out = lm(input_ids=tokens[:, None], attention_mask=mask, position_ids=positions, use_cache=True,
-                 past_key_values=self._cache, logits_to_keep=1)
+        out = lm(
+            input_ids=tokens[:, None],
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            past_key_values=self._cache,
+            logits_to_keep=1,
+        )
         self.lengths = self.lengths + 1
         return out.logits[:, -1]

@@ -50,21 +50,27 @@ def check_prompts(lm: Any, prompts: Sequence[Sequence[int]], sampling: Sampling)
         if len(prompt) == 0:
             raise ValueError(f"prompt {index} of the rollout is empty; it needs a token, such as BOS")
         if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise ValueError(f"prompt {index} of the rollout has ids {min(prompt)} to {max(prompt)}; the "
-                             f"vocabulary has ids 0 to {vocabulary - 1}. Use the model's own tokenizer")
+            raise ValueError(
+                f"prompt {index} of the rollout has ids {min(prompt)} to {max(prompt)}; the "
+                f"vocabulary has ids 0 to {vocabulary - 1}. Use the model's own tokenizer"
+            )
         if limit and len(prompt) + sampling.max_new_tokens > limit:
             raise ValueError(
                 f"prompt {index} of the rollout has {len(prompt)} tokens; with max_new_tokens "
                 f"{sampling.max_new_tokens} it exceeds the model's {limit} positions. Lower max_new_tokens, "
-                f"or drop prompts of more than {limit - sampling.max_new_tokens} tokens")
+                f"or drop prompts of more than {limit - sampling.max_new_tokens} tokens"
+            )
 
 
 def generation(tokens: Sequence[int], logprobs: Sequence[float] | None, eos: Sequence[int]) -> Generation:
     """The record of one completion. It failed where a log-prob is not finite: so were its logits."""
     if not tokens or (logprobs is not None and not all(map(math.isfinite, logprobs))):
         return failed()
-    return Generation(completion_ids=tuple(tokens), finish_reason="stop" if tokens[-1] in eos else "length",
-                      behavior_logprobs=None if logprobs is None else tuple(logprobs))
+    return Generation(
+        completion_ids=tuple(tokens),
+        finish_reason="stop" if tokens[-1] in eos else "length",
+        behavior_logprobs=None if logprobs is None else tuple(logprobs),
+    )
 
 
 def failed() -> Generation:
