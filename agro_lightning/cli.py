@@ -13,14 +13,14 @@ os.environ.setdefault(
 
 import lightning as L
 from docstring_parser import DocstringStyle
-from jsonargparse import set_parsing_settings
+from jsonargparse import ActionConfigFile, set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from agro_lightning.callbacks import NonFiniteGuard, RunCheckpoint, SampleTable, StepMetrics, Summary
 from agro_lightning.checkpoint import DurableCheckpointIO
-from agro_lightning.cli_errors import explain
+from agro_lightning.cli_errors import explain, explained
 from agro_lightning.data.datamodule import AgroDataModule
 from agro_lightning.metrics_file import MetricsFile
 from agro_lightning.module import AgroModule
@@ -65,6 +65,14 @@ class AgroCLI(LightningCLI):
             name: {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule"}
             for name in TRAINING_COMMANDS
         }
+
+    def instantiate_classes(self) -> None:
+        with explained(building=True):
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with explained():
+            super()._run_subcommand(subcommand)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -121,6 +129,11 @@ def _commands() -> dict[str, tuple[str, Callable[[], Callable[..., Any]]]]:
 
         return export
 
+    def inspect() -> Callable[..., Any]:
+        from agro_lightning.inspect_command import inspect
+
+        return inspect
+
     def annotate() -> Callable[..., Any]:
         from agro_lightning.annotate import annotate
 
@@ -134,6 +147,7 @@ def _commands() -> dict[str, tuple[str, Callable[[], Callable[..., Any]]]]:
     return {
         "rollout": ("Sample and score completions into a buffer, or for a run that is training.", rollout),
         "annotate": ("Cache a reference's log-probs in a copy of a buffer.", annotate),
+        "inspect": ("Show what is in a buffer.", inspect),
         "export": ("Turn a checkpoint into a folder that from_pretrained loads.", export),
     }
 
@@ -150,9 +164,7 @@ def main(args: list[str] | None = None) -> None:
         print("usage: python -m agro_lightning COMMAND [--help]\n\n" + "\n".join(lines))
         raise SystemExit(0 if args else 2)
     if args[0] in commands:
-        from jsonargparse import auto_cli
-
-        auto_cli(commands[args[0]][1](), args=args[1:], as_positional=False, parser_class=AgroParser)
+        _run_command(commands[args[0]][1](), args[1:])
         return
     if args[0] not in TRAINING_COMMANDS:
         sys.stderr.write(f"error: {explain_command(args, [*TRAINING_COMMANDS, *commands])}\n")
@@ -167,6 +179,22 @@ def main(args: list[str] | None = None) -> None:
         auto_configure_optimizers=False,
         parser_kwargs={name: {"description": text} for name, text in TRAINING_COMMANDS.items()},
     )
+
+
+def _run_command(function: Callable[..., Any], args: list[str]) -> None:
+    """Calls a plain function with what the command line and config files say."""
+    summary = (function.__doc__ or "").partition("\n\n    Args:")[0]
+    parser = AgroParser(description=" ".join(summary.split()))
+    parser.add_argument(
+        "-c", "--config", action=ActionConfigFile, help="A YAML file with any of these keys."
+    )
+    parser.add_function_arguments(function, as_group=False, fail_untyped=True)
+    config = parser.parse_args(args)
+    with explained(building=True):
+        arguments = parser.instantiate_classes(config)
+    del arguments["config"]
+    with explained():
+        function(**arguments)
 
 
 def explain_command(args: list[str], commands: list[str]) -> str:

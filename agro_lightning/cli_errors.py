@@ -2,11 +2,49 @@
 stands."""
 
 import difflib
+import logging
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import yaml
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("agro_lightning", "agro_kernels")
+
+
+@contextmanager
+def explained(*, building: bool = False) -> Iterator[None]:
+    """Turns errors that are meant for the user into one line; bugs keep their traceback.
+
+    The exit code is 2 where the configuration or the data are wrong, 1 where a run failed.
+
+    Args:
+        building: objects are being built from the configuration, so that whatever goes wrong lies there.
+            Otherwise an error is meant for the user when this project's code raised it.
+    """
+    meant = Exception if building else (ValueError, OSError, ImportError, RuntimeError)
+    try:
+        yield
+    except meant as error:
+        if not building and not _raised_here(error.__traceback__):
+            raise
+        log.debug("the error that is about to be explained", exc_info=True)
+        known = isinstance(error, (ValueError, OSError, ImportError, RuntimeError))
+        name = "" if known else f"{type(error).__name__}: "
+        sys.stderr.write(f"error: {name}{' '.join(str(error).split())}\n")
+        raise SystemExit(2 if building or isinstance(error, ValueError) else 1) from None
+
+
+def _raised_here(trace: TracebackType | None) -> bool:
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith(PACKAGES)
 
 
 def explain(message: str, parser: Any, args: list[str]) -> str:

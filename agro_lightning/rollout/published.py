@@ -1,10 +1,12 @@
 """Published weights: how a run hands its policy to rollout processes, through folders that are whole or
 absent."""
 
+import contextlib
 import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as progress_bars
 
 from agro_lightning.data.durable import sync_directory
 from agro_lightning.export import build_model
@@ -94,7 +97,7 @@ def load_published_policy(
         FileNotFoundError: it was withdrawn meanwhile; take the newest again.
     """
     merged = replace(settings, path=str(found.folder), weights="pretrained", lora=None)
-    with _withdrawn(found):
+    with _withdrawn(found), _without_progress_bars():
         return Policy(merged, temperature=found.facts.temperature), load_tokenizer(merged.path)
 
 
@@ -105,10 +108,22 @@ def load_published_weights(found: Publication, policy: Policy) -> None:
     Raises:
         FileNotFoundError: it was withdrawn meanwhile; take the newest again.
     """
-    with _withdrawn(found):
+    with _withdrawn(found), _without_progress_bars():
         fresh = load_lm(replace(policy.settings, path=str(found.folder)))
     for mine, theirs in zip(policy.base.parameters(), fresh.parameters(), strict=True):
         mine.copy_(theirs)
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Weights come and go at every few steps; a bar for each would bury everything else."""
+    shown = progress_bars.is_progress_bar_enabled()
+    progress_bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            progress_bars.enable_progress_bar()
 
 
 class _withdrawn:
@@ -179,7 +194,8 @@ def publish(
     if lora is not None:
         model = model.merge_and_unload()
     model.generation_config = policy.base.generation_config
-    model.save_pretrained(aside)
+    with _without_progress_bars():
+        model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     about = {
         "policy_version": policy_version,
