@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from agro_kernels import _epilogue
-from agro_kernels._head import SPARSE_TILE, Head, Stats, Upstream, Wanted, spans, stats_dtype
+from agro_kernels._head import (
+    SPARSE_TILE,
+    Head,
+    Stats,
+    Upstream,
+    Wanted,
+    combined_entropy,
+    spans,
+    stats_dtype,
+)
 from agro_kernels._matmul import accumulate, product
 
 CPU_TILE = 4 << 20
@@ -41,7 +50,13 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, buf
 
 
 def chunked_stats(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, mean: bool, tiles: bool
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    head: Head,
+    entropy: bool,
+    tiles: bool,
 ) -> Stats:
     """Row statistics, tile by tile.
 
@@ -51,7 +66,7 @@ def chunked_stats(
         bias: (V,) or None.
         targets: (N,); a value outside [0, V) is not in this slice and contributes 0.
         head: the logit transform.
-        mean: whether to compute the mean logit (for the entropy).
+        entropy: whether to compute the entropy.
         tiles: whether to keep each vocabulary tile's logsumexp.
     """
     rows, columns = hidden.shape[0], weight.shape[0]
@@ -63,7 +78,7 @@ def chunked_stats(
     buffer = torch.empty(height * width, dtype=dtype, device=hidden.device)
     logsumexp = torch.full((rows,), -torch.inf, dtype=dtype, device=hidden.device)
     target_logit = torch.zeros_like(logsumexp)
-    mean_logit = torch.zeros_like(logsumexp) if mean else None
+    entropies = torch.zeros_like(logsumexp) if entropy else None
     tile_logsumexp = logsumexp.new_empty(rows, -(-columns // SPARSE_TILE)) if tiles else None
     for left, right in spans(columns, width):
         weight_slice = weight[left:right].to(hidden.dtype)
@@ -71,16 +86,16 @@ def chunked_stats(
         for top, bottom in spans(rows, height):
             tile = _logits(hidden[top:bottom], weight_slice, bias_slice, head, buffer)
             local = targets[top:bottom] - left
-            tile_lse, tile_mean = _epilogue.tile_stats_(tile, local, target_logit[top:bottom], mean)
+            tile_lse, tile_entropy = _epilogue.tile_stats_(tile, local, target_logit[top:bottom], entropy)
             if tile_logsumexp is not None:
                 tile_logsumexp[top:bottom, left // SPARSE_TILE] = tile_lse
             total = torch.logaddexp(logsumexp[top:bottom], tile_lse)
-            if mean_logit is not None and tile_mean is not None:
-                mean_logit[top:bottom].mul_((logsumexp[top:bottom] - total).exp_())
-                mean_logit[top:bottom] += tile_mean * (tile_lse - total).exp_()
+            if entropies is not None and tile_entropy is not None:
+                before = combined_entropy(entropies[top:bottom], logsumexp[top:bottom], total)
+                entropies[top:bottom] = before + combined_entropy(tile_entropy, tile_lse, total)
             logsumexp[top:bottom] = total
     return Stats(
-        logsumexp=logsumexp, target_logit=target_logit, mean_logit=mean_logit, tile_logsumexp=tile_logsumexp
+        logsumexp=logsumexp, target_logit=target_logit, entropy=entropies, tile_logsumexp=tile_logsumexp
     )
 
 

@@ -7,15 +7,15 @@ from agro_kernels._head import Head, Upstream
 
 
 def tile_stats_(
-    tile: Tensor, local_targets: Tensor, target_logit: Tensor, mean: bool
+    tile: Tensor, local_targets: Tensor, target_logit: Tensor, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The tile's logsumexp (n,) and, on request, its mean logit (n,); overwrites the tile.
+    """The tile's logsumexp (n,) and, on request, its entropy (n,); overwrites the tile.
 
     Args:
         tile: (n, v) logits.
         local_targets: (n,) targets counted from the tile's first column; outside [0, v) means elsewhere.
         target_logit: (n,); the targets in this tile get their logit written.
-        mean: whether the mean logit is wanted.
+        entropy: whether the tile's own entropy is wanted.
     """
     owned = (local_targets >= 0) & (local_targets < tile.shape[1])
     column = torch.where(owned, local_targets, 0)[:, None]
@@ -23,12 +23,13 @@ def tile_stats_(
     # A row of -inf (a masking bias) must not give inf - inf.
     peak = tile.amax(1).clamp_(min=torch.finfo(tile.dtype).min)
     tile.sub_(peak[:, None])
-    if not mean:
+    if not entropy:
         return tile.exp_().sum(1).log_().add_(peak), None
     weights = tile.exp()
     total = weights.sum(1)
     below = torch.linalg.vecdot(weights, tile.clamp_(min=-1e30))  # 0 * -inf would be NaN
-    return total.log().add_(peak), below.div_(total).nan_to_num_(0.0).add_(peak)
+    tile_entropy = (total.log() - below / total).nan_to_num_(0.0)
+    return total.log_().add_(peak), tile_entropy
 
 
 def tile_grads_(

@@ -65,7 +65,7 @@ def run_stats(
     tiles: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Log-prob, logsumexp, entropy (each (N,)) and tile logsumexps, over all ranks; 0 for ignored rows."""
-    logsumexp, target_logit, mean_logit, tile_logsumexp = _ops.head_stats(
+    logsumexp, target_logit, row_entropy, tile_logsumexp = _ops.head_stats(
         hidden,
         weight,
         bias,
@@ -79,20 +79,19 @@ def run_stats(
         call.backend,
     )
     if call.group is not None:
-        whole = combine_ranks(
-            Stats(
-                logsumexp=logsumexp,
-                target_logit=target_logit,
-                mean_logit=mean_logit if entropy else None,
-                tile_logsumexp=None,
-            ),
-            call.group,
+        part = Stats(
+            logsumexp=logsumexp,
+            target_logit=target_logit,
+            entropy=row_entropy if entropy else None,
+            tile_logsumexp=None,
         )
+        whole = combine_ranks(part, call.group)
         ignored = targets == call.ignore_index
         logsumexp = whole.logsumexp.masked_fill(ignored, 0.0)
         target_logit = whole.target_logit
-        mean_logit = mean_logit if whole.mean_logit is None else whole.mean_logit.masked_fill(ignored, 0.0)
-    return target_logit - logsumexp, logsumexp, logsumexp - mean_logit if entropy else None, tile_logsumexp
+        if whole.entropy is not None:
+            row_entropy = whole.entropy.masked_fill(ignored, 0.0)
+    return target_logit - logsumexp, logsumexp, row_entropy if entropy else None, tile_logsumexp
 
 
 def run_keep(

@@ -53,8 +53,10 @@ class Stats:
     """(N,)"""
     target_logit: Tensor
     """(N,): the target's logit; 0 where the target is not in this slice."""
-    mean_logit: Tensor | None
-    """(N,): sum of p * z over this slice, with p normalised within it; None unless asked for."""
+    entropy: Tensor | None
+    """(N,): entropy of the softmax over this slice alone; None unless asked for. Entropies, and not mean
+    logits, are what parts are combined from: a mean logit may be large, and rounding of its weights would
+    show."""
     tile_logsumexp: Tensor | None
     """(N, ceil(V / SPARSE_TILE)): logsumexp of each vocabulary tile; None unless asked for."""
 
@@ -94,6 +96,18 @@ class Wanted:
     hidden: torch.dtype | None
     weight: torch.dtype | None
     bias: bool
+
+
+def combined_entropy(entropy: Tensor, logsumexp: Tensor, total: Tensor) -> Tensor:
+    """What a part of the vocabulary adds to the whole's entropy: share * (its entropy - log share).
+
+    Args:
+        entropy: of the softmax over the part alone.
+        logsumexp: of the part; -inf for a part without mass, which adds 0.
+        total: logsumexp of the whole.
+    """
+    log_share = logsumexp - total
+    return torch.where(log_share > -torch.inf, log_share.exp() * (entropy - log_share), 0.0)
 
 
 SPARSE_TILE = 1024

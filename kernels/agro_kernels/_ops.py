@@ -65,7 +65,7 @@ def head_stats(
     temperature: float,
     logit_scale: float,
     softcap: float,
-    mean: bool,
+    want_entropy: bool,
     tiles: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -82,12 +82,12 @@ def head_stats(
         temperature: see Head.
         logit_scale: see Head.
         softcap: see Head; 0.0 is none.
-        mean: whether the mean logit is wanted.
+        want_entropy: whether the entropy over this slice is wanted.
         tiles: whether each tile's logsumexp is wanted.
         backend: `triton` or `chunked`.
 
     Returns:
-        logsumexp (N,), target logit (N,), mean logit (N,) or (0,), tile logsumexp (N, tiles) or (0, 0).
+        logsumexp (N,), target logit (N,), entropy (N,) or (0,), tile logsumexp (N, tiles) or (0, 0).
         Ignored rows hold 0 (their tiles -inf). A target outside the whole vocabulary gives NaN, after the
         checks of `_checks`.
     """
@@ -102,7 +102,7 @@ def head_stats(
         stats = Stats(
             logsumexp=hidden.new_zeros(0, dtype=dtype),
             target_logit=hidden.new_zeros(0, dtype=dtype),
-            mean_logit=hidden.new_zeros(0, dtype=dtype),
+            entropy=hidden.new_zeros(0, dtype=dtype),
             tile_logsumexp=hidden.new_zeros(0, _tile_count(weight), dtype=dtype),
         )
     else:
@@ -113,7 +113,7 @@ def head_stats(
                 bias,
                 _local(active, offset, weight.shape[0]),
                 head,
-                mean,
+                want_entropy,
                 tiles,
             )
     unknown = (active < 0) | (active >= total_columns)
@@ -121,8 +121,8 @@ def head_stats(
     return (
         _spread(stats.logsumexp, rows, count, 0.0),
         _spread(target_logit, rows, count, 0.0),
-        _spread(stats.mean_logit, rows, count, 0.0)
-        if mean and stats.mean_logit is not None
+        _spread(stats.entropy, rows, count, 0.0)
+        if want_entropy and stats.entropy is not None
         else hidden.new_empty(0, dtype=dtype),
         _spread(stats.tile_logsumexp, rows, count, -torch.inf)
         if tiles and stats.tile_logsumexp is not None
@@ -146,7 +146,7 @@ def _(
     temperature,
     logit_scale,
     softcap,
-    mean,
+    want_entropy,
     tiles,
     backend,
 ):
@@ -156,7 +156,7 @@ def _(
     return (
         row,
         torch.empty_like(row),
-        hidden.new_empty(count if mean else 0, dtype=dtype),
+        hidden.new_empty(count if want_entropy else 0, dtype=dtype),
         hidden.new_empty((count, _tile_count(weight)) if tiles else (0, 0), dtype=dtype),
     )
 

@@ -28,20 +28,28 @@ def _tile(table: tuple[tuple[int, Tile], ...], hidden: Tensor, weight: Tensor, h
 
 
 def triton_stats(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, mean: bool, tiles: bool
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    head: Head,
+    entropy: bool,
+    tiles: bool,
 ) -> Stats:
     """Row statistics by two kernels; see chunked_stats for the arguments."""
     hidden, weight = row_major(hidden), row_major(weight)
     tile = _tile(FORWARD, hidden, weight, head)
-    tile_logsumexp, tile_mean, target_logit = launch_stats(hidden, weight, bias, targets, head, mean, tile)
-    logsumexp, mean_logit = launch_combine(tile_logsumexp, tile_mean if mean else None)
+    tile_logsumexp, tile_entropy, target_logit = launch_stats(
+        hidden, weight, bias, targets, head, entropy, tile
+    )
+    logsumexp, row_entropy = launch_combine(tile_logsumexp, tile_entropy if entropy else None)
     coarse = None
     if tiles:
         width = SPARSE_TILE // tile.columns
         padding = -tile_logsumexp.shape[0] % width
         padded = torch.nn.functional.pad(tile_logsumexp, (0, 0, 0, padding), value=-torch.inf)
         coarse = torch.logsumexp(padded.view(-1, width, hidden.shape[0]), dim=1).T
-    return Stats(logsumexp=logsumexp, target_logit=target_logit, mean_logit=mean_logit, tile_logsumexp=coarse)
+    return Stats(logsumexp=logsumexp, target_logit=target_logit, entropy=row_entropy, tile_logsumexp=coarse)
 
 
 def triton_grads(

@@ -87,7 +87,7 @@ def dlogits_kernel(
         grad = -tl.exp2(log2_p) * level
     else:
         grad = -tl.exp2(log2_p) * c[:, None]
-    target = tl.load(targets + rows, mask=inside, other=-1) - column
+    target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32) - column
     hit = target[:, None] == tl.arange(0, COLUMNS)[None, :]
     grad = tl.where(hit, grad + c[:, None], grad) * factor
     if SOFTCAP:

@@ -1,4 +1,4 @@
-"""The forward kernel: each tile's logsumexp (and mean logit) per row, and the targets' logits."""
+"""The forward kernel: each tile's logsumexp (and entropy) per row, and the targets' logits."""
 
 # pyright: basic, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # pyright: reportAssignmentType=false, reportArgumentType=false, reportIndexIssue=false
@@ -30,7 +30,7 @@ def stats_kernel(
     bias,
     targets,
     tile_logsumexp,
-    tile_mean,
+    tile_entropy,
     target_logit,
     row_count,
     column_count,
@@ -42,13 +42,13 @@ def stats_kernel(
     DESCRIPTOR: tl.constexpr,
     BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    MEAN: tl.constexpr,
+    ENTROPY: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """tile_logsumexp and tile_mean are (column blocks, N); target_logit (N,) is written by its tile."""
+    """tile_logsumexp and tile_entropy are (column blocks, N); target_logit (N,) is written by its tile."""
     LN2: tl.constexpr = 0.6931471805599453
     row_blocks = tl.cdiv(row_count, ROWS)
     column_blocks = tl.cdiv(column_count, COLUMNS)
@@ -75,22 +75,25 @@ def stats_kernel(
     logits = tl.where((columns < column_count)[None, :], logits, -float("inf"))
     rows = row + tl.arange(0, ROWS)
     inside = rows < row_count
+    # The targets first: later the logits' registers are wanted for their exponentials.
+    target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32) - column
+    owned = (target >= 0) & (target < COLUMNS)
+    if tl.max(owned.to(tl.int32), 0) > 0:
+        hit = target[:, None] == tl.arange(0, COLUMNS)[None, :]
+        chosen = tl.sum(tl.where(hit, logits, 0.0), 1) * LN2
+        tl.store(target_logit + rows, chosen, mask=inside & owned)
     # A row of -inf (a masking bias) must not give inf - inf.
     peak = tl.maximum(tl.max(logits, 1), -3.0e38)
     weights = tl.exp2(logits - peak[:, None])
     total = tl.sum(weights, 1)
     out = column_block.to(tl.int64) * row_count + rows
     tl.store(tile_logsumexp + out, (peak + tl.log2(total)) * LN2, mask=inside)
-    if MEAN:
+    if ENTROPY:
         # Past the edge and at -inf the weight is 0, and 0 * -inf would be NaN.
         below = tl.sum(weights * tl.maximum(logits - peak[:, None], -1.0e30), 1)
-        tl.store(tile_mean + out, tl.where(total > 0, peak + below / total, 0.0) * LN2, mask=inside)
-    target = tl.load(targets + rows, mask=inside, other=-1) - column
-    owned = (target >= 0) & (target < COLUMNS)
-    if tl.max(owned.to(tl.int32), 0) > 0:
-        hit = target[:, None] == tl.arange(0, COLUMNS)[None, :]
-        chosen = tl.sum(tl.where(hit, logits, 0.0), 1) * LN2
-        tl.store(target_logit + rows, chosen, mask=inside & owned)
+        tl.store(
+            tile_entropy + out, tl.where(total > 0, tl.log2(total) - below / total, 0.0) * LN2, mask=inside
+        )
 
 
 def kernel_factors(head: Head) -> tuple[float, float]:
@@ -101,7 +104,13 @@ def kernel_factors(head: Head) -> tuple[float, float]:
 
 
 def launch_stats(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, mean: bool, tile: Tile
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    head: Head,
+    entropy: bool,
+    tile: Tile,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs the forward kernel.
 
@@ -111,25 +120,26 @@ def launch_stats(
         bias: (V,) or None.
         targets: (N,) int64; a value outside [0, V) is in no tile.
         head: the logit transform.
-        mean: whether tiles' mean logits are wanted.
+        entropy: whether tiles' own entropies are wanted.
         tile: its shape and launch.
 
     Returns:
-        Tile logsumexp (column blocks, N), tile mean (column blocks, N) or (0,), target logit (N,): all fp32.
+        Tile logsumexp (column blocks, N), tile entropy (column blocks, N) or (0,), target logit (N,): all
+        fp32.
     """
     rows, columns = hidden.shape[0], weight.shape[0]
     blocks = -(-columns // tile.columns)
     tile_logsumexp = torch.empty(blocks, rows, dtype=torch.float32, device=hidden.device)
-    tile_mean = torch.empty_like(tile_logsumexp) if mean else tile_logsumexp.new_empty(0)
+    tile_entropy = torch.empty_like(tile_logsumexp) if entropy else tile_logsumexp.new_empty(0)
     target_logit = torch.zeros(rows, dtype=torch.float32, device=hidden.device)
     descriptor = uses_descriptors(hidden, weight)
     inner, outer = kernel_factors(head)
     stats_kernel[(blocks * -(-rows // tile.rows),)](
         matrix_argument(hidden, [tile.rows, tile.depth], descriptor),
         matrix_argument(weight, [tile.columns, tile.depth], descriptor),
-        bias if bias is not None else target_logit, targets, tile_logsumexp, tile_mean, target_logit, rows,
+        bias if bias is not None else target_logit, targets, tile_logsumexp, tile_entropy, target_logit, rows,
         columns, hidden.stride(0), weight.stride(0), inner, outer, H=hidden.shape[1], DESCRIPTOR=descriptor,
-        BIAS=bias is not None, SOFTCAP=head.softcap != 0, MEAN=mean, ROWS=tile.rows, COLUMNS=tile.columns,
+        BIAS=bias is not None, SOFTCAP=head.softcap != 0, ENTROPY=entropy, ROWS=tile.rows, COLUMNS=tile.columns,
         DEPTH=tile.depth, GROUP=tile.group, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return tile_logsumexp, tile_mean, target_logit
+    return tile_logsumexp, tile_entropy, target_logit

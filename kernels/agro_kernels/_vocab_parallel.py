@@ -4,7 +4,7 @@ statistics."""
 import torch
 import torch.distributed as dist
 
-from agro_kernels._head import Stats
+from agro_kernels._head import Stats, combined_entropy
 
 
 def slice_bounds(columns: int, device: torch.device, group: dist.ProcessGroup | None) -> tuple[int, int]:
@@ -22,19 +22,17 @@ def slice_bounds(columns: int, device: torch.device, group: dist.ProcessGroup | 
 def combine_ranks(stats: Stats, group: dist.ProcessGroup) -> Stats:
     """Statistics over the whole vocabulary from those of the slices: max, then sums, over the ranks.
 
-    lse = m + log sum_r exp(lse_r - m);  target = sum_r target_r;  mean = sum_r exp(lse_r - lse) mean_r.
+    lse = m + log sum_r exp(lse_r - m);  target = sum_r target_r;  see combined_entropy for the entropy.
     """
     peak = stats.logsumexp.clone()
     dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-    share = torch.exp(stats.logsumexp - peak)
-    parts = [share, stats.target_logit]
-    if stats.mean_logit is not None:
-        parts.append(share * stats.mean_logit)
-    sums = torch.stack(parts)
+    sums = torch.stack([torch.exp(stats.logsumexp - peak), stats.target_logit])
     dist.all_reduce(sums, group=group)
+    logsumexp = peak + sums[0].log()
+    entropy = None
+    if stats.entropy is not None:
+        entropy = combined_entropy(stats.entropy, stats.logsumexp, logsumexp)
+        dist.all_reduce(entropy, group=group)
     return Stats(
-        logsumexp=peak + sums[0].log(),
-        target_logit=sums[1],
-        mean_logit=None if stats.mean_logit is None else sums[2] / sums[0],
-        tile_logsumexp=stats.tile_logsumexp,
+        logsumexp=logsumexp, target_logit=sums[1], entropy=entropy, tile_logsumexp=stats.tile_logsumexp
     )

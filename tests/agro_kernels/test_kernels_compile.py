@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from agro_kernels import linear_agro_loss, linear_logprobs
 from kernel_oracle import leaves, problem
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from agro_kernels import linear_agro_loss, linear_logprobs
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -71,7 +72,9 @@ def test_torch_compile_of_the_loss():
     rewards = torch.tensor([1.0, 0.0, 0.5, 0.25])
 
     def value(hidden, weight):
-        return linear_agro_loss(hidden, weight, given.targets, ids, torch.zeros(32), rewards, groups, beta=0.1).loss
+        return linear_agro_loss(
+            hidden, weight, given.targets, ids, torch.zeros(32), rewards, groups, beta=0.1
+        ).loss
 
     eager, compiled = leaves(given), leaves(given)
     value(eager[0], eager[1]).backward()

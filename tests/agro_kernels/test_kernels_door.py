@@ -6,8 +6,9 @@ import warnings
 
 import pytest
 import torch
-from agro_kernels import _dispatch, linear_logprobs, linear_logprobs_known
 from kernel_oracle import naive, problem
+
+from agro_kernels import _dispatch, linear_logprobs, linear_logprobs_known
 
 
 def call(hidden=None, weight=None, targets=None, **options):
@@ -26,7 +27,10 @@ def call(hidden=None, weight=None, targets=None, **options):
         ({"targets": torch.zeros(5, dtype=torch.long)}, r"targets has shape \(5,\); expected \(6,\)"),
         ({"targets": torch.zeros(6)}, "targets has dtype torch.float32; expected integer"),
         ({"hidden": torch.zeros(6, 8, dtype=torch.long)}, "hidden has dtype torch.int64"),
-        ({"weight": torch.randn(20, 8).bfloat16()}, "weight has dtype torch.bfloat16 and hidden torch.float32"),
+        (
+            {"weight": torch.randn(20, 8).bfloat16()},
+            "weight has dtype torch.bfloat16 and hidden torch.float32",
+        ),
         ({"bias": torch.randn(19)}, r"bias has shape \(19,\); expected \(20,\)"),
         ({"bias": torch.zeros(20, dtype=torch.long)}, "bias has dtype torch.int64"),
         ({"weight": torch.randn(20, 8, device="meta")}, "weight is on meta and hidden on cpu"),

@@ -16,7 +16,9 @@ def test_ranks_equal_one_process(ranks, tmp_path):
     script = Path(__file__).with_name("vocab_worker.py")
     command = [sys.executable, str(script)]
     workers = [
-        subprocess.Popen([*command, str(rank), str(ranks), str(tmp_path)], env=os.environ, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [*command, str(rank), str(ranks), str(tmp_path)], env=os.environ, stderr=subprocess.PIPE
+        )
         for rank in range(ranks)
     ]
     errors = [worker.communicate(timeout=300)[1] for worker in workers]
@@ -26,7 +28,9 @@ def test_ranks_equal_one_process(ranks, tmp_path):
     assert sum(SPLITS[ranks]) == 100
     for name, expected in whole.items():
         if name.endswith(("_weight", "_bias")):
-            torch.testing.assert_close(torch.cat([part[name] for part in parts]), expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                torch.cat([part[name] for part in parts]), expected, rtol=1e-5, atol=1e-6
+            )
         else:
             for part in parts:
                 torch.testing.assert_close(part[name], expected, rtol=1e-5, atol=1e-6)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from agro_kernels import linear_agro_loss, linear_logprobs, linear_logprobs_known
 from kernel_oracle import leaves, problem
+
+from agro_kernels import linear_agro_loss, linear_logprobs, linear_logprobs_known
 
 SPLITS = {2: [37, 63], 3: [50, 1, 49]}
 
@@ -23,7 +24,11 @@ def results(given, columns: slice, group) -> dict[str, torch.Tensor]:
         common = {"bias": bias, "softcap": 4.0, "temperature": 0.8, "vocab_group": group}
         if name == "logprobs":
             out = linear_logprobs(hidden, weight, given.targets, entropy=True, **common)
-            found |= {"values": out.logprobs.detach(), "logsumexp": out.logsumexp, "entropy": out.entropy.detach()}
+            found |= {
+                "values": out.logprobs.detach(),
+                "logsumexp": out.logsumexp,
+                "entropy": out.entropy.detach(),
+            }
             value = (given.coefficients * out.logprobs + given.entropy_coefficients * out.entropy).sum()
         elif name == "loss":
             out = linear_agro_loss(hidden, weight, given.targets, ids, torch.zeros(40), rewards, groups, beta=0.2,

@@ -1,0 +1,74 @@
+"""The benchmarks' records, the CPU case, and the GPU suite's dry run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+FIELDS = {"bench", "case", "provider", "metric", "value", "unit", "device", "versions", "commit"}
+
+
+def run(*arguments: str) -> str:
+    """Runs `python -m` from the project's root, as its users do."""
+    paths = filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")])
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_records_hold_what_they_should(tmp_path):
+    from bench._records import absent, emit, record
+
+    nan = record("b", "c", "ours", "error", float("nan"), "nat")
+    missing = absent("b", "c", "peer", "not installed")
+    assert set(nan) == FIELDS and nan["value"] is None
+    assert set(missing) == FIELDS | {"note"} and missing["metric"] == "absent"
+    assert nan["versions"]["torch"] == torch.__version__.split("+")[0] or nan["versions"]["torch"]
+    emit([nan, missing], tmp_path / "deep" / "r.json")
+    assert json.loads((tmp_path / "deep" / "r.json").read_text()) == [nan, missing]
+
+
+def test_linear_logprobs_on_a_cpu(tmp_path):
+    path = tmp_path / "r.json"
+    shown = run(
+        "bench.linear_logprobs", "--quick", "--budget", "1", "--cases", "512x64x9000", "--json", str(path)
+    )
+    records = json.loads(path.read_text())
+    found = {(item["provider"], item["metric"]): item["value"] for item in records}
+    assert all(FIELDS <= set(item) <= FIELDS | {"note"} for item in records)
+    for provider in ("ours", "torch"):
+        assert found[provider, "seconds"] > 0 and found[provider, "extra_peak_bytes"] > 0
+        assert found[provider, "rms_error"] < 1e-5
+    assert found["ours", "seconds_over_torch"] > 0
+    # 512 x 9000 logits in fp32 are 18 MB; ours holds one tile and the gradients, some 7 MB.
+    assert found["torch", "extra_peak_bytes"] > 512 * 9000 * 4
+    for peer in ("cut-cross-entropy", "verl:linear_cross_entropy", "torch:compile"):
+        assert (peer, "absent") in found and peer in shown
+
+
+def test_gpu_suite_dry_run(tmp_path):
+    path = tmp_path / "r.json"
+    run("bench.gpu_suite", "--dry-run", "--json", str(path), "--only", "tests", "linear_logprobs", "memcheck")
+    records = json.loads(path.read_text())
+    parts = {
+        item["case"]: item
+        for item in records
+        if item["bench"] == "gpu_suite" and item["metric"] == "exit_code"
+    }
+    assert set(parts) >= {"tests", "linear_logprobs"} and all(item["value"] == 0 for item in parts.values())
+    assert any(item["case"] == "memcheck" and item["metric"] == "absent" for item in records)
+    assert any(item["metric"] == "skipped_fraction" for item in records)
+
+
+def test_gpu_suite_stays_under_ten_minutes():
+    from bench.gpu_suite import PARTS
+
+    assert sum(part.seconds for part in PARTS if part.needs is None) <= 580
