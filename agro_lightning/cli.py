@@ -13,7 +13,7 @@ os.environ.setdefault(
 
 import lightning as L
 from docstring_parser import DocstringStyle
-from jsonargparse import ActionConfigFile, set_parsing_settings
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -186,7 +186,7 @@ def _run_command(function: Callable[..., Any], args: list[str]) -> None:
     summary = (function.__doc__ or "").partition("\n\n    Args:")[0]
     parser = AgroParser(description=" ".join(summary.split()))
     parser.add_argument(
-        "-c", "--config", action=ActionConfigFile, help="A YAML file with any of these keys."
+        "-c", "--config", action="config", help="A YAML file with any of these keys."
     )
     parser.add_function_arguments(function, as_group=False, fail_untyped=True)
     config = parser.parse_args(args)

@@ -76,13 +76,13 @@ class _Totals:
     """Statistics over completions, in a few bytes a row."""
 
     rows: int = 0
-    rewards: array[float] = field(default_factory=lambda: array("d"))
+    rewards: "array[float]" = field(default_factory=lambda: array("d"))
     by_source: dict[str, list[float]] = field(default_factory=dict)
     """Sum of rewards and number of rows, by source."""
-    lengths: array[int] = field(default_factory=lambda: array("q"))
-    versions: array[int] = field(default_factory=lambda: array("q"))
-    prompt_lengths: array[int] = field(default_factory=lambda: array("q"))
-    group_sizes: array[int] = field(default_factory=lambda: array("q"))
+    lengths: "array[int]" = field(default_factory=lambda: array("q"))
+    versions: "array[int]" = field(default_factory=lambda: array("q"))
+    prompt_lengths: "array[int]" = field(default_factory=lambda: array("q"))
+    group_sizes: "array[int]" = field(default_factory=lambda: array("q"))
     finish: Counter[str] = field(default_factory=Counter)
     sampling: Counter[str] = field(default_factory=Counter)
     cached: Counter[str] = field(default_factory=Counter)

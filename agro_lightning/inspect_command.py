@@ -16,7 +16,7 @@ def inspect(
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> None:
-    """Prints what a run would find in a buffer: sources, rewards, lengths, bad rows, samples with their masks.
+    """Prints what a run would find in a buffer: sources, rewards, lengths, bad rows, samples with masks.
 
     Args:
         buffer: a Parquet or JSONL file, a folder, a glob, or a list of such; "quickstart" is the buffer that
