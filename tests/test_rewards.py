@@ -235,7 +235,7 @@ def score_alone(folder, text, label=0):
         return model(input_ids=ids).logits[0, label].item()
 
 
-COMPLETIONS = ["a", "a much longer completion", "", "mid<eos>", "yes", "no no"]
+COMPLETIONS = ["a", "a much longer completion", "", "mid<eos>", "yes!!", "no no"]
 
 
 def test_a_reward_model_scores_prompt_and_completion_as_it_would_alone(llama_folder):

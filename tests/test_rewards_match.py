@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agro_lightning.rewards import ExactMatch, NumericMatch
-from agro_lightning.rewards.answers import boxed, extract, numbers, parse_number
+from agro_lightning.rewards.answers import boxed, extract, last_number, numbers, parse_number
 from agro_lightning.types import Prompt
 
 
@@ -88,6 +88,16 @@ def test_percent_signs_can_mean_hundredths():
 )
 def test_the_numbers_of_a_text(text, expected):
     assert numbers(text) == expected
+
+
+@pytest.mark.parametrize("length", [0, 100, 600, 5000])
+@pytest.mark.parametrize(
+    "end", [" it is 1 1/2 cups.", " 7", "7", " 3 or -1,234.5 km", "\n\nno digits here\n"]
+)
+def test_the_last_number_of_a_long_text_is_that_of_all_its_numbers(length, end):
+    text = "first 8" + " and more words" * (length // 15) + end
+    assert last_number(text) == numbers(text)[-1]
+    assert last_number("no digits" * length) is None
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,18 @@ def test_failures_are_told_apart_and_cost_nobody_else(pool):
     assert outcomes[5].message == "SystemExit: 3"
 
 
+def test_quick_checks_travel_together_and_a_failure_among_them_stands_alone(pool):
+    pool.map(list(range(1000)))  # from here on, the pool knows that they are quick
+    items = list(range(600))
+    items[100], items[250], items[400] = "hang", "raise", "crash"
+    outcomes = pool.map(items)
+    failures = {index: outcome.failure for index, outcome in enumerate(outcomes) if outcome.failure}
+    assert failures == {100: "timeout", 250: "error", 400: "error"}
+    assert [outcome.value for outcome in outcomes if not outcome.failure] == [
+        item + 10 for item in items if not isinstance(item, str)
+    ]
+
+
 def test_a_check_that_hangs_without_giving_up_the_interpreter_is_killed_and_replaced(pool):
     before = our_workers()
     outcomes = pool.map(["hang in C", 1, "hang in C", 2])

@@ -15,6 +15,9 @@ marker: what follows the last marker (such as ####) on its line. tag: inside the
 MAX_DIGITS = 400
 """Numbers with more digits, or a larger power of ten, are not read as numbers."""
 
+TAIL = 512
+"""Characters at the end of a long line that are read first when its last number is wanted."""
+_DIGIT = re.compile(r"[\d¼-¾⅐-⅞↉⁰¹²³⁴-⁹]")
 _MINUS_SIGNS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"))
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _BOX = r"\\(?:boxed|fbox)"
@@ -72,6 +75,11 @@ def boxed(text: str) -> str | None:
     return None if found is None else text[found[0] : found[1]].strip()
 
 
+def only_box(text: str) -> str | None:
+    """What stands in the one box of a text; None where it has none, several, or one that never closes."""
+    return boxed(text) if len(re.findall(_BOX, text)) == 1 else None
+
+
 def tidy(text: str) -> str:
     """`text` in one Unicode form (NFKC), minus signs as "-", whitespace as single spaces, ends stripped."""
     return " ".join(unicodedata.normalize("NFKC", text).translate(_MINUS_SIGNS).split())
@@ -105,16 +113,35 @@ def numbers(text: str, *, percent: bool = False) -> list[Fraction]:
         text: any text.
         percent: whether 50% is 1/2; else it is 50.
     """
+    if _DIGIT.search(text) is None:
+        return []
     found = (_value(match, percent) for match in _NUMBER.finditer(_plain_notation(text)))
     return [value for value in found if value is not None]
+
+
+def last_number(text: str, *, percent: bool = False) -> Fraction | None:
+    """The last of the `numbers` of a text, none of which goes over a line's end; None where it has none.
+
+    Reads only the end of a text, as far as needed: completions are long.
+    """
+    for line in reversed(text.splitlines()):
+        tail = line[-TAIL:].partition(" ")[2]
+        found = numbers(tail, percent=percent) if len(line) > 2 * TAIL else []
+        if len(found) < 2:  # the cut may have gone through a lone number
+            found = numbers(line, percent=percent)
+        if found:
+            return found[-1]
+    return None
 
 
 def parse_number(text: str, *, percent: bool = False) -> Fraction | None:
     """The number that `text` as a whole is, apart from units, currency signs and a leading `x =`.
 
     Returns:
-        None where the text is no number, or more than one (`(1, 2)`, `x + 1`, `\\sqrt{2}`).
+        None where the text is no number, more than one (`(1, 2)`, `x + 1`, `\\sqrt{2}`), or too long for one.
     """
+    if len(text) > 2 * MAX_DIGITS:
+        return None
     text = re.sub(r"^[^=≈]*[=≈]", "", _plain_notation(text), count=1).strip(" $").rstrip(". ")
     if text.startswith("(") and text.endswith(")"):
         text = text[1:-1].strip()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal
 
-from agro_lightning.rewards.answers import Extract, extract, numbers, parse_number, tidy
+from agro_lightning.rewards.answers import Extract, extract, last_number, parse_number, tidy
 from agro_lightning.rewards.base import Score
 from agro_lightning.types import Prompt
 
@@ -122,7 +122,7 @@ class NumericMatch:
         how, part = next(((way, part) for way, part in parts if part is not None), ("whole", ""))
         value = parse_number(part, percent=percent)
         if value is None and how not in ("boxed", "tag"):
-            value = next(reversed(numbers(part, percent=percent)), None)
+            value = last_number(part, percent=percent)
         return value
 
     def _equal(self, expected: Fraction | None, stated: Fraction | None) -> bool:

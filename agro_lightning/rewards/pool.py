@@ -22,6 +22,8 @@ START_TIMEOUT_S = 120.0
 """How long a worker may take to import what its check needs."""
 MAX_FAILED_STARTS = 3
 """Workers that die in a row before they are ready, after which the pool gives up."""
+CHUNK_S = 0.02
+"""About how much work a worker is sent at once, in seconds."""
 _WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -38,7 +40,7 @@ class Outcome:
 
 
 class _Worker:
-    """One process and its pipe. `item` is the index that it works on; None while it starts or idles."""
+    """One process and its pipe."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
         self.connection, remote = Pipe()
@@ -50,7 +52,8 @@ class _Worker:
                 stdin=subprocess.DEVNULL, pass_fds=[remote.fileno()], process_group=0,
             )  # fmt: skip
         self.ready = False
-        self.item: int | None = None
+        self.queue: deque[int] = deque()
+        """The items that it was sent and has not answered; it works on the first."""
         self.deadline = time.monotonic() + START_TIMEOUT_S
         with suppress(BrokenPipeError):
             self.connection.send(setup)
@@ -64,7 +67,10 @@ class _Worker:
 
     def exit_status(self) -> str:
         """How the process ended, for messages."""
-        code = self.process.wait()
+        try:
+            code = self.process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            return "it closed its pipe"
         return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
 
@@ -77,7 +83,7 @@ def _close(workers: list[_Worker], owner: int) -> None:
         workers.clear()
         return
     for worker in workers:
-        if worker.ready and worker.item is None:
+        if worker.ready and not worker.queue:
             worker.connection.close()
     for worker in workers:
         with suppress(subprocess.TimeoutExpired):
@@ -129,11 +135,12 @@ class ProcessPool:
         self._lock = threading.Lock()
         self._workers: list[_Worker] = []
         self._failed_starts = 0
+        self._check_s = CHUNK_S  # a running mean of what one check takes
         self._finalizer = weakref.finalize(self, _close, self._workers, self._owner)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled pool has the same options and no workers yet."""
-        own = {"_owner", "_lock", "_workers", "_failed_starts", "_finalizer"}
+        own = {"_owner", "_lock", "_workers", "_failed_starts", "_check_s", "_finalizer"}
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -167,30 +174,31 @@ class ProcessPool:
                 raise
 
     def _map(self, items: Sequence[Any]) -> list[Outcome]:
-        outcomes: list[Outcome | None] = [None] * len(items)
+        outcomes: dict[int, Outcome] = {}
         waiting = deque(range(len(items)))
-        missing = len(items)
-        while missing > 0:
+        while len(outcomes) < len(items):
             self._discard_dead()
-            self._start(min(self.size, missing))
+            self._start(min(self.size, len(items) - len(outcomes)))
             for worker in self._workers:
-                if waiting and worker.ready and worker.item is None:
-                    self._send(worker, waiting.popleft(), items)
-            due = [w for w in self._workers if w.item is not None or not w.ready]
-            patience = max(0.0, min(w.deadline for w in due) - time.monotonic())
-            answered = wait([w.connection for w in due], patience)
+                if waiting and worker.ready and not worker.queue:
+                    self._send(worker, waiting, items)
+            due = [worker for worker in self._workers if worker.queue or not worker.ready]
+            patience = max(0.0, min(worker.deadline for worker in due) - time.monotonic())
+            answered = wait([worker.connection for worker in due], patience)
             for worker in due:
-                index = worker.item
                 if worker.connection in answered:
-                    outcome = self._receive(worker)
+                    gone = self._receive(worker, outcomes)
                 elif time.monotonic() >= worker.deadline:
-                    outcome = self._time_out(worker)
+                    gone = self._time_out(worker)
                 else:
                     continue
-                if index is not None:
-                    outcomes[index] = outcome
-                    missing -= 1
-        return [outcome for outcome in outcomes if outcome is not None]
+                if gone is not None:
+                    self._workers.remove(worker)
+                    worker.kill()
+                    if worker.queue:
+                        outcomes[worker.queue.popleft()] = gone
+                        waiting.extendleft(reversed(worker.queue))
+        return [outcomes[index] for index in range(len(items))]
 
     def _start(self, count: int) -> None:
         setup = {
@@ -202,39 +210,47 @@ class ProcessPool:
 
     def _discard_dead(self) -> None:
         """Drops workers that were ended from outside while idle, so that no item is blamed for it."""
-        for worker in [w for w in self._workers if w.ready and w.item is None]:
+        for worker in [worker for worker in self._workers if worker.ready and not worker.queue]:
             if worker.process.poll() is not None:
                 self._workers.remove(worker)
                 worker.kill()
 
-    def _send(self, worker: _Worker, index: int, items: Sequence[Any]) -> None:
-        worker.item = index
+    def _send(self, worker: _Worker, waiting: deque[int], items: Sequence[Any]) -> None:
+        """Gives an idle worker its next items: several where they are quick, and the pipe would slow it down.
+
+        An idle worker reads at once, so that sending never waits for a check.
+        """
+        count = max(1, min(int(CHUNK_S / self._check_s), -(-len(waiting) // self.size)))
+        worker.queue.extend(waiting.popleft() for _ in range(count))
         worker.deadline = time.monotonic() + self._timeout_s
         try:
-            worker.connection.send(items[index])
+            worker.connection.send([items[index] for index in worker.queue])
         except BrokenPipeError:
             pass  # it died while idle; reading from the pipe tells
         except Exception as error:
             raise RewardUsageError(f"an item cannot be sent to a worker process: {error}") from error
 
-    def _receive(self, worker: _Worker) -> Outcome:
+    def _receive(self, worker: _Worker, outcomes: dict[int, Outcome]) -> Outcome | None:
+        """Takes what a worker has answered. Where it has died, what becomes of the item that it worked on."""
         try:
-            kind, value = worker.connection.recv()
+            while worker.connection.poll():
+                kind, value, *seconds = worker.connection.recv()
+                if kind == "broken":
+                    raise RewardUsageError(f"a worker process cannot load its check: {value}")
+                if kind == "ready":
+                    worker.ready = True
+                    self._failed_starts = 0
+                    continue
+                outcome = Outcome(value=value) if kind == "ok" else Outcome(failure="error", message=value)
+                outcomes[worker.queue.popleft()] = outcome
+                worker.deadline = time.monotonic() + self._timeout_s
+                self._check_s += 0.1 * (seconds[0] - self._check_s)
         except (EOFError, OSError):
             return self._died(worker)
-        if worker.item is None:
-            if kind == "broken":
-                raise RewardUsageError(f"a worker process cannot load its check: {value}")
-            worker.ready = True
-            self._failed_starts = 0
-            return Outcome()
-        worker.item = None
-        return Outcome(value=value) if kind == "ok" else Outcome(failure="error", message=value)
+        return None
 
     def _died(self, worker: _Worker) -> Outcome:
-        self._workers.remove(worker)
         status = worker.exit_status()
-        worker.kill()
         if not worker.ready:
             self._failed_starts += 1
             if self._failed_starts >= MAX_FAILED_STARTS:
@@ -242,8 +258,6 @@ class ProcessPool:
         return Outcome(failure="error", message=f"the worker process died ({status})")
 
     def _time_out(self, worker: _Worker) -> Outcome:
-        self._workers.remove(worker)
-        worker.kill()
         if not worker.ready:
             raise RewardUsageError(f"a worker process was not ready after {START_TIMEOUT_S:g} s")
         return Outcome(failure="timeout", message=f"no result after {self._timeout_s:g} s")

@@ -1,4 +1,4 @@
-"""The program of a pool's worker process: loads one check, then answers one item at a time over a pipe.
+"""The program of a pool's worker process: loads one check, then answers items over a pipe, one after another.
 
 `ProcessPool` runs this file by its path. It imports nothing of this package, so that a worker starts without
 torch and without running the parent's main module again.
@@ -10,6 +10,7 @@ import pickle
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -34,7 +35,8 @@ def describe(error: BaseException) -> str:
 
 
 def serve(connection: Connection) -> None:
-    """Receives the set-up, reports ("ready" | "broken", message), then ("ok" | "error", value) per item."""
+    """Receives the set-up and reports ("ready" | "broken", message); then receives lists of items and answers
+    each item with ("ok" | "error", value or message, seconds)."""
     setup = connection.recv()
     sys.path[:] = setup["sys_path"]
     if setup["memory_bytes"] is not None and sys.platform == "linux":
@@ -46,19 +48,21 @@ def serve(connection: Connection) -> None:
         return
     connection.send(("ready", ""))
     while True:
-        item = connection.recv()
-        # The default action on SIGALRM ends the process even inside a C call that holds the interpreter.
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, setup["timeout_s"] + GRACE_S)
-        try:
-            answer = ("ok", check(item))
-        except BaseException as error:
-            answer = ("error", describe(error))
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        try:
-            connection.send(answer)
-        except (TypeError, AttributeError, pickle.PicklingError) as error:
-            connection.send(("error", describe(error)))
+        for item in connection.recv():
+            started = time.monotonic()
+            # The default action on SIGALRM ends the process even inside a C call that holds the interpreter.
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, setup["timeout_s"] + GRACE_S)
+            try:
+                answer = ("ok", check(item))
+            except BaseException as error:
+                answer = ("error", describe(error))
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            seconds = time.monotonic() - started
+            try:
+                connection.send((*answer, seconds))
+            except (TypeError, AttributeError, pickle.PicklingError) as error:
+                connection.send(("error", describe(error), seconds))
 
 
 def main() -> None:
