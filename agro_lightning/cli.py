@@ -3,8 +3,6 @@
 import os
 import sys
 from collections.abc import Callable
-from datetime import datetime
-from pathlib import Path
 from typing import Any, NoReturn
 
 os.environ.setdefault(
@@ -22,9 +20,12 @@ from agro_lightning.callbacks import NonFiniteGuard, RunCheckpoint, SampleTable,
 from agro_lightning.checkpoint import DurableCheckpointIO
 from agro_lightning.cli_errors import explain, explained
 from agro_lightning.data.datamodule import AgroDataModule
+from agro_lightning.faults import SlowRanks, StopOnSignal
+from agro_lightning.launch import number_of_ranks, run_folder, slurm_plugins
 from agro_lightning.metrics_file import MetricsFile
 from agro_lightning.module import AgroModule
 from agro_lightning.quickstart.defaults import DATA_DEFAULTS, TRAINER_DEFAULTS
+from agro_lightning.strategy import Sharded
 
 set_parsing_settings(
     docstring_parse_style=DocstringStyle.GOOGLE, docstring_parse_attribute_docstrings=True
@@ -100,11 +101,11 @@ class AgroCLI(LightningCLI):
         """Adds what every run has to what the config asks for: run folder, loggers, callbacks, durable
         checkpoints."""
         given_dir = self._get(self.config_init, "run_dir")
-        folder = Path(given_dir or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S"))
+        folder = run_folder(given_dir)
         config["default_root_dir"] = str(folder)
         if config.get("logger") in (None, True):
             config["logger"] = [TensorBoardLogger(folder, name="", version=""), MetricsFile(folder)]
-        mine = [StepMetrics(), NonFiniteGuard(), SampleTable(), Summary()]
+        mine = [StepMetrics(), NonFiniteGuard(), SampleTable(), Summary(), StopOnSignal(), SlowRanks()]
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         kept = [callback for callback in mine if not any(type(other) is type(callback) for other in given)]
@@ -114,6 +115,10 @@ class AgroCLI(LightningCLI):
         config["callbacks"] = [*given, *kept]
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
+        plugins = [*plugins, *slurm_plugins()]
+        if config.get("strategy") in ("auto", None) and number_of_ranks(config) > 1:
+            config["strategy"] = Sharded()
+        config["plugins"] = plugins
         if config.get("strategy") in ("auto", None) and not any(
             isinstance(p, DurableCheckpointIO) for p in plugins
         ):

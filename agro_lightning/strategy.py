@@ -1,9 +1,14 @@
-"""The Lightning strategy for several ranks: FSDP and tensor parallelism, with explicit sizes."""
+"""The Lightning strategy for several ranks: FSDP and tensor parallelism with explicit sizes, atomic checkpoints."""
 
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from lightning.pytorch.strategies import ModelParallelStrategy
+
+from agro_lightning import sharded_checkpoint
+from agro_lightning.sharding import data_rank
 
 
 class Sharded(ModelParallelStrategy):
@@ -13,18 +18,64 @@ class Sharded(ModelParallelStrategy):
         tensor_parallel_size: ranks that share every layer; they get the same data.
         data_parallel_size: ranks that get different data; "auto" is all ranks / tensor_parallel_size.
         timeout_seconds: how long a rank waits for the others before the job ends with an error.
+        asynchronous_checkpoints: write checkpoints while training goes on; takes CPU memory for one copy of
+            this rank's weights and optimiser.
     """
 
     def __init__(self, tensor_parallel_size: int = 1, data_parallel_size: int | Literal["auto"] = "auto",
-                 timeout_seconds: float = 1800.0):
+                 timeout_seconds: float = 1800.0, asynchronous_checkpoints: bool = True):
         super().__init__(data_parallel_size=data_parallel_size, tensor_parallel_size=tensor_parallel_size,
                          timeout=timedelta(seconds=timeout_seconds))
+        self._asynchronous = asynchronous_checkpoints
+        self._saver: sharded_checkpoint.ShardedSaver | None = None
 
     def setup_environment(self) -> None:
+        tensor = self._tensor_parallel_size
+        ranks = self.num_nodes * self.num_processes
+        if not isinstance(tensor, int) or tensor < 1 or ranks % tensor:
+            raise ValueError(f"tensor_parallel_size is {tensor}; it must divide the number of ranks, {ranks}")
         if self._data_parallel_size == "auto":
-            ranks = self.num_nodes * self.num_processes
-            if ranks % self._tensor_parallel_size:  # type: ignore[operator] - an int here
-                raise ValueError(f"tensor_parallel_size is {self._tensor_parallel_size}; it must divide the number of "
-                                 f"ranks, {ranks}")
-            self._data_parallel_size = ranks // self._tensor_parallel_size  # type: ignore[operator]
+            self._data_parallel_size = ranks // tensor
+        elif self._data_parallel_size != ranks // tensor:
+            raise ValueError(f"data_parallel_size {self._data_parallel_size} times tensor_parallel_size {tensor} is "
+                             f"not the number of ranks, {ranks}; leave data_parallel_size out, or change devices")
         super().setup_environment()
+        assert self._timeout is not None
+        self._saver = sharded_checkpoint.ShardedSaver(data_rank(self.device_mesh), asynchronous=self._asynchronous,
+                                                      timeout=self._timeout)
+
+    @property
+    def saver(self) -> sharded_checkpoint.ShardedSaver:
+        """Writes checkpoints; made with the process group."""
+        assert self._saver is not None
+        return self._saver
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        path = Path(self.broadcast(filepath))
+        rest = dict(checkpoint)
+        tensors = {"state_dict": rest.pop("state_dict")}
+        for index, state in enumerate(rest.pop("optimizer_states", [])):
+            tensors[f"optimizer_{index}"] = state
+        self.saver.save(tensors, rest, path)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Loads a folder of shards, or the single file of a run on one device; runs no code from either."""
+        self.saver.wait()
+        path = Path(self.broadcast(checkpoint_path))
+        assert self.model is not None
+        if not path.is_file():
+            return sharded_checkpoint.load(path, self.model, self.optimizers, data_rank(self.device_mesh))
+        return super().load_checkpoint(path, weights_only=True)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Nothing: load_checkpoint did it."""
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        self.saver.remove(Path(filepath))
+
+    def teardown(self) -> None:
+        """Waits for the last checkpoint."""
+        saver, self._saver = self._saver, None
+        if saver is not None:
+            saver.wait()
+        super().teardown()

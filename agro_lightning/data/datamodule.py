@@ -131,6 +131,7 @@ class AgroDataModule(L.LightningDataModule):
         self.on_bad_row: Literal["error", "drop"] = on_bad_row
         self.on_bad_file: Literal["error", "skip"] = on_bad_file
         self._rollout_metrics: dict[str, float] = {}
+        self.seconds_drawing = 0.0
         self.last_groups: list[PromptGroup] = []
         self.completions_used = 0
         self.feed: TrainFeed | None = None
@@ -332,6 +333,7 @@ class AgroDataModule(L.LightningDataModule):
     def _finish(self, groups: list[PromptGroup], seconds: float) -> None:
         self.last_groups = groups
         self._record({"seconds/draw": seconds})
+        self.seconds_drawing += seconds
         for stream in self.feed.streams.values() if self.feed else ():
             self._record(stream.metrics(self._module.global_step))
 

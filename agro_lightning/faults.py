@@ -1,0 +1,146 @@
+"""Runs that are stopped from outside, and ranks that hold the others up."""
+
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopOnSignal(Callback):
+    """On SIGTERM or SIGUSR1 finishes the step, saves a checkpoint and exits with code 0; all ranks together.
+
+    Under SLURM, SIGUSR1 (sbatch --signal) also puts the job back into the queue.
+    """
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # replaces Lightning's handler, which runs collectives in the middle of whatever is going on
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        previous, self._previous = self._previous, {}
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = max(self._received, number)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
+                           batch_idx: int) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        number = _largest(self._received, pl_module.device)
+        if not number:
+            return
+        name = signal.Signals(number).name
+        path = self._save(trainer)
+        rank_zero_info(f"{name}: stopped after step {trainer.global_step}; saved {path}. Go on with --run_dir "
+                       f"{trainer.default_root_dir} --ckpt_path last")
+        if number == signal.SIGUSR1 and trainer.is_global_zero:
+            requeue()
+        raise SystemExit(0)
+
+    @staticmethod
+    def _save(trainer: L.Trainer) -> str:
+        callback = trainer.checkpoint_callback
+        folder = getattr(callback, "dirpath", None) or f"{trainer.default_root_dir}/checkpoints"
+        if isinstance(callback, ModelCheckpoint) and callback._last_global_step_saved == trainer.global_step:
+            return str(callback.last_model_path or callback.best_model_path)
+        path = f"{folder}/stopped-step-{trainer.global_step:08d}.ckpt"
+        trainer.save_checkpoint(path)
+        return path
+
+
+def requeue() -> None:
+    """Puts this SLURM job back into the queue; without SLURM does nothing."""
+    job = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if job else os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return
+    result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    if result.returncode:
+        log.error("scontrol requeue %s failed (%s); submit the job again", job, result.stderr.strip())
+
+
+def _largest(number: int, device: torch.device) -> int:
+    """The largest of all ranks' numbers."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return number
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+class SlowRanks(Callback):
+    """Names a rank that is slower than the others at drawing (rollouts, rewards) or at computing.
+
+    In a step ranks wait for each other, so its time says nothing; what each does alone is timed: its drawing,
+    and a fixed product of matrices.
+
+    Args:
+        every: steps between comparisons.
+        factor: a rank is slow whose time is so many times the ranks' median.
+        least_seconds: differences below it, summed over the steps between comparisons, are not reported.
+    """
+
+    def __init__(self, every: int = 20, factor: float = 1.5, least_seconds: float = 1.0) -> None:
+        self.every, self.factor, self.least_seconds = every, factor, least_seconds
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
+                           batch_idx: int) -> None:
+        steps, within = divmod(batch_idx + 1, trainer.accumulate_grad_batches)
+        if within or steps % self.every or not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        own = {"computing": probe_seconds(pl_module.device)}
+        if datamodule is not None:
+            own["drawing"], datamodule.seconds_drawing = datamodule.seconds_drawing, 0.0
+        table: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(table, own)
+        for words in self.compare(table):
+            rank_zero_warn(f"step {trainer.global_step}: {words}")
+
+    def compare(self, table: list[dict[str, float]]) -> list[str]:
+        """What to say of the ranks' seconds, one entry a rank."""
+        said = []
+        for phase in table[0]:
+            seconds = [row[phase] for row in table]
+            median = sorted(seconds)[(len(seconds) - 1) // 2]
+            slowest = max(range(len(seconds)), key=seconds.__getitem__)
+            least = 0.0 if phase == "computing" else self.least_seconds
+            if seconds[slowest] > self.factor * median and seconds[slowest] - median >= least:
+                said.append(f"rank {slowest} is slow at {phase}: {seconds[slowest]:.3g} s, the median of the ranks "
+                            f"is {median:.3g} s")
+        return said
+
+
+def probe_seconds(device: torch.device, repeats: int = 5) -> float:
+    """Seconds of a fixed product of matrices on this rank's device, the least of some repeats."""
+    size = 4096 if device.type == "cuda" else 256
+    matrix = torch.ones(size, size, device=device)
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        torch.mm(matrix, matrix)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times)

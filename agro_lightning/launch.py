@@ -1,0 +1,60 @@
+"""Starting on several processes: which strategy, which run folder, and SLURM."""
+
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+RUN_DIR = "AGRO_RUN_DIR"
+"""Environment variable that processes started by Lightning inherit."""
+
+
+def number_of_ranks(config: dict[str, Any]) -> int:
+    """Processes of a run, from the launcher's environment or from trainer.devices and trainer.num_nodes."""
+    launched = os.environ.get("WORLD_SIZE") or (os.environ.get("SLURM_NTASKS") if SLURMEnvironment.detect() else None)
+    if launched:
+        return int(launched)
+    devices = config.get("devices")
+    if isinstance(devices, str) and devices.isdigit():
+        devices = int(devices)
+    if isinstance(devices, list):
+        count = len(devices)
+    elif isinstance(devices, int) and devices >= 0:
+        count = devices
+    elif config.get("accelerator") == "cpu":
+        count = 1
+    else:  # "auto", -1
+        count = max(1, torch.cuda.device_count())
+    return count * int(config.get("num_nodes") or 1)
+
+
+def run_folder(given: str | None) -> Path:
+    """The run folder, the same on all processes: as given, or a new one named by the time.
+
+    Raises:
+        ValueError: a launcher that leaves no way to agree on a name.
+    """
+    if given:
+        return Path(given)
+    if os.environ.get(RUN_DIR):
+        return Path(os.environ[RUN_DIR])
+    name = str(Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S"))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("LOCAL_RANK") is not None:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            raise ValueError("several processes were started without --run_dir; give one, so that they use the same")
+        # torchrun's agent keeps a store for its workers, also over restarts
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        return Path(store.compare_set("agro_lightning/run_dir", "", name).decode())
+    if SLURMEnvironment.detect() and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        return Path("runs") / f"slurm-{os.environ['SLURM_JOB_ID']}"
+    os.environ[RUN_DIR] = name
+    return Path(name)
+
+
+def slurm_plugins() -> list[Any]:
+    """Under srun: SLURM's ranks, without Lightning's own requeueing, which would save in the middle of a step."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []

@@ -1,0 +1,262 @@
+"""Sharded checkpoints: a folder that every rank writes its part of in the background, whole or absent.
+
+Tensors are in torch's distributed format, what else a rank must remember in a file of its own. The folder is
+written under another name, marked as complete once every rank is done, and only then given its name.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+from agro_lightning.data.durable import disk_full_error, is_disk_full, sync_directory
+from agro_lightning.sharding import DataRank
+
+MARKER = "complete.json"
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a checkpoint is a folder of shards, complete or not."""
+    return path.is_dir()
+
+
+def rank_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:05d}.pt"
+
+
+def read_marker(folder: Path) -> dict[str, Any]:
+    """What the marker says: the number of ranks.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: it is not complete.
+    """
+    if not folder.exists():
+        raise FileNotFoundError(f"checkpoint {folder} does not exist; look into the run's folder checkpoints/")
+    try:
+        return json.loads((folder / MARKER).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"checkpoint {folder} is not complete (it has no {MARKER}): its writers were stopped, or it "
+                         "was copied in part. Give an older one") from None
+
+
+class ShardedSaver:
+    """Writes checkpoints in a background thread, one at a time; errors surface at the next call.
+
+    Args:
+        place: this process among those that get different data.
+        asynchronous: return once tensors are copied to CPU memory, rather than once they are on disk.
+        timeout: how long ranks wait for each other.
+    """
+
+    def __init__(self, place: DataRank, *, asynchronous: bool, timeout: timedelta):
+        self._place, self._asynchronous = place, asynchronous
+        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+        # of its own: its collectives run in another thread than those of training
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        assert isinstance(group, dist.ProcessGroup)
+        self._group = group
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._removals: list[Path] = []
+
+    def save(self, tensors: dict[str, Any], rest: dict[str, Any], path: Path) -> None:
+        """Saves tensors (sharded) and this rank's other state.
+
+        Raises:
+            DiskFullError: the previous checkpoint found no room; those before it stay valid.
+        """
+        self.wait()
+        if self._asynchronous:
+            tensors = tree_map_only(Tensor, _copy_to_cpu, tensors)
+            rest = tree_map_only(Tensor, _copy_to_cpu, rest)
+        self._thread = threading.Thread(target=self._run, args=(tensors, rest, path), daemon=True,
+                                        name="checkpoint")
+        self._thread.start()
+        if not self._asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns once nothing is being written. Raises what went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def remove(self, path: Path) -> None:
+        """Removes a checkpoint, but never before the one that is being written is complete."""
+        if self._rank != 0:
+            return
+        if self._thread is not None and self._thread.is_alive():
+            self._removals.append(path)
+        else:
+            remove_folder(path)
+
+    def _run(self, tensors: dict[str, Any], rest: dict[str, Any], path: Path) -> None:
+        try:
+            self._write(tensors, rest, path)
+            while self._removals:
+                remove_folder(self._removals.pop())
+        except BaseException as error:  # handed to the main thread by wait()
+            self._error = _explained(error, path, tensors)
+
+    def _write(self, tensors: dict[str, Any], rest: dict[str, Any], path: Path) -> None:
+        aside = path.with_name(f".{path.name}.partial")
+
+        def prepare() -> None:
+            if self._rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+
+        self._together(prepare)
+        save_tensors(tensors, storage_writer=FileSystemWriter(aside), process_group=self._group)
+
+        def write_rest() -> None:
+            with rank_file(aside, self._rank).open("wb") as handle:
+                torch.save({**rest, "data_rank": self._place.rank, "first": self._place.first}, handle)
+                handle.flush()
+                os.fsync(handle.fileno())
+
+        self._together(write_rest)
+
+        def finish() -> None:
+            if self._rank == 0:
+                with (aside / MARKER).open("w") as handle:
+                    json.dump({"ranks": self._ranks, "global_step": rest.get("global_step")}, handle)
+                    handle.flush()
+                    os.fsync(handle.fileno())
+                sync_directory(aside)
+                remove_folder(path)
+                os.rename(aside, path)
+                sync_directory(path.parent)
+
+        self._together(finish)
+
+    def _together(self, action: Callable[[], None]) -> None:
+        """Runs on every rank; what goes wrong on one of them is raised on all."""
+        problem: Exception | None = None
+        try:
+            action()
+        except Exception as error:
+            problem = error
+        words: list[str | None] = [None] * self._ranks
+        dist.all_gather_object(words, None if problem is None else str(problem), group=self._group)
+        if problem is not None:
+            raise problem
+        for rank, word in enumerate(words):
+            if word is not None:
+                raise OSError(f"rank {rank} could not write its part of a checkpoint: {word}")
+
+
+def _copy_to_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().cpu()
+
+
+def _explained(error: BaseException, path: Path, tensors: dict[str, Any]) -> BaseException:
+    causes = [error]
+    if isinstance(error, CheckpointException):
+        causes += [wrapped[0] for wrapped in error.failures.values()]
+    for cause in causes:
+        if isinstance(cause, OSError) and is_disk_full(cause):
+            sizes: list[int] = []
+            tree_map_only(Tensor, lambda t: sizes.append(t.numel() * t.element_size()), tensors)
+            return disk_full_error(cause, path, sum(sizes))
+    return error
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a checkpoint so that a reader sees the whole of it or nothing."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        gone = path.with_name(f".{path.name}.removed")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(path, gone)
+        shutil.rmtree(gone)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint in the folder that was completed last; links and half-written ones do not count."""
+    times: dict[Path, int] = {}
+    for path in folder.glob("*.ckpt"):
+        if path.name.startswith(".") or path.is_symlink():
+            continue
+        with contextlib.suppress(FileNotFoundError):  # not complete, or removed meanwhile
+            times[path] = ((path / MARKER) if path.is_dir() else path).stat().st_mtime_ns
+    return max(times, key=lambda path: (times[path], path.name)) if times else None
+
+
+def load(path: Path, model: nn.Module, optimizers: list[Optimizer], place: DataRank) -> dict[str, Any]:
+    """Reads this rank's part into model and optimisers, whatever the number of ranks that wrote it.
+
+    Returns:
+        The rest of the checkpoint: this rank's own where the ranks are as many as they were, else one put
+        together from all.
+    """
+    ranks = int(read_marker(path)["ranks"])
+    state = {"state_dict": get_model_state_dict(model)}
+    load_tensors(state, storage_reader=FileSystemReader(path))
+    set_model_state_dict(model, state["state_dict"])
+    for index, optimizer in enumerate(optimizers):
+        entry = {f"optimizer_{index}": get_optimizer_state_dict(model, optimizer)}
+        load_tensors(entry, storage_reader=FileSystemReader(path))
+        set_optimizer_state_dict(model, optimizer, optim_state_dict=entry[f"optimizer_{index}"])
+    if ranks == dist.get_world_size():
+        return read_rank(path, dist.get_rank())
+    return merge_ranks([read_rank(path, rank) for rank in range(ranks)], place)
+
+
+def read_rank(folder: Path, rank: int) -> dict[str, Any]:
+    """One rank's state: tensors and plain values only; no code from the file is run."""
+    file = rank_file(folder, rank)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{file} cannot be read as tensors and plain values ({str(error).splitlines()[0]}); it is "
+                         "torn, or not made by agro-lightning. Nothing in it was run") from None
+
+
+def merge_ranks(states: list[dict[str, Any]], place: DataRank) -> dict[str, Any]:
+    """One rank's state from those that another number of ranks saved.
+
+    Cursors are global and equal on all ranks. Rollouts that were not used up are dealt out anew; random generators
+    stay as the run's seed made them.
+    """
+    merged = dict(states[0])
+    name = next((key for key, value in merged.items() if isinstance(value, dict) and "feed" in value), None)
+    if name is None:
+        return merged
+    parts = [state[name] for state in sorted(states, key=lambda s: s["data_rank"]) if state["first"]]
+    pending = [group for part in parts for group in part["feed"]["pending"]]
+    used = sum(part["completions_used"] for part in parts)
+    cuts = [len(pending) * i // place.size for i in range(place.size + 1)]
+    merged[name] = {
+        **merged[name],
+        "feed": {**merged[name]["feed"], "pending": pending[cuts[place.rank] : cuts[place.rank + 1]]},
+        "completions_used": used // place.size + (place.rank < used % place.size),
+    }
+    return merged
