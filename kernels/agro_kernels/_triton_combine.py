@@ -61,6 +61,7 @@ def launch_combine(tile_logsumexp: Tensor, tile_entropy: Tensor | None) -> tuple
     entropy = None if tile_entropy is None else torch.empty_like(logsumexp)
     combine_kernel[(-(-rows // ROWS),)](
         tile_logsumexp, tile_logsumexp if tile_entropy is None else tile_entropy, logsumexp,
-        logsumexp if entropy is None else entropy, rows, tiles, ENTROPY=entropy is not None, ROWS=ROWS, num_warps=4,
+        logsumexp if entropy is None else entropy, rows, tiles,
+        ENTROPY=entropy is not None, ROWS=ROWS, num_warps=4,
     )  # fmt: skip
     return logsumexp, entropy

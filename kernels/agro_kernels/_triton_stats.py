@@ -139,7 +139,8 @@ def launch_stats(
         matrix_argument(weight, [tile.columns, tile.depth], descriptor),
         bias if bias is not None else target_logit, targets, tile_logsumexp, tile_entropy, target_logit, rows,
         columns, hidden.stride(0), weight.stride(0), inner, outer, H=hidden.shape[1], DESCRIPTOR=descriptor,
-        BIAS=bias is not None, SOFTCAP=head.softcap != 0, ENTROPY=entropy, ROWS=tile.rows, COLUMNS=tile.columns,
+        BIAS=bias is not None, SOFTCAP=head.softcap != 0, ENTROPY=entropy, ROWS=tile.rows,
+        COLUMNS=tile.columns,
         DEPTH=tile.depth, GROUP=tile.group, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return tile_logsumexp, tile_entropy, target_logit

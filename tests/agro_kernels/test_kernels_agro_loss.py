@@ -40,8 +40,9 @@ def objective(given, parts, dtype, **options):
 def test_gradient_is_that_of_the_objective_over_beta(backend, dtype, options):
     given, parts = batch(dtype)
     hidden, weight = given.hidden.clone().requires_grad_(), given.weight.clone().requires_grad_()
-    out = linear_agro_loss(hidden, weight, given.targets, **parts, beta=BETA, backend=backend, entropy=True,
-                           **options)  # fmt: skip
+    out = linear_agro_loss(
+        hidden, weight, given.targets, **parts, beta=BETA, backend=backend, entropy=True, **options
+    )
     out.loss.backward()
     exact = objective(given, parts, torch.float64, **options)
     plain = objective(given, parts, dtype, **options)
@@ -94,8 +95,9 @@ def test_micro_batches_with_known_coefficients_equal_one_batch(backend):
     pieces = [given.hidden.clone().requires_grad_(), given.weight.clone().requires_grad_()]
     rows = out.coefficients[parts["sequence_ids"]]
     for part in torch.arange(61).split(20):
-        linear_logprobs_known(pieces[0][part], pieces[1], given.targets[part], out.logsumexp[part], rows[part],
-                              backend=backend).backward()  # fmt: skip
+        linear_logprobs_known(
+            pieces[0][part], pieces[1], given.targets[part], out.logsumexp[part], rows[part], backend=backend
+        ).backward()
     for a, b in zip(whole, pieces, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)
 
@@ -105,8 +107,9 @@ def test_invariances(backend):
     given, parts = batch()
 
     def coefficients(**changed):
-        return linear_agro_loss(given.hidden, given.weight, given.targets, **(parts | changed), beta=BETA,
-                                backend=backend).coefficients  # fmt: skip
+        return linear_agro_loss(
+            given.hidden, given.weight, given.targets, **(parts | changed), beta=BETA, backend=backend
+        ).coefficients
 
     first = coefficients()
     by_group = torch.tensor([1.5, 1.5, 1.5, -2.0, -2.0, 0.25, 0.25])
@@ -120,8 +123,9 @@ def test_bad_groups():
     given, parts = batch()
 
     def call(beta=BETA, num_groups=None, **changed):
-        return linear_agro_loss(given.hidden, given.weight, given.targets, **(parts | changed), beta=beta,
-                                num_groups=num_groups)  # fmt: skip
+        return linear_agro_loss(
+            given.hidden, given.weight, given.targets, **(parts | changed), beta=beta, num_groups=num_groups
+        )
 
     with pytest.raises(ValueError, match="group 4 has 1 completion; AGRO needs at least 2"):
         call(group_ids=torch.tensor([5, 5, 5, 2, 2, 9, 4]))

@@ -13,14 +13,46 @@ from agro_kernels import linear_agro_loss, linear_logprobs
 def test_operators_are_registered_rightly(entropy):
     given = problem(12, 8, 40)
     none = torch.ops.agro_kernels
-    stats = (given.hidden, given.weight, given.bias, given.targets, 0, 40, -100, 0.7, 1.0, 0.0, entropy, True,
-             "chunked")  # fmt: skip
+    stats = (
+        given.hidden,
+        given.weight,
+        given.bias,
+        given.targets,
+        0,
+        40,
+        -100,
+        0.7,
+        1.0,
+        0.0,
+        entropy,
+        True,
+        "chunked",
+    )
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(none.head_stats, stats, test_utils=checks)
     row = torch.randn(12)
-    grads = (given.hidden, given.weight, given.bias, given.targets, 0, -100, 0.7, 1.0, 0.0, row, given.coefficients,
-             row if entropy else None, row if entropy else None, None, True, True, True, False, entropy,
-             "chunked")  # fmt: skip
+    grads = (
+        given.hidden,
+        given.weight,
+        given.bias,
+        given.targets,
+        0,
+        -100,
+        0.7,
+        1.0,
+        0.0,
+        row,
+        given.coefficients,
+        row if entropy else None,
+        row if entropy else None,
+        None,
+        True,
+        True,
+        True,
+        False,
+        entropy,
+        "chunked",
+    )
     torch.library.opcheck(none.head_grads, grads, test_utils=checks)
     logits = (given.hidden, given.weight, given.bias, given.targets, 0, 40, -100, 0.7, 1.0, 0.0)
     torch.library.opcheck(none.target_logits, logits, test_utils=checks)
@@ -38,8 +70,17 @@ def test_fake_tensors_give_shapes_and_take_no_memory():
         out = linear_logprobs(hidden, weight, targets, entropy=True, backend="chunked")
         assert out.entropy is not None
         (out.logprobs.sum() + out.entropy.sum()).backward()
-        loss = linear_agro_loss(hidden, weight, targets, targets, torch.zeros(rows), torch.zeros(8),
-                                torch.zeros(8, dtype=torch.long), beta=0.1, backend="chunked")  # fmt: skip
+        loss = linear_agro_loss(
+            hidden,
+            weight,
+            targets,
+            targets,
+            torch.zeros(rows),
+            torch.zeros(8),
+            torch.zeros(8, dtype=torch.long),
+            beta=0.1,
+            backend="chunked",
+        )
         loss.loss.backward()
     assert out.logprobs.shape == (rows,) and out.logprobs.dtype == torch.float32
     assert weight.grad is not None and weight.grad.shape == (columns, width)

@@ -53,8 +53,9 @@ def test_running_max_does_not_start_at_zero(backend, level):
     weight = torch.full((50, 4), 1.0) + torch.arange(50)[:, None] * 1e-4
     targets = torch.tensor([0, 7, 49])
     out = linear_logprobs(hidden, weight, targets, backend=backend)
-    torch.testing.assert_close(out.logprobs.double(), naive(hidden.double(), weight.double(), targets)[0],
-                               rtol=1e-4, atol=1e-3)  # fmt: skip
+    torch.testing.assert_close(
+        out.logprobs.double(), naive(hidden.double(), weight.double(), targets)[0], rtol=1e-4, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -66,8 +67,9 @@ def test_masking_bias_of_minus_infinity(backend):
     hidden = given.hidden.clone().requires_grad_()
     out = linear_logprobs(hidden, given.weight, targets, bias=bias, backend=backend)
     kept = torch.cat([given.weight[:64], given.weight[192:]])
-    torch.testing.assert_close(out.logprobs.double(), naive(given.hidden.double(), kept.double(), targets)[0],
-                               rtol=1e-5, atol=1e-5)  # fmt: skip
+    torch.testing.assert_close(
+        out.logprobs.double(), naive(given.hidden.double(), kept.double(), targets)[0], rtol=1e-5, atol=1e-5
+    )
     out.logprobs.sum().backward()
     assert hidden.grad is not None and hidden.grad.isfinite().all()
 
@@ -83,7 +85,8 @@ def test_no_rows_and_one_row(backend, rows):
     out.logprobs.sum().backward()
     assert hidden.grad is not None and hidden.grad.shape == (rows, 8)
     assert weight.grad is not None and weight.grad.abs().sum().item() == pytest.approx(
-        naive_weight_norm(given), rel=1e-4)  # fmt: skip
+        naive_weight_norm(given), rel=1e-4
+    )
 
 
 def naive_weight_norm(given):
@@ -132,10 +135,15 @@ def test_strided_inputs(backend):
         linear_logprobs(rows[::2], given.weight, given.targets, backend=backend).logprobs, expected
     )
     torch.testing.assert_close(
-        linear_logprobs(given.hidden[:1].expand(40, 24), given.weight, given.targets.clamp(min=0),
-                        backend=backend).logsumexp,
-        expected.new_tensor(naive(given.hidden[:1].double(), given.weight.double(), torch.zeros(1, dtype=torch.long)
-                                  )[1].item()).expand(40))  # fmt: skip
+        linear_logprobs(
+            given.hidden[:1].expand(40, 24), given.weight, given.targets.clamp(min=0), backend=backend
+        ).logsumexp,
+        expected.new_tensor(
+            naive(given.hidden[:1].double(), given.weight.double(), torch.zeros(1, dtype=torch.long))[
+                1
+            ].item()
+        ).expand(40),
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -143,8 +151,10 @@ def test_strided_inputs(backend):
 def test_integer_dtypes_of_targets(backend, dtype):
     given = problem(12, 8, 20)
     expected = linear_logprobs(given.hidden, given.weight, given.targets, backend=backend).logprobs
-    assert torch.equal(linear_logprobs(given.hidden, given.weight, given.targets.to(dtype), backend=backend).logprobs,
-                       expected)  # fmt: skip
+    assert torch.equal(
+        linear_logprobs(given.hidden, given.weight, given.targets.to(dtype), backend=backend).logprobs,
+        expected,
+    )
 
 
 class LargestTensor(TorchDispatchMode):

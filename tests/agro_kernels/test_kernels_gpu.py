@@ -60,8 +60,9 @@ def test_large(backend, shape):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
 @pytest.mark.parametrize("shape", SMALL, ids=str)
-@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.6, "logit_scale": -1.5}],
-                         ids=("plain", "softcap"))  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 3.0, "temperature": 0.6, "logit_scale": -1.5}], ids=("plain", "softcap")
+)
 def test_small(backend, dtype, shape, options):
     given = problem(*shape, dtype=dtype, device="cuda")
     _, gradients = step(given, backend, entropy=True, **options)
@@ -137,8 +138,16 @@ def test_loss_and_known_coefficients():
     rewards = torch.randn(completions, device="cuda")
     groups = torch.arange(completions, device="cuda") // 4
     fused = leaves(given)
-    out = linear_agro_loss(fused[0], fused[1], given.targets, ids, torch.full((rows,), -10.0, device="cuda"), rewards,
-                           groups, beta=0.01)  # fmt: skip
+    out = linear_agro_loss(
+        fused[0],
+        fused[1],
+        given.targets,
+        ids,
+        torch.full((rows,), -10.0, device="cuda"),
+        rewards,
+        groups,
+        beta=0.01,
+    )
     out.loss.backward()
     for backend in BACKENDS:
         known = leaves(given)

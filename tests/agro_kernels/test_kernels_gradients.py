@@ -166,8 +166,16 @@ def test_known_coefficients_equal_the_whole_path(backend, options):
     out = linear_logprobs(whole[0], whole[1], given.targets, bias=whole[2], backend=backend, **options)
     (3.0 * (coefficients * out.logprobs).sum()).backward()
     known = leaves(given)
-    value = linear_logprobs_known(known[0], known[1], given.targets, out.logsumexp, coefficients, bias=known[2],
-                                  backend=backend, **options)  # fmt: skip
+    value = linear_logprobs_known(
+        known[0],
+        known[1],
+        given.targets,
+        out.logsumexp,
+        coefficients,
+        bias=known[2],
+        backend=backend,
+        **options,
+    )
     torch.testing.assert_close(value, (coefficients * out.logprobs).sum(), rtol=1e-5, atol=1e-5)
     (3.0 * value).backward()
     for a, b in zip(whole, known, strict=True):
@@ -188,8 +196,9 @@ def test_known_coefficients_need_no_matmul_over_the_vocabulary(backend):
             return func(*args, **(kwargs or {}))
 
     with Watch():
-        linear_logprobs_known(given.hidden, given.weight, given.targets, out.logsumexp, given.coefficients,
-                              backend=backend)  # fmt: skip
+        linear_logprobs_known(
+            given.hidden, given.weight, given.targets, out.logsumexp, given.coefficients, backend=backend
+        )
     assert "agro_kernels::target_logits" in seen
     assert not any("mm" in name or name == "agro_kernels::head_stats" for name in seen)
 

@@ -18,8 +18,11 @@ def test_every_main_tile_fits_hopper(tmp_path):
     path = tmp_path / "report.json"
     done = subprocess.run(
         [sys.executable, "-m", "bench.sm90_report", "--quick", "--json", str(path)],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     records = json.loads(path.read_text())
     kinds = {item["case"].split(":")[0] for item in records}

@@ -90,9 +90,19 @@ def test_entropy_gradient_stays_exact(backend):
 def test_agro_loss_reports_what_it_skips(backend):
     hidden, weight, bias, targets, _ = logits_like("peaked")
     leaf = hidden.clone().requires_grad_()
-    out = linear_agro_loss(leaf, weight, targets, torch.arange(ROWS) % 4, torch.zeros(ROWS),
-                           torch.tensor([1.0, 0.0, 0.5, 2.0]), torch.tensor([0, 0, 1, 1]), beta=0.1, bias=bias,
-                           backend=backend, dropped_mass=1e-2)  # fmt: skip
+    out = linear_agro_loss(
+        leaf,
+        weight,
+        targets,
+        torch.arange(ROWS) % 4,
+        torch.zeros(ROWS),
+        torch.tensor([1.0, 0.0, 0.5, 2.0]),
+        torch.tensor([0, 0, 1, 1]),
+        beta=0.1,
+        bias=bias,
+        backend=backend,
+        dropped_mass=1e-2,
+    )
     out.loss.backward()
     assert 0.2 < float(out.skipped_fraction) < 1.0
     assert leaf.grad is not None and leaf.grad.abs().sum() > 0
@@ -121,5 +131,6 @@ def test_masses_follow_the_naive_form():
     exact = torch.exp(hidden.double() @ weight.double().T + bias.double() - logsumexp[:, None])
     parts = torch.stack([part.sum(1) for part in exact.split(SPARSE_TILE, dim=1)], dim=1)
     assert stats.tile_logsumexp is not None
-    torch.testing.assert_close((stats.tile_logsumexp - stats.logsumexp[:, None]).exp().double(), parts, rtol=1e-4,
-                               atol=1e-7)  # fmt: skip
+    torch.testing.assert_close(
+        (stats.tile_logsumexp - stats.logsumexp[:, None]).exp().double(), parts, rtol=1e-4, atol=1e-7
+    )

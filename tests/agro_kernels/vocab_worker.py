@@ -31,15 +31,21 @@ def results(given, columns: slice, group) -> dict[str, torch.Tensor]:
             }
             value = (given.coefficients * out.logprobs + given.entropy_coefficients * out.entropy).sum()
         elif name == "loss":
-            out = linear_agro_loss(hidden, weight, given.targets, ids, torch.zeros(40), rewards, groups, beta=0.2,
-                                   **common)  # fmt: skip
+            out = linear_agro_loss(
+                hidden, weight, given.targets, ids, torch.zeros(40), rewards, groups, beta=0.2, **common
+            )
             value = out.loss
         else:
-            value = linear_logprobs_known(hidden, weight, given.targets, found["logsumexp"], given.coefficients,
-                                          **common)  # fmt: skip
+            value = linear_logprobs_known(
+                hidden, weight, given.targets, found["logsumexp"], given.coefficients, **common
+            )
         value.backward()
-        found |= {f"{name}_value": value.detach(), f"{name}_hidden": hidden.grad, f"{name}_weight": weight.grad,
-                  f"{name}_bias": bias.grad}  # fmt: skip
+        found |= {
+            f"{name}_value": value.detach(),
+            f"{name}_hidden": hidden.grad,
+            f"{name}_weight": weight.grad,
+            f"{name}_bias": bias.grad,
+        }
     return found
 
 
