@@ -22,8 +22,7 @@ from agro_lightning.data.schema import (
 
 SUFFIXES = (".parquet", ".jsonl")
 BATCH_ROWS = 1024
-BATCH_BYTES = 16 << 20
-BATCH_LINE_BYTES = 4 << 20
+BATCH_BYTES = 4 << 20
 MAX_LINE_BYTES = 64 << 20
 
 
@@ -38,7 +37,7 @@ class RawRows:
 
 
 def read_rows(path: Path, rejections: Rejections) -> Iterator[RawRows]:
-    """Reads a file's rows in batches of at most 1024 rows and about 16 MB.
+    """Reads a file's rows in batches of at most 1024 rows and about 4 MB.
 
     Raises:
         BadFileError: the file is torn, foreign, of a newer schema, or its columns are missing or of wrong
@@ -208,7 +207,7 @@ def _read_jsonl(path: Path, rejections: Rejections) -> Iterator[RawRows]:
             rows.append(row)
             numbers.append(number)
             size += len(line)
-            if len(rows) >= BATCH_ROWS or size >= BATCH_LINE_BYTES:
+            if len(rows) >= BATCH_ROWS or size >= BATCH_BYTES:
                 yield RawRows(batch=pa.RecordBatch.from_pylist(rows, READ_SCHEMA), numbers=np.array(numbers))
                 rows, numbers, size = [], [], 0
     if rows:

@@ -80,7 +80,7 @@ class RowTokens:
         Log-probs of a completion that is retokenised belong to its old tokens and are dropped.
         """
         columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-        foreign = self._foreign(batch)
+        foreign = self._foreign(batch) & ~_without_text(batch, "prompt") & ~_without_text(batch, "completion")
         encoded = np.zeros(batch.num_rows, dtype=bool)
         for side in ("prompt", "completion"):
             text, ids = columns[side], columns[f"{side}_ids"]
@@ -108,11 +108,7 @@ class RowTokens:
         """Rows, as found in the file, whose ids belong to another tokenizer and cannot be retokenised."""
         foreign = self._foreign(found)
         for side in ("prompt", "completion"):
-            stuck = (
-                foreign
-                & _mask(found.column(f"{side}_ids").is_valid())
-                & ~_mask(found.column(side).is_valid())
-            )
+            stuck = foreign & _without_text(found, side)
 
             def describe(row: int, side: str = side) -> str:
                 other = found.column("tokenizer_id")[row].as_py()
@@ -177,6 +173,11 @@ class RowTokens:
 
 def _batch(columns: dict[str, pa.Array]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([columns[name] for name in READ_SCHEMA.names], schema=READ_SCHEMA)
+
+
+def _without_text(batch: pa.RecordBatch, side: str) -> np.ndarray:
+    """Rows that have the ids of a side and not its text."""
+    return _mask(batch.column(f"{side}_ids").is_valid()) & _mask(batch.column(side).is_null())
 
 
 def _mask(flags: pa.Array) -> np.ndarray:
