@@ -33,8 +33,7 @@ def device_name() -> str:
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of Python, of the packages that decide the figures, and of the GPU driver where there is
-    one."""
+    """Versions of Python, of the packages that decide the figures, and of the GPU driver if any."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -51,8 +50,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str:
-    """The commit that was measured, with `+changes` where tracked files differ from it; `unknown` outside
-    git."""
+    """The commit, with `+changes` where tracked files differ from it; `unknown` outside git."""
 
     def git(*arguments: str) -> str:
         root = Path(__file__).parent
@@ -126,8 +124,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def emit(records: list[dict[str, Any]], json_path: Path | None, shown: str | None = None) -> None:
-    """Prints the table (or `shown`, where the bench has a better one), and writes the JSON where a path was
-    given."""
+    """Prints the table (or `shown`, a better one), and writes the JSON where a path was given."""
     print(table(records) if shown is None else shown)
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)

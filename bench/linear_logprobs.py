@@ -1,8 +1,8 @@
 """Log-probs of a linear head, forward and backward: ours, and its peers, interleaved in one run.
 
 On a GPU: bf16 over the shapes of language models, with the share of the library's matmul speed measured in
-    the same run. On
-a CPU: fp32 small shapes, time and peak memory against plain torch. `--cases 4096x512x32000` picks shapes.
+the same run. On a CPU: fp32 small shapes, time and peak memory against plain torch. `--cases 4096x512x32000`
+picks shapes.
 
 `seconds` is forward + backward; `extra_peak_bytes` the memory above the inputs at its highest, gradients
 included.
@@ -130,8 +130,7 @@ def library_matmul(problem: Problem) -> Callable[[], None]:
 
 
 def cpu_extra_peak(provider: Provider, shape: tuple[int, int, int]) -> int:
-    """Highest resident memory above the inputs during one forward and backward; call it in a fresh
-    process."""
+    """Highest resident memory above the inputs during one step; call it in a fresh process."""
     function = provider.build()
     Problem((64, 64, 2048), "cpu", torch.float32).step(function)  # libraries' own start-up is not the step's
     problem = Problem(shape, "cpu", torch.float32)
@@ -160,8 +159,7 @@ def gpu_extra_peak(problem: Problem, function: LossFunction) -> int:
 def extra_peak(
     provider: Provider, shape: tuple[int, int, int], problem: Problem, function: LossFunction
 ) -> int:
-    """The provider's extra peak memory; on a CPU in a fresh process, so that no other provider's shows in
-    it."""
+    """The provider's extra peak memory; on a CPU from a fresh process, free of the others' memory."""
     if problem.device != "cpu":
         return gpu_extra_peak(problem, function)
     command = [

@@ -68,8 +68,7 @@ def agro_coefficients(
     beta: float,
     num_groups: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-ratios (B,), coefficients (B,), the rows' coefficients (N,), and the objective (), in logprobs'
-    dtype.
+    """Log-ratios (B,), coefficients (B,), rows' coefficients (N,), and the objective (), in logprobs' dtype.
 
     Args:
         logprobs: (N,).

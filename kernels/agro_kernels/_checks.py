@@ -12,8 +12,7 @@ BACKENDS = ("auto", "triton", "chunked", "reference")
 
 
 def check_targets_on_device() -> bool:
-    """Whether AGRO_KERNELS_CHECK=1 asks for a device-side assert on targets (on CPU they are always
-    checked)."""
+    """Whether AGRO_KERNELS_CHECK=1 asks for a device-side assert on targets."""
     return os.environ.get("AGRO_KERNELS_CHECK", "0") == "1"
 
 
@@ -76,8 +75,7 @@ def check_head_options(
 
 
 def check_target_range(targets: Tensor, columns: int, ignore_index: int) -> None:
-    """On CPU raises ValueError for a target outside [0, V) other than ignore_index; on a GPU asserts if
-    asked."""
+    """Raises ValueError for a target outside [0, V) and not ignore_index; on a GPU asserts if asked."""
     wrong = ((targets < 0) | (targets >= columns)) & (targets != ignore_index)
     if targets.device.type == "cpu":
         if bool(wrong.any()):
@@ -93,8 +91,7 @@ def check_target_range(targets: Tensor, columns: int, ignore_index: int) -> None
 
 
 def check_rows(name: str, tensor: Tensor, rows: int, hidden: Tensor, kind: str) -> None:
-    """Raises ValueError unless `tensor` is (rows,) on hidden's device, and integer or floating as `kind`
-    says."""
+    """Raises ValueError unless `tensor` is (rows,), on hidden's device, and of `kind` (integer, float)."""
     if tensor.shape != (rows,):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({rows},)")
     if tensor.device != hidden.device:

@@ -1,8 +1,7 @@
 """Backend `chunked`: library matmuls on bounded tiles of logits, with a small epilogue on each tile.
 
 One buffer holds one tile at a time; no (N, V) tensor exists, forward or backward. The vocabulary is the outer
-loop, so a slice of W is read (and cast) once per pass, and a slice of dW is finished before the next one
-starts.
+loop, so a slice of W is read (and cast) once per pass, and one of dW is finished before the next starts.
 """
 
 import torch

@@ -97,8 +97,7 @@ def run_stats(
 def run_keep(
     tile_logsumexp: Tensor, logsumexp: Tensor, targets: Tensor, call: HeadCall, dropped_mass: float
 ) -> tuple[Tensor | None, Tensor]:
-    """Which tiles the backward recomputes (None: all) and the fraction skipped. Ranks share the bound
-    evenly."""
+    """Tiles that the backward recomputes (None: all), and the fraction skipped; ranks share the bound."""
     if dropped_mass == 0.0:
         return None, logsumexp.new_zeros((), dtype=torch.float32)
     ranks = 1 if call.group is None else dist.get_world_size(call.group)
@@ -116,8 +115,7 @@ def run_grads(
     entropy_coefficient: Tensor | None = None,
     keep: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of (hidden, weight, bias); None where not wanted, and for a weight whose main_grad took
-    it."""
+    """Gradients of (hidden, weight, bias); None where not wanted or taken by the weight's main_grad."""
     hidden, weight, bias, targets = tensors
     want_hidden, want_weight, want_bias = wanted[:3]
     exact_hidden = call.group is not None
@@ -151,8 +149,7 @@ def run_grads(
 
 
 class HeadLogprobs(torch.autograd.Function):
-    """(hidden, weight, bias, targets) -> logprobs, logsumexp, entropy (of size 0 if not asked for),
-    skipped."""
+    """(hidden, weight, bias, targets) -> logprobs, logsumexp, entropy or a tensor of size 0, skipped."""
 
     @staticmethod
     def forward(

@@ -55,8 +55,7 @@ class Stats:
     """(N,): the target's logit; 0 where the target is not in this slice."""
     entropy: Tensor | None
     """(N,): entropy of the softmax over this slice alone; None unless asked for. Entropies, and not mean
-    logits, are what parts are combined from: a mean logit may be large, and rounding of its weights would
-    show."""
+    logits, are what parts are combined from: mean logits may be large, and their weights' rounding shows."""
     tile_logsumexp: Tensor | None
     """(N, ceil(V / SPARSE_TILE)): logsumexp of each vocabulary tile; None unless asked for."""
 
@@ -90,8 +89,7 @@ class Upstream:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """Which gradients are wanted, in which dtype; None is not wanted. Sums are kept in the statistics'
-    dtype."""
+    """Which gradients are wanted, in which dtype; None is not wanted."""
 
     hidden: torch.dtype | None
     weight: torch.dtype | None

@@ -13,8 +13,7 @@ ROUNDING = 1e-4
 def keep_tiles(
     tile_logsumexp: Tensor, logsumexp: Tensor, local_targets: Tensor, dropped_mass: float
 ) -> Tensor:
-    """The tiles of each row that the backward must recompute, when mass up to `dropped_mass` a row may be
-    lost.
+    """The tiles of each row that the backward recomputes, when `dropped_mass` of each row may be lost.
 
     A row's tiles are dropped smallest first while their masses m_t = sum of p_j over the tile add up to at
     most `dropped_mass`; the tile of the row's target is never dropped.
@@ -26,8 +25,7 @@ def keep_tiles(
         |Δdz|_1 = |c| * sum of p_j over dropped tiles <= |c| * dropped_mass,
 
     and with it |ΔdX_n|_2 <= |c_n| * dropped_mass * max_j |W_j|_2, and for dW, row j: |ΔdW_j|_2 <= sum over
-    the rows n that dropped j's tile of |c_n| p_nj |X_n|_2; both times dz/du's largest value (logit_scale /
-    T).
+    the rows n that dropped j's tile of |c_n| p_nj |X_n|_2; both times |logit_scale| / T.
 
     Args:
         tile_logsumexp: (N, tiles), as the forward gave them; -inf for ignored rows.

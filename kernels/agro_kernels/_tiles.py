@@ -23,8 +23,7 @@ class Tile:
     stages: int
     """Depth of the software pipeline."""
     group: int
-    """Row blocks that are swept together over the vocabulary, so that they share W's tiles in the L2
-    cache."""
+    """Row blocks that sweep the vocabulary together, so that they share W's tiles in the L2 cache."""
 
 
 WIDE = Tile(rows=128, columns=256, depth=64, warps=8, stages=3, group=16)

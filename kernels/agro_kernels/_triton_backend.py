@@ -64,8 +64,7 @@ def triton_grads(
     """Gradients by slices of dL/du, each at most SLICE_BYTES; see chunked_grads for the arguments.
 
     Slices are cut from the vocabulary (dW's slice is finished at once, dX is summed in fp32) or, where there
-    are more tokens than vocabulary entries, from the tokens (the reverse): the smaller gradient is the one
-    summed.
+    are more tokens than vocabulary entries, from the tokens (the reverse).
     """
     hidden, weight = row_major(hidden), row_major(weight)
     with full_precision_sums():
@@ -132,8 +131,7 @@ def _by_tokens(hidden, weight, bias, targets, head, upstream: Upstream, wanted: 
 
 
 def _sparse(hidden, weight, bias, targets, head, upstream: Upstream, wanted: Wanted):
-    """For each vocabulary tile, the rows that keep it are gathered, and the three products are made for
-    them."""
+    """Gathers, for each vocabulary tile, the rows that keep it, and makes the three products for them."""
     assert upstream.keep is not None
     columns = weight.shape[0]
     d_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if wanted.hidden else None

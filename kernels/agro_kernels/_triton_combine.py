@@ -23,8 +23,7 @@ def combine_kernel(
     ENTROPY: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """logsumexp = log sum_t exp(lse_t);  entropy = sum_t share_t (entropy_t - log share_t).  (tiles, N)
-    in."""
+    """logsumexp = log sum_t exp(lse_t);  entropy = sum_t share_t (entropy_t - log share_t)."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < row_count
     peak = tl.full((ROWS,), -3.0e38, tl.float32)

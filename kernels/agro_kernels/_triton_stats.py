@@ -124,8 +124,7 @@ def launch_stats(
         tile: its shape and launch.
 
     Returns:
-        Tile logsumexp (column blocks, N), tile entropy (column blocks, N) or (0,), target logit (N,): all
-        fp32.
+        Tile logsumexp (blocks, N), tile entropy (blocks, N) or (0,), target logit (N,); fp32.
     """
     rows, columns = hidden.shape[0], weight.shape[0]
     blocks = -(-columns // tile.columns)

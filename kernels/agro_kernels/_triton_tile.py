@@ -115,8 +115,7 @@ def uses_descriptors(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def matrix_argument(matrix: Tensor, block: list[int], descriptor: bool) -> TensorDescriptor | Tensor:
-    """A host-built descriptor (device-built ones need an allocator that autograd's threads lack), or the
-    tensor."""
+    """The tensor, or its host-built descriptor: device-built ones fail in autograd's threads."""
     if not descriptor:
         return matrix
     return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], block)
