@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from agro_lightning.metrics_file import MetricsFile
 from agro_lightning.module import AgroModule
+from agro_lightning.sharded_checkpoint import newest_checkpoint
 from agro_lightning.types import TokenBatch
 
 log = logging.getLogger(__name__)
@@ -56,8 +58,25 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:  # never within a step: its gradient would be lost
+        # never within a step: the gradient of its first micro-batches would be lost
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @staticmethod
+    def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
+        """Moves the link in one step: killed in between, a run would find no checkpoint and start anew."""
+        if trainer.is_global_zero:
+            target, aside = Path(linkpath), Path(linkpath).with_name(".last.tmp")
+            aside.unlink(missing_ok=True)
+            aside.symlink_to(os.path.relpath(filepath, target.parent))
+            aside.replace(target)
+        trainer.strategy.barrier()
+
+    def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
+        """What --ckpt_path last means: the newest complete one, wherever the link points."""
+        assert self.dirpath is not None
+        newest = newest_checkpoint(Path(self.dirpath))
+        return set() if newest is None else {str(newest)}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
@@ -287,10 +306,11 @@ class Summary(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         after = trainer.datamodule.evaluate()  # type: ignore[attr-defined]
+        completions = trainer.datamodule.completions_of_all_ranks()  # type: ignore[attr-defined]
         if trainer.is_global_zero:
-            self._write(trainer, after)
+            self._write(trainer, after, completions)
 
-    def _write(self, trainer: L.Trainer, after: dict[str, float]) -> None:
+    def _write(self, trainer: L.Trainer, after: dict[str, float], completions: int) -> None:
         keys = ("greedy_accuracy", "sampled_accuracy")
         folder = run_dir(trainer)
         folder.mkdir(parents=True, exist_ok=True)
@@ -299,7 +319,7 @@ class Summary(Callback):
             "after": {key: after[key] for key in keys},
             "steps": trainer.global_step,
             "seconds": self._elapsed(),
-            "completions": trainer.datamodule.completions_used,  # type: ignore[attr-defined]
+            "completions": completions,
             "run_dir": str(folder),
         }
         (folder / "summary.json").write_text(json.dumps(summary, indent=1))

@@ -174,7 +174,7 @@ class StreamReader:
         self._report(step)
 
     def _usable(self, step: int, uses: int) -> list[StreamGroup]:
-        """Groups that are new enough and may be used so often, oldest first."""
+        """Groups that are new enough and may be used so often: those that were begun, then the oldest."""
         self._refresh()
         limit = self.source.max_staleness
         oldest = None if limit is None else step - limit
@@ -183,7 +183,7 @@ class StreamReader:
             for group in self._open.values()
             if group.uses + uses <= self.source.max_uses and (oldest is None or group.version >= oldest)
         ]
-        return sorted(fresh, key=lambda group: (group.version, group.label, group.place))
+        return sorted(fresh, key=lambda group: (-group.uses, group.version, group.label, group.place))
 
     def _wait(self, step: int, count: int, uses: int) -> list[StreamGroup]:
         deadline = time.monotonic() + self.source.timeout_s

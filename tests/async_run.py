@@ -1,0 +1,93 @@
+"""Both halves of an asynchronous run as processes that a test kills and starts again."""
+
+import multiprocessing
+import os
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+# every process is one of its own, but they share one import of everything
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["agro_lightning.cli", "agro_lightning.rollout_command", "torch.utils.tensorboard"]
+)
+DEADLINE_SECONDS = 900
+
+
+def call(args: list[str], log: str) -> None:
+    """A command in a process of its own, its output in a file."""
+    import torch
+
+    from agro_lightning.cli import main
+
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    main(args)
+
+
+@dataclass
+class Side:
+    """One half of the run, killed at random moments until `kills` is used up."""
+
+    args: list[str]
+    log: Path
+    progress: Path
+    """A file that grows, or a folder that fills, as this side gets on."""
+    kills: int
+    rng: random.Random
+    killed: int = 0
+    done: bool = False
+    _process: object = None
+    _target: int = 0
+    _not_before: float = 0.0
+
+    def start(self) -> None:
+        self._process = CONTEXT.Process(target=call, args=(self.args, str(self.log)))
+        self._process.start()
+        # some lives end while the process starts, some after a few steps, at any moment of a step
+        in_start = self.rng.random() < 0.25
+        self._target = 0 if in_start else self._now() + self.rng.randint(1, 5)
+        self._not_before = time.monotonic() + self.rng.uniform(0, 2.0 if in_start else 0.2)
+
+    def watch(self) -> None:
+        """Kills and restarts the process when its time has come; fails when it ended with an error."""
+        if not self._process.is_alive():
+            assert self._process.exitcode == 0, self.log.read_text()[-3000:]
+            self.done = True
+            return
+        due = self._now() >= self._target and time.monotonic() >= self._not_before
+        if due and self.killed < self.kills:
+            self._process.kill()
+            self._process.join()
+            self.killed += 1
+            self.start()
+
+    def stop(self) -> None:
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _now(self) -> int:
+        if self.progress.suffix:
+            return self.progress.read_bytes().count(b"\n") if self.progress.exists() else 0
+        return len(list(self.progress.glob("part-*.parquet")))
+
+
+def run_both(sides: list[Side]) -> None:
+    """Runs until both sides ended well."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    try:
+        for side in sides:
+            side.start()
+        while not all(side.done for side in sides):
+            assert time.monotonic() < deadline, [side.log.read_text()[-1500:] for side in sides]
+            for side in sides:
+                if not side.done:
+                    side.watch()
+            time.sleep(0.01)
+    finally:
+        for side in sides:
+            side.stop()
