@@ -23,13 +23,13 @@ class StepResult:
 
 
 def _group_spread(values: Tensor, group_ids: Tensor, num_groups: int) -> Tensor:
-    """(G,) standard deviation (n - 1) within each group."""
+    """(G,) standard deviation (n - 1) within each group; NaN where a group has fewer than 2 values."""
     count = torch.bincount(group_ids, minlength=num_groups)
     mean = torch.zeros(num_groups, device=values.device).index_add_(0, group_ids, values) / count
     square = torch.zeros(num_groups, device=values.device).index_add_(
         0, group_ids, (values - mean[group_ids]) ** 2
     )
-    return (square / (count - 1)).sqrt()
+    return (square / (count - 1).clamp(min=0)).sqrt()
 
 
 def _effective_sample_size(log_weights: Tensor) -> Tensor:
@@ -89,6 +89,7 @@ def batch_metrics(batch: TokenBatch, result: StepResult, sources: tuple[str, ...
         ratio = -log_ratio_tokens[fresh_tokens]
         metrics["kl"] = (ratio.exp() - 1 - ratio).sum() / fresh.sum()
         metrics["entropy"] = -result.logprobs[fresh_tokens].mean()
+    log_weights = torch.full_like(batch.rewards, torch.nan)
     if batch.behavior_logprobs is not None:
         known = ~batch.behavior_logprobs.isnan()
         gap = result.logprobs - batch.behavior_logprobs
@@ -100,11 +101,17 @@ def batch_metrics(batch: TokenBatch, result: StepResult, sources: tuple[str, ...
             torch.ones_like(batch.rewards).index_put_((batch.sequence_ids[~known],), sums.new_zeros(())) > 0
         )
         if bool(whole.any()):
+            log_weights[whole] = sums[whole]
             metrics["effective_sample_size"] = _effective_sample_size(sums[whole])
+    age = torch.where(own, staleness, nan)
     for source in sources:
         mine = torch.tensor([name == source for name in batch.sources], device=batch.rewards.device)
-        some = bool(mine.any())
-        metrics[f"reward/{source}"] = batch.rewards[mine].mean() if some else nan
-        metrics[f"log_ratio/{source}"] = result.log_ratios[mine].mean() if some else nan
         metrics[f"share/{source}"] = mine.float().mean()
+        metrics[f"reward/{source}"] = batch.rewards[mine].mean()
+        metrics[f"log_ratio/{source}"] = result.log_ratios[mine].mean()
+        metrics[f"staleness/{source}"] = age[mine].nanmean()
+        weights = log_weights[mine & ~log_weights.isnan()]
+        metrics[f"effective_sample_size/{source}"] = _effective_sample_size(weights) if len(weights) else nan
+        spread = _group_spread(result.regularized_rewards[mine], batch.group_ids[mine], groups)
+        metrics[f"regularized_reward_spread/{source}"] = spread.nanmean()
     return metrics
