@@ -110,6 +110,7 @@ class StepMetrics(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, AgroModule)
+        pl_module.phases.end("optimizer", pl_module.device)
         self._parts.append(pl_module.last_metrics)
         self._tokens += batch.targets.numel()
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
@@ -120,7 +121,7 @@ class StepMetrics(Callback):
         elapsed, self._started = now - self._started, now
         drawn = rollout.get("seconds/draw", 0.0)
         metrics = _mean_over_ranks(self._parts, pl_module.device)
-        metrics |= rollout
+        metrics |= rollout | pl_module.phases.take()
         metrics |= {
             "gradient_norm": float(pl_module.last_gradient_norm),
             "skipped_steps": float(self._skipped),
@@ -133,13 +134,26 @@ class StepMetrics(Callback):
         if generated := rollout.get("rollout_tokens"):
             metrics["tokens_per_second/rollout"] = generated / max(rollout.get("seconds/generate", 0.0), 1e-9)
         self._parts, self._tokens = [], 0
-        pl_module.log_dict({f"train/{name}": value for name, value in metrics.items()}, batch_size=1)
+        _log(trainer, {f"train/{name}": value for name, value in metrics.items()})
         pl_module.log_dict(
             {"reward": metrics["reward"], "tokens/s": metrics["tokens_per_second/train"]},
             prog_bar=True,
             logger=False,
             batch_size=1,
         )
+
+
+def _log(trainer: L.Trainer, metrics: dict[str, float]) -> None:
+    """Hands a step's metrics to the loggers, and to callbacks that monitor one.
+
+    LightningModule.log would do the same, at half a millisecond of the processor a metric.
+    """
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    if every and trainer.global_step % every == 0:
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, trainer.global_step - 1)
+            logger.save()
 
 
 def _mean_over_ranks(parts: list[dict[str, Tensor]], device: torch.device) -> dict[str, float]:

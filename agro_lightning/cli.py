@@ -20,7 +20,7 @@ from agro_lightning.callbacks import NonFiniteGuard, RunCheckpoint, SampleTable,
 from agro_lightning.checkpoint import DurableCheckpointIO
 from agro_lightning.cli_errors import explain, explained
 from agro_lightning.data.datamodule import AgroDataModule
-from agro_lightning.faults import SlowRanks, StopOnSignal
+from agro_lightning.faults import NameLostRank, SlowRanks, StopOnSignal
 from agro_lightning.launch import number_of_ranks, run_folder, slurm_plugins
 from agro_lightning.metrics_file import MetricsFile
 from agro_lightning.module import AgroModule
@@ -105,7 +105,7 @@ class AgroCLI(LightningCLI):
         config["default_root_dir"] = str(folder)
         if config.get("logger") in (None, True):
             config["logger"] = [TensorBoardLogger(folder, name="", version=""), MetricsFile(folder)]
-        mine = [StepMetrics(), NonFiniteGuard(), SampleTable(), Summary(), StopOnSignal(), SlowRanks()]
+        mine = [StepMetrics(), NonFiniteGuard(), SampleTable(), Summary(), StopOnSignal(), SlowRanks(), NameLostRank()]
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         kept = [callback for callback in mine if not any(type(other) is type(callback) for other in given)]

@@ -69,6 +69,40 @@ class StopOnSignal(Callback):
         return path
 
 
+class NameLostRank(Callback):
+    """When a rank fails because another is gone, says which ones gave no sign of life.
+
+    Args:
+        wait_seconds: how long the others have to report their own failure.
+    """
+
+    def __init__(self, wait_seconds: float = 5.0) -> None:
+        self.wait_seconds = wait_seconds
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, SystemExit) or not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        try:
+            self._report(dist.distributed_c10d._get_default_store(), exception)
+        except (RuntimeError, ValueError) as error:  # also torch's DistStoreError
+            log.error("rank %d: the processes' common store is gone (%s), and with it the rank or agent that held "
+                      "it: rank 0's node", trainer.global_rank, str(error).splitlines()[0])
+
+    def _report(self, store: Any, exception: BaseException) -> None:
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        keys = [f"agro_lightning/failed/{other}" for other in range(ranks)]
+        store.set(keys[rank], type(exception).__name__)
+        until = time.monotonic() + self.wait_seconds
+        silent = list(range(ranks))
+        while silent and time.monotonic() < until:
+            silent = [other for other in silent if not store.check([keys[other]])]
+            time.sleep(0.1)
+        if silent:
+            log.error("rank %d stopped with %s because of rank %s, which gave no sign of life: killed, out of memory, "
+                      "or its machine is gone. --ckpt_path last goes on from the last complete checkpoint", rank,
+                      type(exception).__name__, ", ".join(map(str, silent)))
+
+
 def requeue() -> None:
     """Puts this SLURM job back into the queue; without SLURM does nothing."""
     job = os.environ.get("SLURM_ARRAY_JOB_ID")

@@ -353,6 +353,10 @@ class AgroDataModule(L.LightningDataModule):
         dist.all_reduce(total, group=place.group)
         return float(total)
 
+    def completions_of_all_ranks(self) -> int:
+        """Completions that were trained on, each as often as it was used."""
+        return round(self._count_globally(self.completions_used))
+
     # ------------------------------------------------------------------ validation
 
     def val_dataloader(self) -> "PromptBatches":
