@@ -41,8 +41,9 @@ class UseLedger:
         """
         counted: dict[str, np.ndarray] = {}
         for file, places in buffer.by_file(rows):
-            numbers = file.source.rows.column("numbers")[places]
-            new = self._uses_up_to(file.label, int(numbers.max())).astype(np.int64)
+            all_numbers = file.source.rows.column("numbers")
+            new = self._uses_up_to(file.label, int(all_numbers.max())).astype(np.int64)
+            numbers = all_numbers[places]
             np.add.at(new, numbers, 1)
             worst = int(numbers[np.argmax(new[numbers])])
             if new[worst] > self.max_uses:
