@@ -58,7 +58,7 @@ def cases() -> dict[str, Case]:
 def make_policy() -> Policy:
     """The random-weights policy, on the GPU where there is one."""
     torch.manual_seed(0)
-    lm = LlamaForCausalLM(
+    lm: Any = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=128,
@@ -93,8 +93,9 @@ def generate(policy: Policy, case: Case, seed: int) -> torch.Tensor:
     ids = torch.tensor([[0] * (width - len(row)) + row for row in case.prompts])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in case.prompts])
     torch.manual_seed(seed)
-    device = policy.base.device
-    return policy.base.generate(
+    lm: Any = policy.base
+    device = lm.device
+    return lm.generate(
         ids.to(device),
         attention_mask=mask.to(device),
         do_sample=True,
@@ -110,7 +111,7 @@ def seconds(case: Case, rounds: int) -> dict[str, float]:
     """Best seconds of each provider over alternating rounds, after one that warms up."""
     policy = make_policy()
     runs = {provider: runner(provider, policy, case) for provider in PROVIDERS}
-    best = dict.fromkeys(PROVIDERS, math.inf)
+    best: dict[str, float] = {provider: math.inf for provider in PROVIDERS}
     for seed in range(rounds + 1):
         for provider, run in runs.items():
             start = time.perf_counter()
@@ -161,7 +162,7 @@ def main() -> None:
     records = []
     for name, case in cases().items():
         completions = len(case.prompts) * case.n
-        best = seconds(case, rounds=2 if arguments.quick else 8)
+        best = seconds(case, rounds=5 if arguments.quick else 10)
         for provider in PROVIDERS:
             rate = completions / best[provider]
             records.append(record("rollout", name, provider, "completions_per_s", rate, "1/s"))
