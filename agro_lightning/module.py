@@ -20,6 +20,7 @@ from agro_lightning.loading import sharded_policy, sharded_reference
 from agro_lightning.metrics import StepResult, batch_metrics
 from agro_lightning.objectives import Agro
 from agro_lightning.objectives.base import Objective
+from agro_lightning.phases import Phases
 from agro_lightning.policy import Policy, PolicySettings
 from agro_lightning.reference import (
     AdapterOffReference,
@@ -108,6 +109,7 @@ class AgroModule(L.LightningModule):
         self._reference_file: str | None = None
         self._answers: list[PromptResult] = []
         self._whole_policy = contextlib.ExitStack()
+        self.phases = Phases()
 
     # ------------------------------------------------------------------ building
 
@@ -166,14 +168,18 @@ class AgroModule(L.LightningModule):
             fused=False,
             foreach=True,
         )
-        total = int(self.trainer.estimated_stepping_batches)
+        # asking Lightning to estimate would open the data before a checkpoint has told where it stands
+        limit = self.trainer.max_steps
+        total = limit if limit > 0 else int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: settings.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # ------------------------------------------------------------------ training
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        self.phases.start(self.device)
         ref_logprobs = self.reference_logprobs(batch)
+        self.phases.end("reference", self.device)
         self._pieces = []
         if self._all_ranks_fit(batch):
             result = self._whole(batch, ref_logprobs)
@@ -181,6 +187,7 @@ class AgroModule(L.LightningModule):
             result = self._in_pieces(batch, ref_logprobs)
         self.last_metrics = batch_metrics(batch, result, self.sources)
         self.last_batch, self.last_logprobs = batch, result.logprobs.detach()
+        self.phases.end("forward", self.device)
         # the loss is divided by the groups of the whole step already; undo what Lightning and the strategy
         # average
         return result.loss * self.world_size * self.trainer.accumulate_grad_batches
@@ -265,11 +272,11 @@ class AgroModule(L.LightningModule):
         """Lightning's hook: the ordinary backward, or piece by piece where the batch was above the budget."""
         if not self._pieces:
             loss.backward(*args, **kwargs)
-            return
         assert self.policy is not None
         for piece, logsumexp, slopes in self._pieces:
             (self.policy.weighted_logprobs(piece, logsumexp, slopes) * self.world_size).backward()
         self._pieces = []
+        self.phases.end("backward", self.device)
 
     # ------------------------------------------------------------------ guards
 

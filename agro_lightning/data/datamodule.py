@@ -364,10 +364,13 @@ class AgroDataModule(L.LightningDataModule):
         prompts = [self.val_prompts[i] for i in range(len(self.val_prompts))]
         mine = prompts[self._place.rank :: self._place.size]
         size = max(1, self.batch_size * self.group_size // max(1, self.validation_samples))
-        return PromptBatches([mine[start : start + size] for start in range(0, len(mine), size)])
+        batches = [mine[start : start + size] for start in range(0, len(mine), size)]
+        return PromptBatches(batches or [[]])  # every rank enters the validation, also without a prompt
 
     def answer(self, prompts: Sequence[Prompt]) -> list[PromptResult]:
         """Answers validation prompts greedily and by sampling; the samples are the same at every call."""
+        if not prompts:
+            return []
         self._attach()
         self.engine.update_weights(self._module.global_step)
         self._pushed_version = self._module.global_step
