@@ -49,8 +49,14 @@ def _main(function: Callable[..., Any], rank: int, world: int, port: int, args: 
             torch.distributed.destroy_process_group()
 
 
-def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 60.0) -> list[Any]:
-    """What `function(rank, world, *args)` returned on each rank. Raises AssertionError with the tracebacks."""
+def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 60.0,
+              grace: float = 5.0) -> list[Any]:
+    """What `function(rank, world, *args)` returned on each rank. Raises AssertionError with the tracebacks.
+
+    Args:
+        timeout: seconds until ranks without an answer are killed.
+        grace: seconds that the others have once one has failed.
+    """
     context, port = _context(), free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(world)]
     processes = [context.Process(target=_main, args=(function, rank, world, port, args, pipes[rank][1]), daemon=True)
@@ -77,7 +83,7 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
                     error, result = "died without an answer", None
                 if error:
                     errors.append(f"rank {rank}: {error}")
-                    deadline = min(deadline, time.monotonic() + 5.0)  # the others may wait for it for ever
+                    deadline = min(deadline, time.monotonic() + grace)  # the others may wait for it for ever
                 else:
                     results[rank] = torch.load(io.BytesIO(result), weights_only=False)
     finally:

@@ -1,0 +1,184 @@
+"""Sharded checkpoints of real runs on gloo ranks: whole or absent, resumed bitwise, at other numbers of ranks too."""
+
+import csv
+import json
+import logging
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from agro_lightning.sharded_checkpoint import MARKER, newest_checkpoint, read_marker, remove_folder
+
+SMALL = """
+trainer: {accelerator: cpu, accumulate_grad_batches: 2, val_check_interval: 1000, enable_progress_bar: false}
+checkpoint_every: 2
+model: {optimizer: {learning_rate: 1.0e-4, warmup_steps: 2}}
+data:
+  validation: {path: quickstart-val, limit: 3}
+  batch_size: 2
+  group_size: 3
+  updates_per_rollout: 2
+  validation_samples: 2
+  pass_at: [2]
+  sources:
+  - {weight: 1, name: live}
+  - {weight: 1, capacity: 48, max_staleness: 6, name: replay}
+  - {weight: 2, paths: [quickstart], repeat: true, name: offline}
+"""
+OFFLINE = """
+trainer: {accelerator: cpu, val_check_interval: 1000, enable_progress_bar: false}
+checkpoint_every: 2
+model: {optimizer: {learning_rate: 1.0e-4, warmup_steps: 2}}
+data:
+  validation: {path: quickstart-val, limit: 2}
+  group_size: 3
+  validation_samples: 2
+  pass_at: [2]
+  sources: [{paths: [quickstart], weight: 1, repeat: true, name: offline}]
+"""
+
+
+def fit(rank, world, config, folder, options, kill=None):
+    """The command line on one rank; `kill` is (rank, step, signal): that rank gets the signal before the step."""
+    import lightning as L
+
+    from agro_lightning import cli
+
+    logging.getLogger("lightning").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    os.dup2(os.open(f"{folder}.rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)
+    if kill is not None:
+
+        class Kill(L.Callback):
+            def on_train_batch_start(self, trainer, *args):
+                if trainer.global_step == kill[1] and rank == kill[0]:
+                    os.kill(os.getpid(), kill[2])
+
+        original = cli.AgroCLI._instantiate_trainer
+
+        def with_kill(self, config, callbacks):
+            return original(self, config, [*callbacks, Kill()])
+
+        cli.AgroCLI._instantiate_trainer = with_kill
+    try:
+        cli.main(["fit", "--config", config, "--run_dir", folder, "--trainer.devices", str(world), *options])
+    except SystemExit as leave:
+        return leave.code
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(text):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return make
+
+
+def tensors_of(folder):
+    """All tensors of a checkpoint, read in one process."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    dcp_to_torch_save(folder, f"{folder}.whole")
+    return torch.load(f"{folder}.whole", weights_only=True)
+
+
+def flat(tree, path=""):
+    if isinstance(tree, dict):
+        return {k: v for key, value in tree.items() for k, v in flat(value, f"{path}.{key}").items()}
+    if isinstance(tree, list):
+        return flat(dict(enumerate(tree)), path)
+    return {path: tree}
+
+
+def assert_same(one, other, exact=True):
+    one, other = flat(one), flat(other)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if not isinstance(value, torch.Tensor):
+            assert value == other[name], name
+        elif exact:
+            assert torch.equal(value, other[name]), name
+        else:
+            torch.testing.assert_close(value, other[name], rtol=2e-4, atol=2e-6, msg=name)
+
+
+def rewards(folder):
+    with open(f"{folder}/metrics.csv", newline="") as handle:
+        return [(row["step"], row["train/reward"], row["train/gradient_norm"]) for row in csv.DictReader(handle)]
+
+
+def test_killed_and_resumed_on_two_ranks_is_bitwise_the_uninterrupted_run(tmp_path, config):
+    small = config(SMALL)
+    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
+    steps = ["--trainer.max_steps", "7"]
+    assert run_ranks(fit, 2, small, whole, steps) == [None, None]
+    with pytest.raises(AssertionError, match="rank 1: died without an answer"):
+        run_ranks(fit, 2, small, broken, steps, (1, 5, signal.SIGKILL), grace=30)
+    assert "because of rank 1, which gave no sign of life" in Path(f"{broken}.rank0.log").read_text()
+    run_ranks(fit, 2, small, broken, [*steps, "--ckpt_path", "last"])
+    assert_same(tensors_of(f"{whole}/checkpoints/step-00000007.ckpt"),
+                tensors_of(f"{broken}/checkpoints/step-00000007.ckpt"))
+    assert rewards(whole) == rewards(broken)
+    names = sorted(os.listdir(f"{whole}/checkpoints"))
+    assert [name for name in names if name.startswith("step") and not name.endswith("whole")] == [
+        "step-00000006.ckpt", "step-00000007.ckpt"]  # the last two
+    weights = tensors_of(f"{whole}/checkpoints/step-00000007.ckpt")["state_dict"]
+    assert all(name.startswith("policy.") for name in weights)  # no reference
+
+
+def test_other_numbers_of_ranks_go_on_with_the_same_weights_and_data(tmp_path, config):
+    offline = config(OFFLINE)
+
+    def run(name, world, stop=None, *options):
+        """Trains to step 6, or up to `stop`, where rank 0 gets SIGTERM."""
+        kill = None if stop is None else (0, stop - 1, signal.SIGTERM)
+        run_ranks(fit, world, offline, str(tmp_path / name),
+                  ["--data.batch_size", str(4 // world), "--trainer.max_steps", "6", *options], kill)
+        return newest_checkpoint(tmp_path / name / "checkpoints")
+
+    one = torch.load(run("one", 1), weights_only=True)
+    run("moving", 2, 2)
+    four = tensors_of(run("moving", 4, 4, "--ckpt_path", "last"))
+    assert next(iter(four["optimizer_0"]["state"].values()))["step"] == 4
+    last = tensors_of(run("moving", 2, None, "--ckpt_path", "last"))
+    ours, theirs = rewards(tmp_path / "one"), rewards(tmp_path / "moving")
+    assert [row[:2] for row in ours] == [row[:2] for row in theirs]  # the same groups at every step
+    assert [float(row[2]) for row in ours] == pytest.approx([float(row[2]) for row in theirs], rel=1e-4)
+    assert_same(one["state_dict"], last["state_dict"], exact=False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_saves_and_ends_all_with_0(tmp_path, config, number):
+    folder = str(tmp_path / "run")
+    options = ["--data.batch_size", "2", "--trainer.max_steps", "50"]
+    assert run_ranks(fit, 2, config(OFFLINE), folder, options, (1, 3, number)) == [0, 0]
+    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None and newest.name == "stopped-step-00000004.ckpt"
+    assert f"{number.name}: stopped after step 4" in Path(f"{folder}.rank0.log").read_text()
+
+
+def test_half_written_checkpoints_are_never_picked_up(tmp_path):
+    for name, complete in (("step-1.ckpt", True), ("step-2.ckpt", True), (".step-3.ckpt.partial", True),
+                           ("step-4.ckpt", False)):
+        (tmp_path / name).mkdir()
+        if complete:
+            (tmp_path / name / MARKER).write_text(json.dumps({"ranks": 2}))
+            os.utime(tmp_path / name / MARKER, ns=(0, 10 + int(name.split("-")[1][0])))
+    (tmp_path / "last.ckpt").symlink_to("step-4.ckpt")
+    assert newest_checkpoint(tmp_path) == tmp_path / "step-2.ckpt"
+    with pytest.raises(ValueError, match="is not complete"):
+        read_marker(tmp_path / "step-4.ckpt")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_marker(tmp_path / "step-9.ckpt")
+    remove_folder(tmp_path / "step-2.ckpt")
+    assert newest_checkpoint(tmp_path) == tmp_path / "step-1.ckpt"
+    assert newest_checkpoint(tmp_path / "nowhere") is None
