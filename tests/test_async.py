@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from async_run import Side, run_both
+from forked import Side, run_both
 
 from agro_lightning.data.buffer import RolloutBuffer
 from agro_lightning.data.ledger import UseLedger

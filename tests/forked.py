@@ -1,10 +1,11 @@
-"""Both halves of an asynchronous run as processes that a test kills and starts again."""
+"""Commands in processes of their own, which tests run, kill and start again."""
 
 import multiprocessing
 import os
 import random
 import time
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 # every process is one of its own, but they share one import of everything
@@ -28,9 +29,23 @@ def call(args: list[str], log: str) -> None:
     main(args)
 
 
+def start(args: list[str], log: Path) -> ForkServerProcess:
+    """Starts a command."""
+    process = CONTEXT.Process(target=call, args=(args, str(log)))
+    process.start()
+    return process
+
+
+def run(args: list[str], log: Path) -> tuple[int | None, str]:
+    """Runs a command to its end; returns its exit code and output."""
+    process = start(args, log)
+    process.join()
+    return process.exitcode, log.read_text()
+
+
 @dataclass
 class Side:
-    """One half of the run, killed at random moments until `kills` is used up."""
+    """One half of an asynchronous run, killed at random moments until `kills` is used up."""
 
     args: list[str]
     log: Path
@@ -40,13 +55,12 @@ class Side:
     rng: random.Random
     killed: int = 0
     done: bool = False
-    _process: object = None
+    _process: ForkServerProcess | None = None
     _target: int = 0
     _not_before: float = 0.0
 
     def start(self) -> None:
-        self._process = CONTEXT.Process(target=call, args=(self.args, str(self.log)))
-        self._process.start()
+        self._process = start(self.args, self.log)
         # some lives end while the process starts, some after a few steps, at any moment of a step
         in_start = self.rng.random() < 0.25
         self._target = 0 if in_start else self._now() + self.rng.randint(1, 5)
@@ -54,6 +68,7 @@ class Side:
 
     def watch(self) -> None:
         """Kills and restarts the process when its time has come; fails when it ended with an error."""
+        assert self._process is not None
         if not self._process.is_alive():
             assert self._process.exitcode == 0, self.log.read_text()[-3000:]
             self.done = True
@@ -66,7 +81,7 @@ class Side:
             self.start()
 
     def stop(self) -> None:
-        if self._process.is_alive():
+        if self._process is not None and self._process.is_alive():
             self._process.kill()
             self._process.join()
 
