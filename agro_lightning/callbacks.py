@@ -191,7 +191,7 @@ class NonFiniteGuard(Callback):
     skipped."""
 
     def __init__(self) -> None:
-        self._suspects: list[dict[str, Any]] = []
+        self._batches: list[tuple[TokenBatch, Tensor]] = []
         self._in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -204,15 +204,16 @@ class NonFiniteGuard(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, AgroModule)
-        self._suspects += _suspects(batch, pl_module.last_logprobs)
+        self._batches.append((batch, pl_module.last_log_ratios))
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        suspects, self._suspects = self._suspects, []
+        batches, self._batches = self._batches, []
         if not pl_module.step_skipped:
             self._in_a_row = 0
             return
         self._in_a_row += 1
         step = trainer.global_step
+        suspects = [suspect for batch, log_ratios in batches for suspect in _suspects(batch, log_ratios)]
         finite = not any(suspect["non_finite"] for suspect in suspects)
         named = suspects if finite else [suspect for suspect in suspects if suspect["non_finite"]]
         folder = run_dir(trainer) / "nonfinite"
@@ -237,10 +238,10 @@ class NonFiniteGuard(Callback):
             )
 
 
-def _suspects(batch: TokenBatch, logprobs: Tensor) -> list[dict[str, Any]]:
-    """The batch's completions, with whether a log-prob of each is NaN or infinite."""
-    bad = torch.zeros(batch.num_completions, dtype=torch.bool, device=logprobs.device)
-    bad[batch.sequence_ids[~torch.isfinite(logprobs)]] = True
+def _suspects(batch: TokenBatch, log_ratios: Tensor) -> list[dict[str, Any]]:
+    """The batch's completions, with whether a log-prob of each (policy's or reference's) is NaN or
+    infinite."""
+    bad = ~torch.isfinite(log_ratios)
     groups, lengths = batch.group_ids.tolist(), (batch.completion_lengths + 1).tolist()
     ids = [piece.tolist() for piece in batch.targets.split(lengths)]
     return [

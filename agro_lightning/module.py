@@ -186,7 +186,7 @@ class AgroModule(L.LightningModule):
         else:
             result = self._in_pieces(batch, ref_logprobs)
         self.last_metrics = batch_metrics(batch, result, self.sources)
-        self.last_batch, self.last_logprobs = batch, result.logprobs.detach()
+        self.last_log_ratios = result.log_ratios
         self.phases.end("forward", self.device)
         # the loss is divided by the groups of the whole step already; undo what Lightning and the strategy
         # average
