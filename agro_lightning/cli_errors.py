@@ -65,7 +65,21 @@ def explain(message: str, parser: Any, args: list[str]) -> str:
         where = _where(key, args)
         return f"unknown key {key}{where}{hint}"
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return " ".join(lines)[:600] + _where_value(message, args)
+    return _shorter(" ".join(lines))[:600] + _where_value(message, args)
+
+
+def _shorter(line: str) -> str:
+    """Of a value that fits none of several plain types, only these types and the value."""
+    union = re.search(
+        r"^(.*?)Does not validate against any of the Union subtypes Subtypes: \[([^\[\]]*)\] Errors: .* "
+        r"Given value type: .*? Given value: (.*)$",
+        line,
+    )
+    if union is None:
+        return line
+    names = {"NoneType": "null", "str": "text", "int": "an integer", "float": "a number", "bool": "true or false"}
+    kinds = re.findall(r"<class '([\w.]+)'>", union[2])
+    return f"{union[1]}Expected {' or '.join(names.get(kind, kind) for kind in kinds)}. Got value: {union[3]}"
 
 
 def _unknown_keys(message: str) -> list[str]:
