@@ -77,7 +77,13 @@ def _shorter(line: str) -> str:
     )
     if union is None:
         return line
-    names = {"NoneType": "null", "str": "text", "int": "an integer", "float": "a number", "bool": "true or false"}
+    names = {
+        "NoneType": "null",
+        "str": "text",
+        "int": "an integer",
+        "float": "a number",
+        "bool": "true or false",
+    }
     kinds = re.findall(r"<class '([\w.]+)'>", union[2])
     return f"{union[1]}Expected {' or '.join(names.get(kind, kind) for kind in kinds)}. Got value: {union[3]}"
 
