@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 RUN_DIR = "AGRO_RUN_DIR"
 """Environment variable that processes started by Lightning inherit."""
@@ -47,7 +47,7 @@ def run_folder(given: str | None) -> Path:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             raise ValueError("several processes were started without --run_dir; give one, so that they use the same")
         # torchrun's agent keeps a store for its workers, also over restarts
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         return Path(store.compare_set("agro_lightning/run_dir", "", name).decode())
     if SLURMEnvironment.detect() and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         return Path("runs") / f"slurm-{os.environ['SLURM_JOB_ID']}"

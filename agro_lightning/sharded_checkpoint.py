@@ -19,19 +19,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from agro_lightning.data.durable import disk_full_error, is_disk_full, sync_directory
+from agro_lightning.plain_shards import read_tensors
 from agro_lightning.sharding import DataRank
 
 MARKER = "complete.json"
@@ -182,10 +182,12 @@ def _explained(error: BaseException, path: Path, tensors: dict[str, Any]) -> Bas
         causes += [wrapped[0] for wrapped in error.failures.values()]
     for cause in causes:
         if isinstance(cause, OSError) and is_disk_full(cause):
-            sizes: list[int] = []
-            tree_map_only(Tensor, lambda t: sizes.append(t.numel() * t.element_size()), tensors)
-            return disk_full_error(cause, path, sum(sizes))
+            return disk_full_error(cause, path, _tensor_bytes(tensors))
     return error
+
+
+def _tensor_bytes(tree: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tree_leaves(tree) if isinstance(t, Tensor))
 
 
 def remove_folder(path: Path) -> None:
@@ -219,11 +221,11 @@ def load(path: Path, model: nn.Module, optimizers: list[Optimizer], place: DataR
     """
     ranks = int(read_marker(path)["ranks"])
     state = {"state_dict": get_model_state_dict(model)}
-    load_tensors(state, storage_reader=FileSystemReader(path))
+    read_tensors(path, state)
     set_model_state_dict(model, state["state_dict"])
     for index, optimizer in enumerate(optimizers):
         entry = {f"optimizer_{index}": get_optimizer_state_dict(model, optimizer)}
-        load_tensors(entry, storage_reader=FileSystemReader(path))
+        read_tensors(path, entry)
         set_optimizer_state_dict(model, optimizer, optim_state_dict=entry[f"optimizer_{index}"])
     if ranks == dist.get_world_size():
         return read_rank(path, dist.get_rank())
