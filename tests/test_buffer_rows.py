@@ -17,17 +17,32 @@ BAD_ROWS = {
     "reward_missing": ("bad_reward", {"reward": None}, "reward is None.*finite"),
     "empty_completion": ("empty_completion", {"completion_ids": []}, "completion has 0 tokens.*at least 1"),
     "empty_text": ("empty_completion", {"completion_ids": None, "completion": ""}, "completion has 0 tokens"),
-    "no_completion": ("missing_completion", {"completion_ids": None, "completion": None}, "neither completion nor"),
+    "no_completion": (
+        "missing_completion",
+        {"completion_ids": None, "completion": None},
+        "neither completion nor",
+    ),
     "empty_prompt": ("empty_prompt", {"prompt_ids": []}, "prompt has 0 tokens"),
     "no_prompt": ("missing_prompt", {"prompt_ids": None, "prompt": None}, "neither prompt nor prompt_ids"),
-    "id_too_large": ("token_outside_vocabulary", {"completion_ids": [6, 17]}, r"completion_ids\[1\] is 17.*0 to 16"),
+    "id_too_large": (
+        "token_outside_vocabulary",
+        {"completion_ids": [6, 17]},
+        r"completion_ids\[1\] is 17.*0 to 16",
+    ),
     "id_huge": ("token_outside_vocabulary", {"completion_ids": [2**40]}, f"is {2**40}"),
     "id_negative": ("token_outside_vocabulary", {"prompt_ids": [1, -1, 16]}, r"prompt_ids\[1\] is -1"),
     "id_null": ("wrong_type", {"completion_ids": [6, None]}, "completion_ids"),
     "prompt_too_long": ("prompt_too_long", {"prompt_ids": [5] * 9}, "9 tokens; max_prompt_tokens is 8"),
-    "completion_too_long": ("completion_too_long", {"completion_ids": [5] * 5, "behavior_logprobs": None,
-                            "ref_logprobs": None}, "5 tokens; max_completion_tokens is 4"),
-    "logprobs_short": ("bad_logprobs", {"behavior_logprobs": [-1.0]}, "1 behavior_logprobs for 2 completion_ids"),
+    "completion_too_long": (
+        "completion_too_long",
+        {"completion_ids": [5] * 5, "behavior_logprobs": None, "ref_logprobs": None},
+        "5 tokens; max_completion_tokens is 4",
+    ),
+    "logprobs_short": (
+        "bad_logprobs",
+        {"behavior_logprobs": [-1.0]},
+        "1 behavior_logprobs for 2 completion_ids",
+    ),
     "ref_logprobs_nan": ("bad_logprobs", {"ref_logprobs": [-1.0, math.nan]}, "ref_logprobs.*not finite"),
     "finish_reason": ("bad_finish_reason", {"finish_reason": "stopped"}, "'stopped'.*stop, length, error"),
     "failed": ("finish_reason_error", {"finish_reason": "error"}, "failed generation"),
@@ -35,7 +50,7 @@ BAD_ROWS = {
     "top_p": ("bad_sampling", {"top_p": 0.0}, r"top_p is 0.0.*\(0, 1\]"),
     "top_k": ("bad_sampling", {"top_k": -1}, "top_k is -1"),
     "policy_version": ("bad_policy_version", {"policy_version": -2}, "policy_version is -2"),
-}  # fmt: skip
+}
 LIMITS = {"max_prompt_tokens": 8, "max_completion_tokens": 4}
 
 
@@ -71,16 +86,36 @@ def test_bad_rows_are_named_or_dropped_and_counted(quickstart_tokenizer, tmp_pat
         ("[1, 2]", "bad_json", "a JSON list; each line must be one object"),
         ("null", "bad_json", "NoneType"),
         ("[" * 100_000, "bad_json", "not valid JSON"),
-        ('{"prompt": ["1="], "completion": "1", "reward": 0}', "wrong_type", r"prompt is \['1='\]; it must be text"),
+        (
+            '{"prompt": ["1="], "completion": "1", "reward": 0}',
+            "wrong_type",
+            r"prompt is \['1='\]; it must be text",
+        ),
         ('{"prompt": "1=", "completion": 1, "reward": 0}', "wrong_type", "completion is 1; it must be text"),
-        ('{"prompt": "1=", "completion": "1", "reward": "0"}', "wrong_type", "reward is '0'; it must be a number"),
+        (
+            '{"prompt": "1=", "completion": "1", "reward": "0"}',
+            "wrong_type",
+            "reward is '0'; it must be a number",
+        ),
         ('{"prompt": "1=", "completion": "1", "reward": true}', "wrong_type", "reward is True"),
-        ('{"prompt": "1=", "completion_ids": [1.0], "reward": 0}', "wrong_type", "must be a list of integers"),
-        ('{"prompt": "1=", "completion_ids": [true], "reward": 0}', "wrong_type", "must be a list of integers"),
+        (
+            '{"prompt": "1=", "completion_ids": [1.0], "reward": 0}',
+            "wrong_type",
+            "must be a list of integers",
+        ),
+        (
+            '{"prompt": "1=", "completion_ids": [true], "reward": 0}',
+            "wrong_type",
+            "must be a list of integers",
+        ),
         ('{"prompt": "1=", "completion_ids": "1", "reward": 0}', "wrong_type", "must be a list of integers"),
-        ('{"prompt": "1=", "completion_ids": [%d], "reward": 0}' % 10**30, "wrong_type", "list of integers"),
-        ('{"prompt": "1=", "completion": "1", "reward": %d}' % 10**400, "wrong_type", "reward is"),
-        ('{"prompt": "1=", "completion": "1", "reward": 0, "reward_parts": {"a": "b"}}', "wrong_type", "reward_parts"),
+        (f'{{"prompt": "1=", "completion_ids": [{10**30}], "reward": 0}}', "wrong_type", "list of integers"),
+        (f'{{"prompt": "1=", "completion": "1", "reward": {10**400}}}', "wrong_type", "reward is"),
+        (
+            '{"prompt": "1=", "completion": "1", "reward": 0, "reward_parts": {"a": "b"}}',
+            "wrong_type",
+            "reward_parts",
+        ),
         ('{"prompt": "1=", "completion": "\\ud800", "reward": 0}', "wrong_type", "completion is"),
         ('{"prompt": "1=", "completion": "1", "reward": 1e999}', "bad_reward", "reward is inf"),
     ],
@@ -113,8 +148,15 @@ def test_blank_lines_and_a_byte_order_mark_are_no_rows(quickstart_tokenizer, tmp
 
 
 def test_a_row_counts_under_its_first_problem_only(quickstart_tokenizer, tmp_path):
-    rows = [*GOOD, token_row(reward=math.nan, completion_ids=[99]), token_row(reward=math.inf), token_row(top_k=-1)]
-    buffer = open_buffer(write_parquet(tmp_path / "r.parquet", rows), quickstart_tokenizer, tmp_path, on_bad_row="drop")
+    rows = [
+        *GOOD,
+        token_row(reward=math.nan, completion_ids=[99]),
+        token_row(reward=math.inf),
+        token_row(top_k=-1),
+    ]
+    buffer = open_buffer(
+        write_parquet(tmp_path / "r.parquet", rows), quickstart_tokenizer, tmp_path, on_bad_row="drop"
+    )
     assert buffer.counts.dropped == {"token_outside_vocabulary": 1, "bad_reward": 1, "bad_sampling": 1}
 
 
@@ -148,14 +190,29 @@ BAD_FILES = {
     "no_prompt": (without("prompt"), "no column 'prompt' or 'prompt_ids'; its columns are"),
     "no_completion": (without("completion"), "no column 'completion' or 'completion_ids'"),
     "no_reward": (without("reward"), "no column 'reward'"),
-    "text_reward": ({**COLUMNS, "reward": ["0", "1"]}, "column 'reward' of type string; accepted is a number"),
+    "text_reward": (
+        {**COLUMNS, "reward": ["0", "1"]},
+        "column 'reward' of type string; accepted is a number",
+    ),
     "bool_reward": ({**COLUMNS, "reward": [True, False]}, "column 'reward' of type bool"),
     "number_prompt": ({**COLUMNS, "prompt": [1, 2]}, "column 'prompt' of type int64; accepted is text"),
     "chat_prompt": ({**COLUMNS, "prompt": [[{"role": "user"}]] * 2}, "column 'prompt' of type list"),
-    "float_ids": ({**COLUMNS, "completion_ids": [[1.0], [2.0]]}, "completion_ids.*accepted is a list of integers"),
-    "text_ids": ({**COLUMNS, "completion_ids": ["1 2", "3"]}, "completion_ids.*accepted is a list of integers"),
-    "huge_ids": ({**COLUMNS, "completion_ids": pa.array([[2**64 - 1], [1]], pa.list_(pa.uint64()))}, "18446744073"),
-    "parts": ({**COLUMNS, "reward_parts": ["{}", "not JSON"]}, "reward_parts 'not JSON'; text must be a JSON object"),
+    "float_ids": (
+        {**COLUMNS, "completion_ids": [[1.0], [2.0]]},
+        "completion_ids.*accepted is a list of integers",
+    ),
+    "text_ids": (
+        {**COLUMNS, "completion_ids": ["1 2", "3"]},
+        "completion_ids.*accepted is a list of integers",
+    ),
+    "huge_ids": (
+        {**COLUMNS, "completion_ids": pa.array([[2**64 - 1], [1]], pa.list_(pa.uint64()))},
+        "18446744073",
+    ),
+    "parts": (
+        {**COLUMNS, "reward_parts": ["{}", "not JSON"]},
+        "reward_parts 'not JSON'; text must be a JSON object",
+    ),
     "float_version": ({**COLUMNS, "policy_version": [0.5, 1.5]}, "policy_version.*accepted is an integer"),
 }
 
@@ -221,6 +278,8 @@ def test_a_line_without_end_is_no_row_file(quickstart_tokenizer, tmp_path):
 def test_text_that_is_not_utf8_is_named(quickstart_tokenizer, tmp_path):
     folder = tmp_path / "rows"
     folder.mkdir()
-    bad = pa.Array.from_buffers(pa.string(), 2, pa.array(["a", "b"], pa.string()).buffers()[:2] + [pa.py_buffer(b"\xff\xfe")])
+    bad = pa.Array.from_buffers(
+        pa.string(), 2, pa.array(["a", "b"], pa.string()).buffers()[:2] + [pa.py_buffer(b"\xff\xfe")]
+    )
     parquet(folder / "bad.parquet", {**COLUMNS, "prompt": bad})
     check_bad_file(folder, "Invalid UTF8", quickstart_tokenizer, tmp_path)

@@ -178,16 +178,12 @@ def remove_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def _extent(path: Path) -> tuple[int, str, int]:
-    """(newest policy version, name, rows) of a file, from its footer; -1 where it records no version."""
+    """(newest policy version, name, rows) of a file; -1 where it records no version."""
     try:
         with pq.ParquetFile(path) as file:
-            metadata = file.metadata
+            recorded = "policy_version" in file.schema_arrow.names
+            versions = file.read(["policy_version"]).column(0).to_pylist() if recorded else []
+            rows = file.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
         raise BadFileError(f"{path} is not a readable Parquet file ({error}). Remove it by hand") from None
-    newest = -1
-    for group in range(metadata.num_row_groups):
-        for column in range(metadata.num_columns):
-            chunk = metadata.row_group(group).column(column)
-            if chunk.path_in_schema == "policy_version" and chunk.statistics is not None:
-                newest = max(newest, chunk.statistics.max if chunk.statistics.has_min_max else -1)
-    return newest, path.name, metadata.num_rows
+    return max((version for version in versions if version is not None), default=-1), path.name, rows
