@@ -25,7 +25,7 @@ from bench._records import emit, parser, record
 
 BENCH = "gpu_suite"
 ROOT = Path(__file__).parents[1]
-TESTS = "tests/agro_kernels/test_kernels_gpu.py"
+TESTS = "tests/fused_head/test_kernels_gpu.py"
 SANITIZED = "test_small and bfloat16 and (300 or 507)"
 
 
@@ -47,7 +47,7 @@ class Part:
 
 def _tests(dry: bool, _: Path) -> list[str]:
     collect = ["--collect-only"] if dry else ["-x", "--maxfail=20"]
-    return ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *collect, "tests/agro_kernels"]
+    return ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *collect, "tests/fused_head"]
 
 
 def _sanitized(dry: bool, _: Path) -> list[str]:
