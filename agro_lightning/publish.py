@@ -47,7 +47,7 @@ class PublishWeights(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         weights = whole_weights(module.policy)
         if trainer.is_global_zero:
-            ranks = trainer.world_size * trainer.accumulate_grad_batches
+            parts = module.world_size * trainer.accumulate_grad_batches
             publish(
                 Path(trainer.default_root_dir),
                 module.policy,
@@ -57,7 +57,7 @@ class PublishWeights(Callback):
                 facts=RunFacts(
                     temperature=module.policy.temperature,
                     group_size=data.group_size,
-                    groups_per_step=data.batch_size * ranks,
+                    groups_per_step=data.batch_size * parts,
                 ),
                 final=final,
                 keep=self.keep,
