@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.data.buffer import BufferCounts, RolloutBuffer
-from agro_lightning.types import Completion, PromptGroup
+from agro_lightning.records import Completion, PromptGroup
 
 BINS = 10
 BAR_WIDTH = 40

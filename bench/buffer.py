@@ -1,11 +1,12 @@
 """Random prompt groups from a large buffer of rollout files: memory and speed.
 
-Each provider runs in a process of its own, over the same Parquet files: it opens them for the first time, then draws
-prompt groups of 8 in random order. `resident_bytes` is the process's peak over all of that, imports included
-(`import_resident_bytes` is how much of it these are).
+Each provider runs in a process of its own, over the same Parquet files: it opens them for the first time,
+then draws prompt groups of 8 in random order. `resident_bytes` is the process's peak over all of that,
+imports included (`import_resident_bytes` is how much of it these are; neither needs torch, whose size
+depends on its build).
 
-- `ours`: RolloutBuffer, which checks every row, packs it once, and finds the groups itself.
-- `datasets`: the Hugging Face library's memory-mapped Arrow table, read by rows that are known to form a group.
+- `ours`: RolloutBuffer, which checks every row, packs it once, and finds the groups itself. - `datasets`:
+the Hugging Face library's memory-mapped Arrow table, read by rows that are known to form a group.
 """
 
 import json
@@ -55,7 +56,9 @@ def generate(folder: Path, rows: int) -> None:
         columns = {
             "prompt_id": pa.array([f"p-{(first + row) // GROUP_SIZE}" for row in range(count)]),
             "prompt": pa.array([f"prompt {(first + row) // GROUP_SIZE}" for row in range(count)]),
-            "prompt_ids": pa.ListArray.from_arrays(prompt_offsets, prompts.repeat(GROUP_SIZE, axis=0).ravel()),
+            "prompt_ids": pa.ListArray.from_arrays(
+                prompt_offsets, prompts.repeat(GROUP_SIZE, axis=0).ravel()
+            ),
             "completion_ids": pa.ListArray.from_arrays(ends, tokens),
             "completion": pa.StringArray.from_buffers(count, pa.py_buffer(ends * 4), pa.py_buffer(text)),
             "behavior_logprobs": pa.ListArray.from_arrays(ends, -random.random(ends[-1], dtype=np.float32)),
@@ -63,8 +66,9 @@ def generate(folder: Path, rows: int) -> None:
             "policy_version": pa.array(np.full(count, first // ROWS_PER_FILE)),
         }
         schema = pa.schema([FILE_SCHEMA.field(name) for name in columns], metadata=FILE_SCHEMA.metadata)
-        table = pa.Table.from_arrays([column.cast(schema.field(name).type) for name, column in columns.items()],
-                                     schema=schema)
+        table = pa.Table.from_arrays(
+            [column.cast(schema.field(name).type) for name, column in columns.items()], schema=schema
+        )
         pq.write_table(table, folder / f"{first:08d}.parquet", compression="zstd")
 
 
@@ -118,8 +122,7 @@ def peak_bytes() -> int:
 def measure(provider: str, folder: Path) -> dict[str, float]:
     """Runs in the provider's own process."""
     if provider == "ours":
-        import agro_lightning.data.buffer
-        import agro_lightning.types  # noqa: F401
+        import agro_lightning.data.buffer  # noqa: F401
     else:
         import datasets  # noqa: F401
     imports = peak_bytes()
@@ -155,7 +158,9 @@ def in_own_process(provider: str, folder: Path) -> dict[str, float]:
     """Raises RuntimeError with the last line of its output when it fails."""
     command = [sys.executable, "-m", "bench.buffer", "--measure", provider, "--folder", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=environment
+    )
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1])
     return json.loads(done.stdout.splitlines()[-1])
@@ -179,13 +184,17 @@ def run(rows: int) -> list[dict[str, Any]]:
                     raise
                 records.append(absent("buffer", case, provider, str(error)))
                 continue
-            records += [record("buffer", case, provider, key, value, UNITS[key]) for key, value in found.items()]
+            records += [
+                record("buffer", case, provider, key, value, UNITS[key]) for key, value in found.items()
+            ]
     return records
 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--measure", choices=PROVIDERS, help="used by the benchmark itself: run one provider")
+    arguments.add_argument(
+        "--measure", choices=PROVIDERS, help="used by the benchmark itself: run one provider"
+    )
     arguments.add_argument("--folder", type=Path, help="used by the benchmark itself: where its files are")
     options = arguments.parse_args()
     if options.measure:

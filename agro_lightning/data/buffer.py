@@ -20,7 +20,7 @@ from agro_lightning.data.plan import GroupPlan
 from agro_lightning.data.row_store import RowStore
 from agro_lightning.data.schema import FIX_ROW, BadRowError, prompt_id_of
 from agro_lightning.data.writer import beyond_capacity, remove_files
-from agro_lightning.types import Completion, Prompt, PromptGroup
+from agro_lightning.records import Completion, Prompt, PromptGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from agro_lightning.data.ragged import Ragged
 from agro_lightning.data.schema import FINISH_REASONS
-from agro_lightning.types import Completion, Prompt
+from agro_lightning.records import Completion, Prompt
 
 FORMAT = 1
 """Of records and index; part of every cache key."""

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from agro_lightning.types import FinishReason
+from agro_lightning.records import FinishReason
 
 SCHEMA_VERSION = 1
 VERSION_KEY = b"agro_lightning.schema_version"

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from agro_lightning.data.durable import sync_directory, write_once
 from agro_lightning.data.schema import FILE_SCHEMA, FINISH_REASONS, BadFileError
-from agro_lightning.types import Completion, Prompt, PromptGroup
+from agro_lightning.records import Completion, Prompt, PromptGroup
 
 
 def append_rollouts(

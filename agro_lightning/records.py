@@ -1,0 +1,76 @@
+"""The records that rollouts are made of: Prompt -> Completion -> PromptGroup.
+
+They stand apart from `types`, which shows them together with TokenBatch, so that reading and writing
+rollouts needs no torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt as the policy sees it."""
+
+    prompt_id: str
+    """Names the prompt in every file and log; completions with the same prompt_id form groups."""
+    prompt: str
+    """The text that was tokenised (after the chat template, where one is used)."""
+    prompt_ids: tuple[int, ...]
+    """Its token ids, special tokens included."""
+    answer: str | None = None
+    """The reference answer that rewards compare with, where the data set has one."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """The other columns of the data set's row, for rewards that need them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One scored completion, from any source. The token ids are what was sampled; nothing is retokenised."""
+
+    completion: str
+    """Decoded text, without special tokens."""
+    completion_ids: tuple[int, ...]
+    """Token ids as sampled, the final EOS included when finish_reason is "stop"."""
+    reward: float
+    """The weighted total that the objective uses."""
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
+    """Each reward function's own value, by name."""
+    finish_reason: FinishReason = "stop"
+    """Whether it ended by itself (stop), ran into the length limit (length), or failed (error)."""
+    source: str = "offline"
+    """The name of the source that it came from, in metrics and files."""
+    policy_version: int = -1
+    """Optimiser steps the policy had taken when it was sampled; -1 when not sampled from this run's
+    policy."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    top_p: float = 1.0
+    """Nucleus mass it was sampled from; 1.0 is the full distribution."""
+    top_k: int = 0
+    """Number of most likely tokens it was sampled from; 0 is the full distribution."""
+    behavior_logprobs: tuple[float, ...] | None = None
+    """Per-token log-probs under the policy that sampled it, at `temperature`. Diagnostics only."""
+    ref_logprobs: tuple[float, ...] | None = None
+    """Per-token log-probs under the reference, at the run's temperature; count only with reference_id."""
+    reference_id: str | None = None
+    """Hash of the reference's weights and the temperature that ref_logprobs were made with."""
+    row_id: str = ""
+    """Where the row stands ("file:row"), so that one row is never drawn twice into a group; "" when live."""
+
+    def __len__(self) -> int:
+        return len(self.completion_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptGroup:
+    """The trainer's one unit: a prompt and the completions of it that are compared with each other."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+
+    def __len__(self) -> int:
+        return len(self.completions)
