@@ -92,6 +92,7 @@ def _unknown_keys(message: str) -> list[str]:
     """Keys that the message calls unknown, the fullest names first."""
     found = re.findall(r"[Gg]roup '([\w.]+)' does not accept (?:option|nested key) '([\w.]+)'", message)
     keys = [f"{group}.{key}" if not key.startswith(f"{group}.") else key for group, key in found]
+    keys += re.findall(r"[Ss]ubcommand '\w+' does not accept (?:option|nested key) '([\w.]+)'", message)
     keys += re.findall(r"(?:Option|Key) '([\w.]+)' is not (?:accepted|expected)", message)
     keys += re.findall(r"[Uu]nrecognized arguments: --([\w.]+)", message)
     keys += re.findall(r"No action for (?:destination )?key ['\"]([\w.]+)['\"]", message)

@@ -1,0 +1,182 @@
+"""The command line: configs that parse and instantiate, the printed config, and errors of one line."""
+
+import io
+import json
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_models import save_with_tokenizer, tiny_lm
+
+from agro_lightning import cli
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+
+
+def output_of(*args):
+    """What the command prints on stdout and stderr, and its exit status."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            cli.main([str(arg) for arg in args])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+    return out.getvalue(), err.getvalue(), code
+
+
+def printed_config(*args):
+    out, err, code = output_of("fit", *args, "--print_config")
+    assert code == 0, err
+    return yaml.safe_load(out)
+
+
+def test_quickstart_yaml_equals_the_defaults():
+    assert printed_config("--config", CONFIGS / "quickstart.yaml") == printed_config()
+
+
+def test_quickstart_yaml_is_complete():
+    """Every key of model and data stands in it, so that it can be read as the list of what there is."""
+    written = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
+    assert written["model"] == printed_config()["model"]
+    assert written["data"] == printed_config()["data"]
+
+
+@pytest.fixture(scope="module")
+def local_copies(tmp_path_factory, quickstart_tokenizer):
+    """A model folder and data files of the public schemas, in place of hub ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("local")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=64, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=[], show_progress=False
+    )
+    backend.train_from_iterator(["3 + 4 = 7, one two."], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=CHAT_TEMPLATE,
+    )
+    save_with_tokenizer(tiny_lm("llama"), tokenizer, folder / "model")
+    rows = {
+        "gsm8k": {"question": "What is 3 + 4?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"},
+        "math": {
+            "problem": "What is $3+4$?",
+            "solution": "It is $\\boxed{7}$.",
+            "level": "Level 1",
+            "type": "Algebra",
+        },
+    }
+    for name, row in rows.items():
+        (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    return folder
+
+
+def localised(config, local):
+    """The config with local folders for hub ids, on one CPU."""
+    for part in ("train", "validation"):
+        prompts = config["data"][part]
+        prompts["path"] = str(local / f"{prompts['format']}.jsonl")
+        prompts.pop("subset", None)
+        prompts.pop("split", None)
+    config["model"]["policy"]["path"] = str(local / "model")
+    config["trainer"] |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1}
+    config["trainer"].pop("strategy", None)
+    config["trainer"].pop("precision", None)
+    return config
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.name for path in CONFIGS.glob("*.yaml") if path.stem != "quickstart")
+)
+def test_every_config_parses_and_instantiates(name, local_copies, tmp_path, monkeypatch):
+    assert output_of("fit", "--config", CONFIGS / name, "--print_config")[2] == 0
+    config = localised(yaml.safe_load((CONFIGS / name).read_text()), local_copies)
+    path = tmp_path / name
+    path.write_text(yaml.safe_dump(config))
+    monkeypatch.setattr("sys.argv", ["agro_lightning"])
+    made = cli.AgroCLI(
+        cli.AgroModule,
+        cli.AgroDataModule,
+        run=False,
+        args=["--config", str(path)],
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+    )
+    made.model.configure_model()
+    assert made.model.policy.vocab_size == 64
+    made.datamodule.trainer = made.trainer
+    made.trainer.strategy.connect(made.model)
+    made.datamodule.setup("fit")
+    assert made.datamodule.val_prompts[0].answer == "7"
+
+
+def test_a_mistyped_key_gets_the_nearest_one_and_its_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("trainer:\n  max_steps: 3\ndata:\n  bach_size: 4\n")
+    out, err, code = output_of("fit", "--config", path)
+    assert code == 2 and out == ""
+    assert err.strip() == f"error: unknown key data.bach_size ({path}:4); did you mean data.batch_size?"
+
+
+def test_a_mistyped_flag_gets_the_nearest_one():
+    _, err, code = output_of("fit", "--data.grup_size", "4")
+    assert code == 2
+    assert err.count("\n") == 1 and "did you mean" in err and "data.group_size" in err
+
+
+def test_a_wrong_type_names_the_key_and_the_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data:\n  group_size: many\n")
+    _, err, code = output_of("fit", "--config", path)
+    assert code == 2
+    assert err.count("\n") == 1 and "group_size" in err and "many" in err and f"{path}:2" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--config", "x.yaml", "fit"], "stands before the command"),
+        (["fitt"], "Did you mean fit?"),
+        (["fit", "--config", "no/such.yaml"], "no/such.yaml"),
+    ],
+)
+def test_other_slips(args, said):
+    _, err, code = output_of(*args)
+    assert code == 2 and said in err and err.count("\n") == 1
+
+
+def test_help_lists_every_command():
+    out, _, code = output_of("--help")
+    assert code == 0
+    for command in ("fit", "validate", "export", "rollout", "annotate", "inspect"):
+        assert f"  {command}" in out
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("group_size", 1, "must be at least 2"),
+        ("batch_size", 0, "must be at least 1"),
+        ("pass_at", [9], "pass@k needs"),
+        ("sampling", {"temperature": 0.0}, "positive temperature"),
+        ("sources", [], "data.sources is empty"),
+        ("sources", [{"capacity": 5, "name": "replay"}], "add a Live source"),
+        ("sources", [{"weight": -1.0}], "weights must be positive"),
+    ],
+)
+def test_senseless_settings_are_refused(key, value, said, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"data": {key: value}}))
+    with pytest.raises(BaseException) as caught:  # noqa: B017 - an exit with a line, or a ValueError
+        out, err, code = output_of("fit", "--config", path)
+        raise AssertionError(err)
+    assert said in str(caught.value)
