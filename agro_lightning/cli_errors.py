@@ -84,7 +84,7 @@ def _shorter(line: str) -> str:
         "float": "a number",
         "bool": "true or false",
     }
-    kinds = re.findall(r"<class '([\w.]+)'>", union[2])
+    kinds: list[str] = re.findall(r"<class '([\w.]+)'>", union[2])
     return f"{union[1]}Expected {' or '.join(names.get(kind, kind) for kind in kinds)}. Got value: {union[3]}"
 
 
