@@ -12,17 +12,21 @@ from agro_lightning.types import Prompt
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 CHARACTERS = "0123456789+-="
+VOCABULARY = {token: index for index, token in enumerate((PAD, BOS, EOS, UNK, *CHARACTERS))}
 VAL_PROMPTS = 500
+FORGOTTEN_CARRIES = 0.5
+"""How often the careless pupil forgets a carry or a borrow, where there is one."""
+SLIPS = 0.3
+"""How often the careless pupil's answer is then off by one in the ones or the tens."""
 
 
 def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
     """A tokenizer of single characters that puts <bos> before a text; a sequence ends with <eos>."""
-    vocabulary = {token: index for index, token in enumerate((PAD, BOS, EOS, UNK, *CHARACTERS))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
+    tokenizer = Tokenizer(models.WordLevel(dict(VOCABULARY), unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, vocabulary[BOS])]
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, VOCABULARY[BOS])]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -36,9 +40,17 @@ def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
     )
 
 
-def needs_carry(first: int, second: int, *, add: bool) -> bool:
-    """Whether the ones digits carry into the tens (addition) or borrow from them (subtraction)."""
-    return first % 10 + second % 10 >= 10 if add else first % 10 < second % 10
+def careless_answer(prompt: Prompt, rng: random.Random) -> str:
+    """The answer of a pupil who knows the method, but forgets carries and borrows, and slips."""
+    add = "+" in prompt.prompt
+    first, second = (int(number) for number in prompt.prompt.rstrip("=").split("+" if add else "-"))
+    answer = first + second if add else first - second
+    carries = first % 10 + second % 10 >= 10 if add else first % 10 < second % 10
+    if carries and rng.random() < FORGOTTEN_CARRIES:
+        answer += -10 if add else 10
+    if rng.random() < SLIPS:
+        answer += rng.choice((-10, -1, 1, 10))
+    return str(max(answer, 0))
 
 
 def all_prompts(tokenizer: PreTrainedTokenizerFast) -> list[Prompt]:
@@ -75,5 +87,4 @@ def _prompt(tokenizer: PreTrainedTokenizerFast, first: int, second: int, *, add:
         prompt=f"{problem}=",
         prompt_ids=tuple(ids),
         answer=str(first + second if add else first - second),
-        fields={"carry": needs_carry(first, second, add=add)},
     )
