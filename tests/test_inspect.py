@@ -34,7 +34,8 @@ def test_counts_sources_and_statistics(quickstart_tokenizer, tmp_path):
         "completions equal to an earlier one of their prompt: 1 (kept: samples may agree)",
         "completion tokens: min 2, median 2, max 4",
         "finish reasons: stop 4 (80.0%); length 1 (20.0%)",
-        "sampled at: temperature 0.5, top_p 0.9, top_k 10 3 (60.0%); temperature 1, top_p 1, top_k 0 2 (40.0%)",
+        "sampled at: temperature 0.5, top_p 0.9, top_k 10 3 (60.0%); "
+        "temperature 1, top_p 1, top_k 0 2 (40.0%)",
         "with log-probs: behavior_logprobs 2 (40.0%); ref_logprobs of reference_id ref 2 (40.0%)",
         "policy versions: min 3, median 3, max 3; 2 rows without",
         "staleness at version 10: min 7, median 7, max 7",
@@ -76,7 +77,8 @@ def test_long_completions_are_shown_by_their_ends(quickstart_tokenizer, tmp_path
 def test_what_a_run_would_refuse_is_listed(quickstart_tokenizer, tmp_path):
     folder = tmp_path / "rows"
     folder.mkdir()
-    write_jsonl(folder / "a.jsonl", [*text_rows(), token_row(reward=math.nan), "{", token_row(prompt_id="alone")])
+    bad = [token_row(reward=math.nan), "{", token_row(prompt_id="alone")]
+    write_jsonl(folder / "a.jsonl", [*text_rows(), *bad])
     (folder / "torn.parquet").write_bytes(b"PAR1")
     lines = inspect_buffer(folder, quickstart_tokenizer).splitlines()
     assert lines[0] == "13 rows in 1 files"
@@ -87,9 +89,10 @@ def test_what_a_run_would_refuse_is_listed(quickstart_tokenizer, tmp_path):
 
 
 def test_a_replay_buffer_of_several_steps(quickstart_tokenizer, tmp_path):
+    mine = tokenizer_id(quickstart_tokenizer)
     for version in (2, 5):
         groups = [group(prompt, version=version) for prompt in range(3)]
-        append_rollouts(tmp_path / "r", groups, name=f"v{version}", tokenizer_id=tokenizer_id(quickstart_tokenizer))
+        append_rollouts(tmp_path / "r", groups, name=f"v{version}", tokenizer_id=mine)
     text = inspect_buffer(tmp_path / "r", quickstart_tokenizer, samples=1)
     assert "24 rows in 2 files" in text
     assert "prompts: 3, 3 with 2 or more completions; completions of each: min 8, median 8, max 8" in text

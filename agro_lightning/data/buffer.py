@@ -305,19 +305,22 @@ class RolloutBuffer:
         return removed
 
     def _group(self, rows: Sequence[int]) -> PromptGroup:
-        if not rows or len(set(rows)) != len(rows):
+        if not len(rows) or len(set(rows)) != len(rows):
             raise ValueError(
                 f"group {list(rows)} is empty or has a row twice; name distinct rows of one prompt"
             )
-        records = [(self._read(row), self._set.locate(row)[0].source.path) for row in rows]
-        first = records[0][0]
+        first: Record | None = None
         completions: list[Completion] = []
-        for record, path in records:
+        for row in rows:
+            file, place = self._set.locate(row)
+            record = file.source.rows.read(place)
+            first = first or record
             if record.prompt_tokens != first.prompt_tokens:
                 raise ValueError(
                     f"group {list(rows)} mixes prompts {first.prompt_id!r} and {record.prompt_id!r}; take one"
                 )
-            completions.append(record.completion(f"{path}:{record.number}", self._source_name))
+            completions.append(record.completion(f"{file.source.path}:{record.number}", self._source_name))
+        assert first is not None
         return PromptGroup(prompt=first.prompt(), completions=tuple(completions))
 
     def _read(self, row: int) -> Record:

@@ -10,8 +10,9 @@ import json
 import os
 import struct
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -92,16 +93,12 @@ class PackedRows:
 class Record:
     """One row, decoded as far as it is asked for."""
 
-    __slots__ = ("_cuts", "_data", "_values")
+    __slots__ = ("_bytes", "_values")
 
     def __init__(self, data: bytes) -> None:
-        self._data = data
         self._values = _HEADER.unpack_from(data)
-        self._cuts = dict(zip(_FIELDS, _spans(self._values[-len(_FIELDS) :]), strict=True))
-
-    def _bytes(self, field: str) -> bytes:
-        start, end = self._cuts[field]
-        return self._data[start:end]
+        ends = accumulate(self._values[-len(_FIELDS) :], initial=_HEADER.size)
+        self._bytes = dict(zip(_FIELDS, (data[start:end] for start, end in pairwise(ends)), strict=True))
 
     @property
     def number(self) -> int:
@@ -111,51 +108,44 @@ class Record:
     @property
     def prompt_tokens(self) -> bytes:
         """The prompt's ids as little-endian int32."""
-        return self._bytes("prompt_ids")
+        return self._bytes["prompt_ids"]
 
     @property
     def prompt_id(self) -> str:
-        return self._bytes("prompt_id").decode()
+        return self._bytes["prompt_id"].decode()
 
     def prompt(self) -> Prompt:
         return Prompt(
             prompt_id=self.prompt_id,
-            prompt=self._bytes("prompt").decode(),
+            prompt=self._bytes["prompt"].decode(),
             prompt_ids=_numbers(self.prompt_tokens, "<i4"),
-            answer=self._bytes("answer").decode() or None,
+            answer=self._bytes["answer"].decode() or None,
         )
 
     def completion(self, row_id: str, source: str | None = None) -> Completion:
         """The completion; `source` overrides the recorded one."""
         _, reward, temperature, top_p, top_k, policy_version, finish = self._values[: -len(_FIELDS)]
-        parts = self._bytes("reward_parts")
+        parts = self._bytes["reward_parts"]
         return Completion(
-            completion=self._bytes("completion").decode(),
-            completion_ids=_numbers(self._bytes("completion_ids"), "<i4"),
+            completion=self._bytes["completion"].decode(),
+            completion_ids=_numbers(self._bytes["completion_ids"], "<i4"),
             reward=reward,
             reward_parts=json.loads(parts) if parts else {},
             finish_reason=FINISH_REASONS[finish],  # type: ignore[arg-type]
-            source=self._bytes("source").decode() if source is None else source,
+            source=self._bytes["source"].decode() if source is None else source,
             policy_version=policy_version,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
-            behavior_logprobs=_numbers(self._bytes("behavior_logprobs"), "<f4") or None,
-            ref_logprobs=_numbers(self._bytes("ref_logprobs"), "<f4") or None,
-            reference_id=self._bytes("reference_id").decode() or None,
+            behavior_logprobs=_numbers(self._bytes["behavior_logprobs"], "<f4") or None,
+            ref_logprobs=_numbers(self._bytes["ref_logprobs"], "<f4") or None,
+            reference_id=self._bytes["reference_id"].decode() or None,
             row_id=row_id,
         )
 
 
-def _spans(sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    start = _HEADER.size
-    for size in sizes:
-        yield start, start + size
-        start += size
-
-
 def _numbers(data: bytes, kind: str) -> tuple[Any, ...]:
-    return tuple(np.frombuffer(data, kind).tolist())
+    return tuple(np.frombuffer(data, kind).tolist()) if data else ()
 
 
 class Packer:
