@@ -57,7 +57,6 @@ def _read_parquet(path: Path) -> Iterator[RawRows]:
             buffer_size=1 << 20,
             pre_buffer=False,
             page_checksum_verification=True,
-            arrow_extensions_enabled=False,
         ) as file:
             present = _check_columns(path, file.schema_arrow)
             for raw in file.iter_batches(_batch_rows(file, present), columns=present, use_threads=False):
@@ -131,6 +130,8 @@ _PLAIN_NAMES = {
 
 def _readable(found: pa.DataType, wanted: pa.DataType) -> bool:
     """Whether values of one type can be taken as another without guessing; all-null columns always can."""
+    if isinstance(found, pa.BaseExtensionType):
+        found = found.storage_type
     if pa.types.is_null(found):
         return True
     if pa.types.is_map(wanted):
@@ -160,6 +161,8 @@ def _typed(path: Path, raw: pa.RecordBatch) -> pa.RecordBatch:
             columns.append(pa.nulls(raw.num_rows, field.type))
             continue
         column = raw.column(field.name)
+        if isinstance(column, pa.ExtensionArray):
+            column = column.storage
         column.validate(full=True)  # UTF-8 and offsets: a file may claim anything
         if pa.types.is_map(field.type) and not pa.types.is_map(column.type):
             columns.append(pa.array([_parts(path, row) for row in column.to_pylist()], field.type))
