@@ -76,7 +76,7 @@ class NameLostRank(Callback):
         wait_seconds: how long the others have to report their own failure.
     """
 
-    def __init__(self, wait_seconds: float = 5.0) -> None:
+    def __init__(self, wait_seconds: float = 3.0) -> None:
         self.wait_seconds = wait_seconds
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

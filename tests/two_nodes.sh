@@ -6,6 +6,9 @@ set -u
 id=$$
 nodes=(agro-$id-0 agro-$id-1)
 port=${PORT:-29600}
+# by default torchrun keeps one store over restarts, in which two agents that count restarts differently meet
+# the addresses of dead processes
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 cleanup() { for n in "${nodes[@]}"; do ip netns del "$n" 2>/dev/null; done; }
 
 make_namespaces() {
@@ -28,6 +31,7 @@ agent() {  # NODE INTERFACE ADDRESS HOSTS_THE_RENDEZVOUS [PREFIX ...]
 
 command=("$@")
 trap cleanup EXIT
+trap 'kill $(jobs -p) 2>/dev/null; wait; exit 143' TERM INT
 if make_namespaces; then
   echo "two nodes: network namespaces ${nodes[*]}"
   head=10.9.0.1
