@@ -558,7 +558,7 @@ def test_buffers_need_no_torch():
 @pytest.mark.skipif(not hasattr(pa, "json_"), reason="an extension type of newer Arrow versions")
 def test_columns_of_an_extension_type_are_read_as_what_they_store(tokenizer, tmp_path):
     parts = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"a": 1}', None]))
-    table = pa.table({"prompt": ["1=", "1="], "completion": ["1", "2"], "reward": [0, 1], "reward_parts": parts})
-    pq.write_table(table, tmp_path / "r.parquet")
+    columns = {"prompt": ["1=", "1="], "completion": ["1", "2"], "reward": [0, 1], "reward_parts": parts}
+    pq.write_table(pa.table(columns), tmp_path / "r.parquet")
     completions = open_buffer(tmp_path / "r.parquet", tokenizer, tmp_path).groups([[0, 1]])[0].completions
     assert [dict(c.reward_parts) for c in completions] == [{"a": 1.0}, {}]
