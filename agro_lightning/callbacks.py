@@ -18,6 +18,7 @@ from torch import Tensor
 
 from agro_lightning.metrics_file import MetricsFile
 from agro_lightning.module import AgroModule
+from agro_lightning.rollout.gap import LogprobGap, check_logprob_gap
 from agro_lightning.sharded_checkpoint import newest_checkpoint
 from agro_lightning.types import TokenBatch
 
@@ -134,6 +135,7 @@ class StepMetrics(Callback):
         if generated := rollout.get("rollout_tokens"):
             metrics["tokens_per_second/rollout"] = generated / max(rollout.get("seconds/generate", 0.0), 1e-9)
         self._parts, self._tokens = [], 0
+        _check_gap(trainer, metrics)
         _log(trainer, {f"train/{name}": value for name, value in metrics.items()})
         pl_module.log_dict(
             {"reward": metrics["reward"], "tokens/s": metrics["tokens_per_second/train"]},
@@ -154,6 +156,21 @@ def _log(trainer: L.Trainer, metrics: dict[str, float]) -> None:
         for logger in trainer.loggers:
             logger.log_metrics(metrics, trainer.global_step - 1)
             logger.save()
+
+
+def _check_gap(trainer: L.Trainer, metrics: dict[str, float]) -> None:
+    """Stops on all ranks alike when engine and trainer disagree; the metrics are those of all ranks."""
+    if "logprob_gap_mean" not in metrics:
+        return
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    gap = LogprobGap(
+        tokens=1,
+        mean_abs=metrics["logprob_gap_mean"],
+        max_abs=metrics["logprob_gap_max"],
+        completion_mean_abs=math.nan,
+        completion_max_abs=metrics.get("logprob_gap_completion_max", math.nan),
+    )
+    check_logprob_gap(gap, data.max_logprob_gap, sampling=data.sampling, engine=type(data.engine).__name__)
 
 
 def _mean_over_ranks(parts: list[dict[str, Tensor]], device: torch.device) -> dict[str, float]:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from agro_lightning.rollout.gap import logprob_gap
 from agro_lightning.types import TokenBatch
 
 
@@ -76,6 +77,7 @@ def batch_metrics(batch: TokenBatch, result: StepResult, sources: tuple[str, ...
         "equal_reward_fraction": (reward_spread == 0).float().mean(),
         "logprob_gap_mean": nan,
         "logprob_gap_max": nan,
+        "logprob_gap_completion_max": nan,
         "effective_sample_size": nan,
     }
     if bool(own.any()):
@@ -93,9 +95,19 @@ def batch_metrics(batch: TokenBatch, result: StepResult, sources: tuple[str, ...
     if batch.behavior_logprobs is not None:
         known = ~batch.behavior_logprobs.isnan()
         gap = result.logprobs - batch.behavior_logprobs
-        if bool((known & fresh_tokens).any()):
-            metrics["logprob_gap_mean"] = gap[known & fresh_tokens].abs().mean()
-            metrics["logprob_gap_max"] = gap[known & fresh_tokens].abs().max()
+        measured = (
+            logprob_gap(
+                batch.behavior_logprobs[fresh_tokens],
+                result.logprobs[fresh_tokens],
+                batch.sequence_ids[fresh_tokens],
+            )
+            if bool(fresh_tokens.any())
+            else None
+        )
+        if measured is not None:
+            metrics["logprob_gap_mean"] = nan.new_tensor(measured.mean_abs)
+            metrics["logprob_gap_max"] = nan.new_tensor(measured.max_abs)
+            metrics["logprob_gap_completion_max"] = nan.new_tensor(measured.completion_max_abs)
         sums = torch.zeros_like(batch.rewards).index_add_(0, batch.sequence_ids, torch.where(known, gap, 0.0))
         whole = (
             torch.ones_like(batch.rewards).index_put_((batch.sequence_ids[~known],), sums.new_zeros(())) > 0

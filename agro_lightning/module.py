@@ -39,13 +39,13 @@ from agro_lightning.types import Prompt, TokenBatch
 class OptimizerSettings:
     """AdamW and its schedule."""
 
-    learning_rate: float = 4e-4
+    learning_rate: float = 3e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the gradient's mean and square."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
-    warmup_steps: int = 5
+    warmup_steps: int = 10
     """Optimiser steps over which the rate rises linearly."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """After the warm-up: stay, or fall to final_fraction of the peak at trainer.max_steps."""

@@ -21,7 +21,7 @@ from agro_lightning.data.prompts import PromptDataset, PromptSettings
 from agro_lightning.data.schema import tokenizer_id
 from agro_lightning.data.stream import StreamReader, stream_dir
 from agro_lightning.data.use_log import UseLog
-from agro_lightning.data.writer import append_rollouts
+from agro_lightning.data.writer import append_rollouts, beyond_capacity, remove_files
 from agro_lightning.evaluation import PromptResult, summarize
 from agro_lightning.policy import Policy, load_tokenizer
 from agro_lightning.reference import with_ref_logprobs
@@ -68,8 +68,8 @@ class AgroDataModule(L.LightningDataModule):
             Offline(paths=["quickstart"], weight=0.125, repeat=True),
         ),
         rewards: Sequence[Reward] = (ExactMatch(),),
-        batch_size: int = 32,
-        group_size: int = 16,
+        batch_size: int = 64,
+        group_size: int = 8,
         sampling: Sampling = Sampling(max_new_tokens=5),  # noqa: B008
         engine: RolloutEngine = AutoEngine(),  # noqa: B008
         mixing: Mixing = "per_group",
@@ -130,6 +130,7 @@ class AgroDataModule(L.LightningDataModule):
         self.correct_reward, self.max_logprob_gap = correct_reward, max_logprob_gap
         self.on_bad_row: Literal["error", "drop"] = on_bad_row
         self.on_bad_file: Literal["error", "skip"] = on_bad_file
+        self._surplus: list[Path] = []
         self._rollout_metrics: dict[str, float] = {}
         self.seconds_drawing = 0.0
         self.last_groups: list[PromptGroup] = []
@@ -426,11 +427,21 @@ class AgroDataModule(L.LightningDataModule):
         """The feed's cursors, the alarms and the counts; the replay buffer stays on disk."""
         if self.feed is None:
             return {}
+        self._evict_rollouts()
         return {
             "feed": self.feed.state_dict(),
             "rewards": self.rewards.state_dict(),
             "completions_used": self.completions_used,
         }
+
+    def _evict_rollouts(self) -> None:
+        """Deletes replay files beyond the capacity, one checkpoint late: the one before may still be resumed."""
+        assert self.trainer is not None and self.feed is not None
+        replay = next((source for source in self.sources if isinstance(source, Replay)), None)
+        if replay is not None and self.feed.replay is not None and self.trainer.is_global_zero:
+            remove_files(self._surplus)
+            files = [(file.source.path, len(file.source.rows)) for file in self.feed.replay.files]
+            self._surplus = [path for path in beyond_capacity(files, replay.capacity) if path not in self._surplus]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict["feed"]

@@ -321,16 +321,18 @@ class TrainFeed:
         return list(self._materialise(source, chosen).completions) if chosen else []
 
     def _materialise(self, source: Source, row_ids: list[int]) -> PromptGroup:
-        buffer = (
-            self.replay
-            if isinstance(source, Replay)
-            else self.streams[source.name].buffer
-            if isinstance(source, Stream)
-            else self.offline[source.name]
-        )
+        """Reads a group from its buffer, under the source's name; offline rows have no version of this run."""
+        changes: dict[str, Any] = {"source": source.name}
+        if isinstance(source, Replay):
+            buffer = self.replay
+        elif isinstance(source, Stream):
+            buffer = self.streams[source.name].buffer
+        else:
+            buffer = self.offline[source.name]
+            changes["policy_version"] = -1
         assert buffer is not None
         (group,) = buffer.groups([row_ids])
-        return replace(group, completions=tuple(replace(c, source=source.name) for c in group.completions))
+        return replace(group, completions=tuple(replace(c, **changes) for c in group.completions))
 
 
 def rollout_name(step: int, rank: int, part: int) -> str:

@@ -12,7 +12,7 @@ DATA_DEFAULTS = {
 TRAINER_DEFAULTS = {
     "accelerator": "auto",
     "devices": 1,
-    "max_steps": 200,
+    "max_steps": 150,
     "max_epochs": 1,
     "gradient_clip_val": 0.5,
     "log_every_n_steps": 1,
