@@ -30,8 +30,8 @@ from agro_lightning.reference import (
     ReferenceKind,
     frozen_copy,
 )
-from agro_lightning.sharding import ShardingSettings, clip_by_norm, data_rank, reshard, total_norm, unsharded
 from agro_lightning.self_check import check_logprobs
+from agro_lightning.sharding import ShardingSettings, clip_by_norm, data_rank, reshard, total_norm, unsharded
 from agro_lightning.types import Prompt, TokenBatch
 
 

@@ -20,8 +20,8 @@ class HeadMismatchError(ValueError):
 def check_logprobs(policy: Policy) -> float:
     """Compares the policy's packed, fused log-probs with its own logits, sequence by sequence.
 
-    With `packing: auto`, a model whose attention does not allow shared prompts is switched to plain packing, and
-    that is said once.
+    With `packing: auto`, a model whose attention does not allow shared prompts is switched to plain
+    packing, and that is said once.
 
     Returns:
         The mean absolute difference, in nats.

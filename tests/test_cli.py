@@ -176,7 +176,7 @@ def test_help_lists_every_command():
 def test_senseless_settings_are_refused(key, value, said, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"data": {key: value}}))
-    with pytest.raises(BaseException) as caught:  # noqa: B017 - an exit with a line, or a ValueError
+    with pytest.raises(BaseException) as caught:
         out, err, code = output_of("fit", "--config", path)
         raise AssertionError(err)
     assert said in str(caught.value)

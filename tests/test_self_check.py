@@ -28,8 +28,16 @@ def test_the_option_named_by_the_refusal_mends_it():
 
 
 def test_a_model_that_cannot_share_prompts_falls_back_and_says_so(caplog):
-    config = GPTJConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64,
-                        bos_token_id=1, eos_token_id=2)  # makes its own attention, without transformers' table
+    config = GPTJConfig(
+        vocab_size=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        rotary_dim=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )  # makes its own attention, without transformers' table
     torch.manual_seed(0)
     policy = Policy(PolicySettings(), lm=AutoModelForCausalLM.from_config(config))
     with torch.no_grad():

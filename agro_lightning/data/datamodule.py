@@ -435,13 +435,16 @@ class AgroDataModule(L.LightningDataModule):
         }
 
     def _evict_rollouts(self) -> None:
-        """Deletes replay files beyond the capacity, one checkpoint late: the one before may still be resumed."""
+        """Deletes replay files beyond the capacity, one checkpoint late: the one before may still be
+        resumed."""
         assert self.trainer is not None and self.feed is not None
         replay = next((source for source in self.sources if isinstance(source, Replay)), None)
         if replay is not None and self.feed.replay is not None and self.trainer.is_global_zero:
             remove_files(self._surplus)
             files = [(file.source.path, len(file.source.rows)) for file in self.feed.replay.files]
-            self._surplus = [path for path in beyond_capacity(files, replay.capacity) if path not in self._surplus]
+            self._surplus = [
+                path for path in beyond_capacity(files, replay.capacity) if path not in self._surplus
+            ]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict["feed"]

@@ -321,7 +321,8 @@ class TrainFeed:
         return list(self._materialise(source, chosen).completions) if chosen else []
 
     def _materialise(self, source: Source, row_ids: list[int]) -> PromptGroup:
-        """Reads a group from its buffer, under the source's name; offline rows have no version of this run."""
+        """Reads a group from its buffer, under the source's name; offline rows have no version of this
+        run."""
         changes: dict[str, Any] = {"source": source.name}
         if isinstance(source, Replay):
             buffer = self.replay
