@@ -105,7 +105,8 @@ class AgroCLI(LightningCLI):
         config["default_root_dir"] = str(folder)
         if config.get("logger") in (None, True):
             config["logger"] = [TensorBoardLogger(folder, name="", version=""), MetricsFile(folder)]
-        mine = [StepMetrics(), NonFiniteGuard(), SampleTable(), Summary(), StopOnSignal(), SlowRanks(), NameLostRank()]
+        mine = [StepMetrics(), NonFiniteGuard(), SampleTable(), Summary()]
+        mine += [StopOnSignal(), SlowRanks(), NameLostRank()]
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         kept = [callback for callback in mine if not any(type(other) is type(callback) for other in given)]

@@ -48,11 +48,12 @@ def check_logprobs(policy: Policy) -> float:
         return gap
     config = policy.base.config.to_dict()
     hints = {name: value for name, value in config.items() if ("logit" in name or "scal" in name) and value}
+    head = policy.head_options
     raise HeadMismatchError(
-        f"the fused log-probs differ from those of {type(policy.base).__name__}'s own logits by {gap:.3g} nat on "
-        f"average (limit {tolerance:g}): its head does something between hidden states and logits that is not "
-        f"known. Set model.policy.logit_scale or model.policy.softcap (now {policy.head_options.logit_scale:g} and "
-        f"{policy.head_options.softcap}). Its config says: {hints or 'nothing about logits'}"
+        f"the fused log-probs differ from those of {type(policy.base).__name__}'s own logits by {gap:.3g} nat "
+        f"on average (limit {tolerance:g}): its head does something between hidden states and logits that is "
+        f"not known. Set model.policy.logit_scale or model.policy.softcap (now {head.logit_scale:g} and "
+        f"{head.softcap}). Its config says: {hints or 'nothing about logits'}"
     )
 
 
