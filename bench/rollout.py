@@ -162,7 +162,7 @@ def main() -> None:
     records = []
     for name, case in cases().items():
         completions = len(case.prompts) * case.n
-        best = seconds(case, rounds=5 if arguments.quick else 10)
+        best = seconds(case, rounds=4 if arguments.quick else 10)
         for provider in PROVIDERS:
             rate = completions / best[provider]
             records.append(record("rollout", name, provider, "completions_per_s", rate, "1/s"))
