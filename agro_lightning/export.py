@@ -1,4 +1,5 @@
-"""From a checkpoint to a folder that `AutoModelForCausalLM.from_pretrained` loads, one file's worth at a time."""
+"""From a checkpoint to a folder that `AutoModelForCausalLM.from_pretrained` loads, one file's worth at a
+time."""
 
 import json
 import logging
@@ -68,7 +69,11 @@ def export(
 
 
 def _write_model(
-    source: PolicySource, target: Path, lora: LoraSettings | None, max_shard_size: str, dtype: torch.dtype | None
+    source: PolicySource,
+    target: Path,
+    lora: LoraSettings | None,
+    max_shard_size: str,
+    dtype: torch.dtype | None,
 ) -> None:
     """Weights first and config.json last: a folder with a config is a whole model."""
     empty = _empty_model(source.about["model_config"], None)
@@ -82,14 +87,16 @@ def _write_model(
     for name in empty.state_dict():
         parameter = parameters.get(name)
         if parameter is not None:
-            names.setdefault(name, names.get(first[id(parameter)], name))
+            names.setdefault(name, names.get(first[id(parameter)]) or name)
             if first[id(parameter)] != name and id(parameter) not in parted:
                 continue
         if name in names:
             outline[name] = source.shapes[names[name]].to(dtype)
     if set(revert_weight_conversion(empty, dict(outline))) != set(outline):
-        log.warning("%s is written under other names than it is trained under; the whole model is built in memory",
-                    type(empty).__name__)
+        log.warning(
+            "%s is written under other names than it is trained under; the whole model is built in memory",
+            type(empty).__name__,
+        )
         model = build_model(source.read(list(source.shapes)), source.about["model_config"], lora)
         model = model.merge_and_unload() if lora is not None else model
         (model if dtype is None else model.to(dtype)).save_pretrained(target, max_shard_size=max_shard_size)
@@ -106,17 +113,28 @@ def _write_model(
     config.save_pretrained(target)
 
 
-def _write_shards(source: PolicySource, target: Path, outline: dict[str, Tensor], names: dict[str, str],
-                  merge: "_Merge", max_shard_size: str) -> None:
-    split = split_torch_state_dict_into_shards(outline, filename_pattern="model{suffix}.safetensors",
-                                               max_shard_size=max_shard_size)
+def _write_shards(
+    source: PolicySource,
+    target: Path,
+    outline: dict[str, Tensor],
+    names: dict[str, str],
+    merge: "_Merge",
+    max_shard_size: str,
+) -> None:
+    split = split_torch_state_dict_into_shards(
+        outline, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
     for file, members in split.filename_to_tensors.items():
         weights = source.read([names[name] for name in members])
-        ready = {name: merge(name, weights[names[name]]).to(outline[name].dtype).contiguous() for name in members}
+        ready = {
+            name: merge(name, weights[names[name]]).to(outline[name].dtype).contiguous() for name in members
+        }
         save_file(ready, target / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (target / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2, sort_keys=True) + "\n"
+        )
 
 
 def _plain_name(name: str) -> str:
@@ -135,8 +153,10 @@ class _Merge:
         module, _, kind = name.rpartition(".")
         if self._lora is None or kind != "weight":
             return None
-        for low, high in (("lora_A.default.weight", "lora_B.default.weight"),
-                          ("lora_embedding_A.default", "lora_embedding_B.default")):
+        for low, high in (
+            ("lora_A.default.weight", "lora_B.default.weight"),
+            ("lora_embedding_A.default", "lora_embedding_B.default"),
+        ):
             if f"base_model.model.{module}.{low}" in self._source.shapes:
                 return f"base_model.model.{module}.{low}", f"base_model.model.{module}.{high}"
         return None
@@ -152,7 +172,9 @@ class _Merge:
         parts = self._source.read(list(adapter))
         low, high = (parts[part].float() for part in adapter)
         delta = self._lora.alpha / self._lora.rank * (high @ low)
-        return (weight.float() + (delta.T if self._transposed(name.rpartition(".")[0]) else delta)).to(weight.dtype)
+        return (weight.float() + (delta.T if self._transposed(name.rpartition(".")[0]) else delta)).to(
+            weight.dtype
+        )
 
     def _transposed(self, module: str) -> bool:
         """Embeddings, and GPT-2's Conv1D, hold the transpose of a linear layer's weight."""

@@ -43,8 +43,9 @@ class StopOnSignal(Callback):
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = max(self._received, number)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
-                           batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         number = _largest(self._received, pl_module.device)
@@ -52,8 +53,10 @@ class StopOnSignal(Callback):
             return
         name = signal.Signals(number).name
         path = self._save(trainer)
-        rank_zero_info(f"{name}: stopped after step {trainer.global_step}; saved {path}. Go on with --run_dir "
-                       f"{trainer.default_root_dir} --ckpt_path last")
+        rank_zero_info(
+            f"{name}: stopped after step {trainer.global_step}; saved {path}. Go on with --run_dir "
+            f"{trainer.default_root_dir} --ckpt_path last"
+        )
         if number == signal.SIGUSR1 and trainer.is_global_zero:
             requeue()
         raise SystemExit(0)
@@ -79,14 +82,20 @@ class NameLostRank(Callback):
     def __init__(self, wait_seconds: float = 3.0) -> None:
         self.wait_seconds = wait_seconds
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         if isinstance(exception, SystemExit) or not dist.is_initialized() or dist.get_world_size() == 1:
             return
         try:
             self._report(dist.distributed_c10d._get_default_store(), exception)
         except (RuntimeError, ValueError) as error:  # also torch's DistStoreError
-            log.error("rank %d: the processes' common store is gone (%s), and with it the rank or agent that held "
-                      "it: rank 0's node", trainer.global_rank, str(error).splitlines()[0])
+            log.error(
+                "rank %d: the processes' common store is gone (%s), and with it the rank or agent that held "
+                "it: rank 0's node",
+                trainer.global_rank,
+                str(error).splitlines()[0],
+            )
 
     def _report(self, store: Any, exception: BaseException) -> None:
         rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -98,9 +107,13 @@ class NameLostRank(Callback):
             silent = [other for other in silent if not store.check([keys[other]])]
             time.sleep(0.1)
         if silent:
-            log.error("rank %d stopped with %s because of rank %s, which gave no sign of life: killed, out of memory, "
-                      "or its machine is gone. --ckpt_path last goes on from the last complete checkpoint", rank,
-                      type(exception).__name__, ", ".join(map(str, silent)))
+            log.error(
+                "rank %d stopped with %s because of rank %s, which gave no sign of life: killed, out of "
+                "memory, or its machine is gone. --ckpt_path last goes on from the last complete checkpoint",
+                rank,
+                type(exception).__name__,
+                ", ".join(map(str, silent)),
+            )
 
 
 def requeue() -> None:
@@ -138,8 +151,9 @@ class SlowRanks(Callback):
     def __init__(self, every: int = 20, factor: float = 1.5, least_seconds: float = 1.0) -> None:
         self.every, self.factor, self.least_seconds = every, factor, least_seconds
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
-                           batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         steps, within = divmod(batch_idx + 1, trainer.accumulate_grad_batches)
         if within or steps % self.every or not dist.is_initialized() or dist.get_world_size() == 1:
             return
@@ -161,8 +175,10 @@ class SlowRanks(Callback):
             slowest = max(range(len(seconds)), key=seconds.__getitem__)
             least = 0.0 if phase == "computing" else self.least_seconds
             if seconds[slowest] > self.factor * median and seconds[slowest] - median >= least:
-                said.append(f"rank {slowest} is slow at {phase}: {seconds[slowest]:.3g} s, the median of the ranks "
-                            f"is {median:.3g} s")
+                said.append(
+                    f"rank {slowest} is slow at {phase}: {seconds[slowest]:.3g} s, the median of the ranks "
+                    f"is {median:.3g} s"
+                )
         return said
 
 

@@ -15,7 +15,9 @@ RUN_DIR = "AGRO_RUN_DIR"
 
 def number_of_ranks(config: dict[str, Any]) -> int:
     """Processes of a run, from the launcher's environment or from trainer.devices and trainer.num_nodes."""
-    launched = os.environ.get("WORLD_SIZE") or (os.environ.get("SLURM_NTASKS") if SLURMEnvironment.detect() else None)
+    launched = os.environ.get("WORLD_SIZE") or (
+        os.environ.get("SLURM_NTASKS") if SLURMEnvironment.detect() else None
+    )
     if launched:
         return int(launched)
     devices = config.get("devices")
@@ -45,7 +47,9 @@ def run_folder(given: str | None) -> Path:
     name = str(Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S"))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("LOCAL_RANK") is not None:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            raise ValueError("several processes were started without --run_dir; give one, so that they use the same")
+            raise ValueError(
+                "several processes were started without --run_dir; give one, so that they use the same"
+            )
         # torchrun's agent keeps a store for its workers, also over restarts
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         return Path(store.compare_set("agro_lightning/run_dir", "", name).decode())
@@ -56,5 +60,6 @@ def run_folder(given: str | None) -> Path:
 
 
 def slurm_plugins() -> list[Any]:
-    """Under srun: SLURM's ranks, without Lightning's own requeueing, which would save in the middle of a step."""
+    """Under srun: SLURM's ranks, without Lightning's own requeueing, which would save in the middle of a
+    step."""
     return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []

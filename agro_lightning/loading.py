@@ -1,4 +1,5 @@
-"""Builds sharded policies: on the meta device, then each rank reads its own slices of the safetensors files."""
+"""Builds sharded policies: on the meta device, then each rank reads its own slices of the safetensors
+files."""
 
 import contextlib
 import json
@@ -27,8 +28,14 @@ log = logging.getLogger(__name__)
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def sharded_policy(settings: PolicySettings, sharding: ShardingSettings, mesh: DeviceMesh, device: torch.device, *,
-                   temperature: float) -> Policy:
+def sharded_policy(
+    settings: PolicySettings,
+    sharding: ShardingSettings,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    temperature: float,
+) -> Policy:
     """The policy, sharded over the mesh, without any rank having held all of it.
 
     Each rank reads its slices of the safetensors files. Where the files' names are not those of the model's
@@ -52,10 +59,17 @@ def sharded_policy(settings: PolicySettings, sharding: ShardingSettings, mesh: D
     return policy
 
 
-def sharded_reference(policy: Policy, sharding: ShardingSettings, mesh: DeviceMesh, device: torch.device) -> Policy:
+def sharded_reference(
+    policy: Policy, sharding: ShardingSettings, mesh: DeviceMesh, device: torch.device
+) -> Policy:
     """A frozen instance with the policy's present weights, held in the type that is computed in."""
-    settings = PolicySettings(**{**vars(policy.settings), "gradient_checkpointing": False,
-                                 "dtype": sharding.param_dtype or policy.settings.dtype})
+    settings = PolicySettings(
+        **{
+            **vars(policy.settings),
+            "gradient_checkpointing": False,
+            "dtype": sharding.param_dtype or policy.settings.dtype,
+        }
+    )
     meshes = plan_meshes(mesh, sharding.replicate)
     reference = _empty(settings, sharding, meshes, device, temperature=policy.temperature, frozen=True)
     copy_shards(policy, reference)
@@ -73,8 +87,15 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _empty(settings: PolicySettings, sharding: ShardingSettings, meshes: Meshes, device: torch.device, *,
-           temperature: float, frozen: bool) -> Policy:
+def _empty(
+    settings: PolicySettings,
+    sharding: ShardingSettings,
+    meshes: Meshes,
+    device: torch.device,
+    *,
+    temperature: float,
+    frozen: bool,
+) -> Policy:
     """A sharded policy with uninitialised parameters and true buffers."""
     policy = Policy(settings, temperature=temperature, lm=empty_lm(settings))
     if frozen:
@@ -100,15 +121,18 @@ def empty_lm(settings: PolicySettings) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
     with no_init_weights(), parameters_on_meta(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*zero-element.*")
-        lm = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype),
-                                              trust_remote_code=settings.trust_remote_code)
+        lm = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, settings.dtype), trust_remote_code=settings.trust_remote_code
+        )
     lm.tie_weights()
     with contextlib.suppress(OSError):  # a folder without generation_config.json keeps what the config gave
         lm.generation_config = GenerationConfig.from_pretrained(path)
     unknown = [name for name, buffer in lm.named_buffers() if buffer.is_meta]
     if unknown:
-        raise ValueError(f"{type(lm).__name__} computes its buffers {', '.join(unknown[:3])} on the meta device; such "
-                         "a model cannot be sharded while it loads. Train it on one device")
+        raise ValueError(
+            f"{type(lm).__name__} computes its buffers {', '.join(unknown[:3])} on the meta device; such "
+            "a model cannot be sharded while it loads. Train it on one device"
+        )
     return lm.eval()
 
 
@@ -146,7 +170,8 @@ def materialise(module: nn.Module, device: torch.device) -> None:
 
 
 def _find_weights(path: str, policy: Policy) -> dict[str, tuple[Path, str]] | None:
-    """Where each parameter stands, by its name in the base model: (file, name there); None where names differ."""
+    """Where each parameter stands, by its name in the base model: (file, name there); None where names
+    differ."""
     files = safetensors_files(path)
     base = policy.base
     prefix = f"{base.base_model_prefix}."
@@ -163,9 +188,13 @@ def _find_weights(path: str, policy: Policy) -> dict[str, tuple[Path, str]] | No
     known |= {name.removeprefix(prefix) for name in known} | {prefix + name for name in known}
     unknown = sorted(name for name in set(files) - known if not name.endswith("inv_freq"))
     if missing or unknown:
-        log.warning("the names in %s are not those of %s (%s); rank 0 builds the whole model in CPU memory and hands "
-                    "it out", path, type(base).__name__,
-                    f"{missing[0]} is missing" if missing else f"{unknown[0]} is unknown")
+        log.warning(
+            "the names in %s are not those of %s (%s); rank 0 builds the whole model in CPU memory and hands "
+            "it out",
+            path,
+            type(base).__name__,
+            f"{missing[0]} is missing" if missing else f"{unknown[0]} is unknown",
+        )
         return None
     return found
 
@@ -191,7 +220,9 @@ def safetensors_files(path: str) -> dict[str, Path]:
         return {name: paths[part] for name, part in parts.items()}  # type: ignore[misc]
     single = locate(SINGLE)
     if single is None:
-        raise FileNotFoundError(f"{path} holds no {SINGLE} and no {INDEX}; weights are loaded from safetensors only")
+        raise FileNotFoundError(
+            f"{path} holds no {SINGLE} and no {INDEX}; weights are loaded from safetensors only"
+        )
     with safe_open(single, framework="pt") as handle:
         return dict.fromkeys(handle.keys(), single)
 
@@ -213,8 +244,10 @@ def _read_slices(found: dict[str, tuple[Path, str]], policy: Policy) -> None:
             for inner, parameter in entries:
                 tensor = handle.get_slice(inner)
                 if tuple(tensor.get_shape()) != tuple(parameter.shape):
-                    raise ValueError(f"{path}: {inner} has shape {tuple(tensor.get_shape())}; the config makes it "
-                                     f"{tuple(parameter.shape)}. Config and weights are not of one model")
+                    raise ValueError(
+                        f"{path}: {inner} has shape {tuple(tensor.get_shape())}; the config makes it "
+                        f"{tuple(parameter.shape)}. Config and weights are not of one model"
+                    )
                 _fill(parameter, tensor.__getitem__)
 
 
@@ -223,23 +256,30 @@ def _fill(parameter: Tensor, part: Callable[[tuple[slice, ...]], Tensor]) -> Non
     """Writes this rank's part of a whole tensor, of which only that part is asked for."""
     local = _local(parameter)
     if isinstance(parameter, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh,
-                                                              parameter.placements)
+        shape, offset = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
     else:
         shape, offset = parameter.shape, (0,) * parameter.dim()
     if local.numel():
-        local.copy_(part(tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))))
+        local.copy_(
+            part(tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True)))
+        )
 
 
 def _broadcast_weights(settings: PolicySettings, policy: Policy) -> None:
-    """Rank 0 builds the model in CPU memory; every parameter goes to all ranks in turn, which keep their part."""
+    """Rank 0 builds the model in CPU memory; every parameter goes to all ranks in turn, which keep their
+    part."""
     whole: dict[str, Tensor] = {}
     if dist.get_rank() == 0:
         whole = dict(load_lm(settings).named_parameters())
     for name, parameter in _base_parameters(policy):
         device = _communication_device(parameter)
-        tensor = whole[name].detach().to(device) if whole else torch.empty(parameter.shape, dtype=parameter.dtype,
-                                                                           device=device)
+        tensor = (
+            whole[name].detach().to(device)
+            if whole
+            else torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        )
         dist.broadcast(tensor, src=0)
         _fill(parameter, tensor.__getitem__)
 

@@ -19,11 +19,25 @@ class _PlainUnpickler(pickle.Unpickler):
 
     _classes = {
         ("torch.distributed.checkpoint.metadata", name)
-        for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-                     "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")
-    } | {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout"),
-         ("torch", "Size"), ("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"), ("collections", "OrderedDict"),
-         ("pathlib._local", "PosixPath")}
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    } | {
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.serialization", "_get_layout"),
+        ("torch", "Size"),
+        ("pathlib", "PosixPath"),
+        ("pathlib", "PurePosixPath"),
+        ("collections", "OrderedDict"),
+        ("pathlib._local", "PosixPath"),
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         found: Any = None
@@ -36,7 +50,9 @@ class _PlainUnpickler(pickle.Unpickler):
             if (module, outer) in self._classes:
                 found = getattr(super().find_class(module, outer), inner)
         if found is None:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of agro-lightning does")
+            raise pickle.UnpicklingError(
+                f"it names {module}.{name}, which no checkpoint of agro-lightning does"
+            )
         return found
 
 
@@ -49,8 +65,10 @@ class PlainReader(FileSystemReader):
             with path.open("rb") as handle:
                 metadata = _PlainUnpickler(handle).load()
         except (pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); it is torn, or not made by agro-lightning. Nothing in "
-                             "it was run") from None
+            raise ValueError(
+                f"{path} cannot be read ({error}); it is torn, or not made by agro-lightning. Nothing in "
+                "it was run"
+            ) from None
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

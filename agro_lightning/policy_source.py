@@ -34,7 +34,9 @@ class PolicySource:
         if self.mapped is not None:
             return {name: self.mapped[name].detach() for name in names}
         assert self.folder is not None
-        wanted = {f"state_dict.{PREFIX}{name}": torch.empty_like(self.shapes[name], device="cpu") for name in names}
+        wanted = {
+            f"state_dict.{PREFIX}{name}": torch.empty_like(self.shapes[name], device="cpu") for name in names
+        }
         read_tensors(self.folder, wanted, alone=True)
         return {name: wanted[f"state_dict.{PREFIX}{name}"] for name in names}
 
@@ -53,19 +55,26 @@ def open_policy(ckpt: str) -> PolicySource:
         read_marker(path)
         about = read_rank(path, 0)
         shapes = {
-            name.removeprefix(f"state_dict.{PREFIX}"): torch.empty(entry.size, dtype=entry.properties.dtype,
-                                                                   device="meta")
+            name.removeprefix(f"state_dict.{PREFIX}"): torch.empty(
+                entry.size, dtype=entry.properties.dtype, device="meta"
+            )
             for name, entry in PlainReader(path).read_metadata().state_dict_metadata.items()
-            if name.startswith(f"state_dict.{PREFIX}") and isinstance(entry, TensorStorageMetadata)}
+            if name.startswith(f"state_dict.{PREFIX}") and isinstance(entry, TensorStorageMetadata)
+        }
         return PolicySource(about=_about(about, ckpt), shapes=shapes, mapped=None, folder=path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{ckpt} cannot be read as tensors and plain values ({str(error).splitlines()[0]}); it is "
-                         "torn, or not made by agro-lightning. Nothing in it was run") from None
+        raise ValueError(
+            f"{ckpt} cannot be read as tensors and plain values ({str(error).splitlines()[0]}); it is "
+            "torn, or not made by agro-lightning. Nothing in it was run"
+        ) from None
     about = _about(loaded, ckpt)
-    weights = {name.removeprefix(PREFIX): value for name, value in loaded["state_dict"].items()
-               if name.startswith(PREFIX)}
+    weights = {
+        name.removeprefix(PREFIX): value
+        for name, value in loaded["state_dict"].items()
+        if name.startswith(PREFIX)
+    }
     shapes = {name: value.to("meta") for name, value in weights.items()}
     return PolicySource(about=about, shapes=shapes, mapped=weights, folder=None)
 

@@ -37,7 +37,7 @@ def weights_hash(module: nn.Module) -> str:
             tensor, sharded = _gathered(tensor), True
         if not sharded or dist.get_rank() == 0:
             digest.update(f"{name} {tuple(tensor.shape)};".encode())
-            digest.update(tensor.cpu().float().contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.cpu().float().contiguous().view(torch.uint8).numpy().tobytes())
     names = [digest.hexdigest()[:16]]
     if sharded:
         dist.broadcast_object_list(names, src=0)

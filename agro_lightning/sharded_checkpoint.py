@@ -54,12 +54,16 @@ def read_marker(folder: Path) -> dict[str, Any]:
         ValueError: it is not complete.
     """
     if not folder.exists():
-        raise FileNotFoundError(f"checkpoint {folder} does not exist; look into the run's folder checkpoints/")
+        raise FileNotFoundError(
+            f"checkpoint {folder} does not exist; look into the run's folder checkpoints/"
+        )
     try:
         return json.loads((folder / MARKER).read_text())
     except FileNotFoundError:
-        raise ValueError(f"checkpoint {folder} is not complete (it has no {MARKER}): its writers were stopped, or it "
-                         "was copied in part. Give an older one") from None
+        raise ValueError(
+            f"checkpoint {folder} is not complete (it has no {MARKER}): its writers were stopped, or it "
+            "was copied in part. Give an older one"
+        ) from None
 
 
 class ShardedSaver:
@@ -92,8 +96,9 @@ class ShardedSaver:
         if self._asynchronous:
             tensors = tree_map_only(Tensor, _copy_to_cpu, tensors)
             rest = tree_map_only(Tensor, _copy_to_cpu, rest)
-        self._thread = threading.Thread(target=self._run, args=(tensors, rest, path), daemon=True,
-                                        name="checkpoint")
+        self._thread = threading.Thread(
+            target=self._run, args=(tensors, rest, path), daemon=True, name="checkpoint"
+        )
         self._thread.start()
         if not self._asynchronous:
             self.wait()
@@ -238,14 +243,17 @@ def read_rank(folder: Path, rank: int) -> dict[str, Any]:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{file} cannot be read as tensors and plain values ({str(error).splitlines()[0]}); it is "
-                         "torn, or not made by agro-lightning. Nothing in it was run") from None
+        raise ValueError(
+            f"{file} cannot be read as tensors and plain values ({str(error).splitlines()[0]}); it is "
+            "torn, or not made by agro-lightning. Nothing in it was run"
+        ) from None
 
 
 def merge_ranks(states: list[dict[str, Any]], place: DataRank) -> dict[str, Any]:
     """One rank's state from those that another number of ranks saved.
 
-    Cursors are global and equal on all ranks. Rollouts that were not used up are dealt out anew; random generators
+    Cursors are global and equal on all ranks. Rollouts that were not used up are dealt out anew; random
+    generators
     stay as the run's seed made them.
     """
     merged = dict(states[0])

@@ -1,4 +1,5 @@
-"""Which modules are FSDP units, how a sharded policy generates, and how gradients over several meshes are measured."""
+"""Which modules are FSDP units, how a sharded policy generates, and how gradients over several meshes are
+measured."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -25,11 +26,14 @@ FORWARD_METHODS = ("logprobs", "agro_loss", "weighted_logprobs", "wake")
 
 @dataclass(kw_only=True)
 class ShardingSettings:
-    """How the policy and its frozen reference are spread over ranks, where the trainer's strategy shards at all."""
+    """How the policy and its frozen reference are spread over ranks, where the trainer's strategy shards at
+    all."""
 
     param_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type that parameters are gathered and computed in; None: that of policy.dtype. The shards, their gradients
-    and the optimiser stay in policy.dtype: float32 there and bfloat16 here are fp32 master weights, bf16 compute."""
+    """Type that parameters are gathered and computed in; None: that of policy.dtype. The shards, their
+    gradients
+    and the optimiser stay in policy.dtype: float32 there and bfloat16 here are fp32 master weights, bf16
+    compute."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that gradients are summed over ranks in."""
     reshard_after_forward: bool = True
@@ -38,7 +42,8 @@ class ShardingSettings:
     offload_reference: bool = False
     """Keep the reference's shards in CPU memory and copy each layer to the GPU when it runs."""
     replicate: int = 1
-    """Groups of ranks that each hold the whole model (HSDP): gradients are summed over them too. With 8 GPUs a
+    """Groups of ranks that each hold the whole model (HSDP): gradients are summed over them too. With 8 GPUs
+    a
     node, `replicate` = the number of nodes keeps the gathering of parameters within nodes."""
 
 
@@ -59,7 +64,9 @@ def plan_meshes(mesh: DeviceMesh, replicate: int) -> Meshes:
     """
     data, tensor = mesh["data_parallel"].size(), mesh["tensor_parallel"].size()
     if replicate < 1 or data % replicate:
-        raise ValueError(f"model.sharding.replicate is {replicate}; it must divide the data-parallel size, {data}")
+        raise ValueError(
+            f"model.sharding.replicate is {replicate}; it must divide the data-parallel size, {data}"
+        )
     if replicate == 1:
         return Meshes(mesh["data_parallel"], mesh["tensor_parallel"] if tensor > 1 else None)
     names = ("replicate", "shard", "tensor_parallel")
@@ -93,15 +100,26 @@ def data_rank(mesh: DeviceMesh | None) -> DataRank:
     if mesh is not None:
         data = mesh["data_parallel"]
         tensor = mesh["tensor_parallel"]
-        return DataRank(data.get_local_rank(), data.size(), data.get_group(), tensor.get_local_rank() == 0,
-                        tensor.get_group() if tensor.size() > 1 else None)
+        return DataRank(
+            data.get_local_rank(),
+            data.size(),
+            data.get_group(),
+            tensor.get_local_rank() == 0,
+            tensor.get_group() if tensor.size() > 1 else None,
+        )
     if dist.is_initialized():
         return DataRank(dist.get_rank(), dist.get_world_size(), None, True)
     return DataRank(0, 1, None, True)
 
 
-def shard(policy: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, settings: ShardingSettings, *,
-          frozen: bool = False) -> None:
+def shard(
+    policy: nn.Module,
+    layers: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    settings: ShardingSettings,
+    *,
+    frozen: bool = False,
+) -> None:
     """Makes every decoder layer an FSDP unit and the policy their root, in place.
 
     The root's inputs are not cast to param_dtype: reference log-probs and coefficients are fp32 and stay so.
@@ -118,11 +136,22 @@ def shard(policy: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, sett
     offload_policy = CPUOffloadPolicy() if offload else OffloadPolicy()
     reshard = settings.reshard_after_forward or frozen
     for layer in layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard, offload_policy=offload_policy,
-                    mp_policy=MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype))
-    fully_shard(policy, mesh=mesh, reshard_after_forward=frozen, offload_policy=offload_policy,
-                mp_policy=MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype,
-                                               cast_forward_inputs=False))
+        fully_shard(
+            layer,
+            mesh=mesh,
+            reshard_after_forward=reshard,
+            offload_policy=offload_policy,
+            mp_policy=MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
+        )
+    fully_shard(
+        policy,
+        mesh=mesh,
+        reshard_after_forward=frozen,
+        offload_policy=offload_policy,
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+        ),
+    )
     for method in FORWARD_METHODS:
         register_fsdp_forward_method(policy, method)
 
@@ -134,7 +163,8 @@ def fsdp_units(policy: nn.Module) -> list[FSDPModule]:
 
 @contextlib.contextmanager
 def unsharded(policy: nn.Module) -> Iterator[None]:
-    """Holds whole parameters on every rank, gathered once: ranks may then run any number of forwards, or none.
+    """Holds whole parameters on every rank, gathered once: ranks may then run any number of forwards, or
+    none.
 
     All ranks enter and leave together. Within it, entering again does nothing, on any subset of ranks.
     Without FSDP the model is left as it is.
@@ -191,7 +221,9 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
     """
     by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
     for gradient in gradients:
-        by_mesh.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
+        by_mesh.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(
+            gradient
+        )
     norms = [_whole(torch.nn.utils.get_total_norm(part)) for part in by_mesh.values()]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 

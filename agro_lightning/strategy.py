@@ -1,4 +1,5 @@
-"""The Lightning strategy for several ranks: FSDP and tensor parallelism with explicit sizes, atomic checkpoints."""
+"""The Lightning strategy for several ranks: FSDP and tensor parallelism with explicit sizes, atomic
+checkpoints."""
 
 from collections.abc import Mapping
 from datetime import timedelta
@@ -12,7 +13,8 @@ from agro_lightning.sharding import data_rank
 
 
 class Sharded(ModelParallelStrategy):
-    """Shards policy, gradients, optimiser and reference over ranks; started by torchrun, srun or Lightning itself.
+    """Shards policy, gradients, optimiser and reference over ranks; started by torchrun, srun or Lightning
+    itself.
 
     Args:
         tensor_parallel_size: ranks that share every layer; they get the same data.
@@ -22,10 +24,18 @@ class Sharded(ModelParallelStrategy):
             this rank's weights and optimiser.
     """
 
-    def __init__(self, tensor_parallel_size: int = 1, data_parallel_size: int | Literal["auto"] = "auto",
-                 timeout_seconds: float = 1800.0, asynchronous_checkpoints: bool = True):
-        super().__init__(data_parallel_size=data_parallel_size, tensor_parallel_size=tensor_parallel_size,
-                         timeout=timedelta(seconds=timeout_seconds))
+    def __init__(
+        self,
+        tensor_parallel_size: int = 1,
+        data_parallel_size: int | Literal["auto"] = "auto",
+        timeout_seconds: float = 1800.0,
+        asynchronous_checkpoints: bool = True,
+    ):
+        super().__init__(
+            data_parallel_size=data_parallel_size,
+            tensor_parallel_size=tensor_parallel_size,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
         self._asynchronous = asynchronous_checkpoints
         self._saver: sharded_checkpoint.ShardedSaver | None = None
 
@@ -37,12 +47,15 @@ class Sharded(ModelParallelStrategy):
         if self._data_parallel_size == "auto":
             self._data_parallel_size = ranks // tensor
         elif self._data_parallel_size != ranks // tensor:
-            raise ValueError(f"data_parallel_size {self._data_parallel_size} times tensor_parallel_size {tensor} is "
-                             f"not the number of ranks, {ranks}; leave data_parallel_size out, or change devices")
+            raise ValueError(
+                f"data_parallel_size {self._data_parallel_size} times tensor_parallel_size {tensor} is "
+                f"not the number of ranks, {ranks}; leave data_parallel_size out, or change devices"
+            )
         super().setup_environment()
         assert self._timeout is not None
-        self._saver = sharded_checkpoint.ShardedSaver(data_rank(self.device_mesh), asynchronous=self._asynchronous,
-                                                      timeout=self._timeout)
+        self._saver = sharded_checkpoint.ShardedSaver(
+            data_rank(self.device_mesh), asynchronous=self._asynchronous, timeout=self._timeout
+        )
 
     @property
     def saver(self) -> sharded_checkpoint.ShardedSaver:

@@ -41,7 +41,9 @@ def parallelize(lm: PreTrainedModel, mesh: DeviceMesh) -> ProcessGroup:
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     assert isinstance(embedding, nn.Module) and isinstance(head, nn.Module)
     tied = head.weight is embedding.weight
-    parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()))
+    parallelize_module(
+        embedding, mesh, RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
+    )
     parallelize_module(head, mesh, ColwiseParallel(output_layouts=Replicate()))
     if tied:
         head.weight = embedding.weight
@@ -53,21 +55,30 @@ def _plan(lm: PreTrainedModel, ranks: int) -> dict[str, ParallelStyle]:
     name, config = type(lm).__name__, lm.get_decoder().config
     known = getattr(config, "base_model_tp_plan", None)
     if not known:
-        raise ValueError(f"{name} has no tensor-parallel plan in transformers; set tensor_parallel_size: 1 and use "
-                         "data_parallel_size for all ranks")
+        raise ValueError(
+            f"{name} has no tensor-parallel plan in transformers; set tensor_parallel_size: 1 and use "
+            "data_parallel_size for all ranks"
+        )
     heads = config.num_attention_heads
-    for what, count in (("attention", heads), ("key-value", getattr(config, "num_key_value_heads", None) or heads)):
+    for what, count in (
+        ("attention", heads),
+        ("key-value", getattr(config, "num_key_value_heads", None) or heads),
+    ):
         if count % ranks:
-            raise ValueError(f"tensor_parallel_size is {ranks}, which does not divide the {count} {what} heads of "
-                             f"{name}; give a divisor")
+            raise ValueError(
+                f"tensor_parallel_size is {ranks}, which does not divide the {count} {what} heads of "
+                f"{name}; give a divisor"
+            )
     plan: dict[str, ParallelStyle] = {}
     for path, module in lm.get_decoder().named_modules():
         style = _style_of(path, known)
         if style is None:
             continue
         if style not in _STYLES or not isinstance(module, nn.Module):
-            raise ValueError(f"{name}'s tensor-parallel plan asks for {style!r} at {path}; only "
-                             f"{', '.join(_STYLES)} are carried out here. Set tensor_parallel_size: 1")
+            raise ValueError(
+                f"{name}'s tensor-parallel plan asks for {style!r} at {path}; only "
+                f"{', '.join(_STYLES)} are carried out here. Set tensor_parallel_size: 1"
+            )
         plan[path] = _STYLES[style]()
     return plan
 

@@ -1,4 +1,5 @@
-"""Runs a function on several real processes with gloo, started from a fork server that has the imports done."""
+"""Runs a function on several real processes with gloo, started from a fork server that has the imports
+done."""
 
 import io
 import multiprocessing
@@ -14,8 +15,17 @@ from typing import Any
 
 import torch
 
-_PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "transformers.models.llama",
-            "transformers.models.qwen3", "lightning", "agro_lightning.module", "agro_lightning.strategy", "tiny_models"]
+_PRELOAD = [
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "transformers.models.llama",
+    "transformers.models.qwen3",
+    "lightning",
+    "agro_lightning.module",
+    "agro_lightning.strategy",
+    "tiny_models",
+]
 
 
 def free_port() -> int:
@@ -33,10 +43,20 @@ def _context() -> Any:
     return context
 
 
-def _main(function: Callable[..., Any], rank: int, world: int, port: int, args: tuple, answer: Connection) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-                      GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="tests",
-                      OMP_NUM_THREADS="1")
+def _main(
+    function: Callable[..., Any], rank: int, world: int, port: int, args: tuple, answer: Connection
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        GROUP_RANK="0",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RUN_ID="tests",
+        OMP_NUM_THREADS="1",
+    )
     torch.set_num_threads(1)
     try:
         result = io.BytesIO()  # tensors by value: shared memory would end with this process
@@ -49,8 +69,9 @@ def _main(function: Callable[..., Any], rank: int, world: int, port: int, args: 
             torch.distributed.destroy_process_group()
 
 
-def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 60.0,
-              grace: float = 5.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world: int, *args: Any, timeout: float = 60.0, grace: float = 5.0
+) -> list[Any]:
     """What `function(rank, world, *args)` returned on each rank. Raises AssertionError with the tracebacks.
 
     Args:
@@ -59,8 +80,10 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
     """
     context, port = _context(), free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(world)]
-    processes = [context.Process(target=_main, args=(function, rank, world, port, args, pipes[rank][1]), daemon=True)
-                 for rank in range(world)]
+    processes = [
+        context.Process(target=_main, args=(function, rank, world, port, args, pipes[rank][1]), daemon=True)
+        for rank in range(world)
+    ]
     for process in processes:
         process.start()
     for _, sender in pipes:

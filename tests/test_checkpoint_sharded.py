@@ -1,4 +1,5 @@
-"""Sharded checkpoints of real runs on gloo ranks: whole or absent, resumed bitwise, at other numbers of ranks too."""
+"""Sharded checkpoints of real runs on gloo ranks: whole or absent, resumed bitwise, at other numbers of
+ranks too."""
 
 import csv
 import json
@@ -45,7 +46,8 @@ data:
 
 
 def fit(rank, world, config, folder, options, kill=None):
-    """The command line on one rank; `kill` is (rank, step, signal): that rank gets the signal before the step."""
+    """The command line on one rank; `kill` is (rank, step, signal): that rank gets the signal before the
+    step."""
     import lightning as L
 
     from agro_lightning import cli
@@ -113,7 +115,9 @@ def assert_same(one, other, exact=True):
 
 def rewards(folder):
     with open(f"{folder}/metrics.csv", newline="") as handle:
-        return [(row["step"], row["train/reward"], row["train/gradient_norm"]) for row in csv.DictReader(handle)]
+        return [
+            (row["step"], row["train/reward"], row["train/gradient_norm"]) for row in csv.DictReader(handle)
+        ]
 
 
 def test_killed_and_resumed_on_two_ranks_is_bitwise_the_uninterrupted_run(tmp_path, config):
@@ -125,12 +129,16 @@ def test_killed_and_resumed_on_two_ranks_is_bitwise_the_uninterrupted_run(tmp_pa
         run_ranks(fit, 2, small, broken, steps, (1, 5, signal.SIGKILL), grace=30)
     assert "because of rank 1, which gave no sign of life" in Path(f"{broken}.rank0.log").read_text()
     run_ranks(fit, 2, small, broken, [*steps, "--ckpt_path", "last"])
-    assert_same(tensors_of(f"{whole}/checkpoints/step-00000007.ckpt"),
-                tensors_of(f"{broken}/checkpoints/step-00000007.ckpt"))
+    assert_same(
+        tensors_of(f"{whole}/checkpoints/step-00000007.ckpt"),
+        tensors_of(f"{broken}/checkpoints/step-00000007.ckpt"),
+    )
     assert rewards(whole) == rewards(broken)
     names = sorted(os.listdir(f"{whole}/checkpoints"))
     assert [name for name in names if name.startswith("step") and not name.endswith("whole")] == [
-        "step-00000006.ckpt", "step-00000007.ckpt"]  # the last two
+        "step-00000006.ckpt",
+        "step-00000007.ckpt",
+    ]  # the last two
     weights = tensors_of(f"{whole}/checkpoints/step-00000007.ckpt")["state_dict"]
     assert all(name.startswith("policy.") for name in weights)  # no reference
 
@@ -141,8 +149,14 @@ def test_other_numbers_of_ranks_go_on_with_the_same_weights_and_data(tmp_path, c
     def run(name, world, stop=None, *options):
         """Trains to step 6, or up to `stop`, where rank 0 gets SIGTERM."""
         kill = None if stop is None else (0, stop - 1, signal.SIGTERM)
-        run_ranks(fit, world, offline, str(tmp_path / name),
-                  ["--data.batch_size", str(4 // world), "--trainer.max_steps", "6", *options], kill)
+        run_ranks(
+            fit,
+            world,
+            offline,
+            str(tmp_path / name),
+            ["--data.batch_size", str(4 // world), "--trainer.max_steps", "6", *options],
+            kill,
+        )
         return newest_checkpoint(tmp_path / name / "checkpoints")
 
     one = torch.load(run("one", 1), weights_only=True)
@@ -168,8 +182,12 @@ def test_a_signal_to_one_rank_saves_and_ends_all_with_0(tmp_path, config, number
 
 
 def test_half_written_checkpoints_are_never_picked_up(tmp_path):
-    for name, complete in (("step-1.ckpt", True), ("step-2.ckpt", True), (".step-3.ckpt.partial", True),
-                           ("step-4.ckpt", False)):
+    for name, complete in (
+        ("step-1.ckpt", True),
+        ("step-2.ckpt", True),
+        (".step-3.ckpt.partial", True),
+        ("step-4.ckpt", False),
+    ):
         (tmp_path / name).mkdir()
         if complete:
             (tmp_path / name / MARKER).write_text(json.dumps({"ranks": 2}))

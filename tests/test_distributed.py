@@ -1,4 +1,5 @@
-"""The real trainer on gloo ranks: gradients, clipping, skipped steps and generation equal those of one process."""
+"""The real trainer on gloo ranks: gradients, clipping, skipped steps and generation equal those of one
+process."""
 
 import logging
 import warnings
@@ -33,7 +34,9 @@ class Record(L.Callback):
         self.gradients, self.norms, self.skipped = [], [], []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.gradients.append({n: full(p.grad) for n, p in pl_module.policy.named_parameters() if p.grad is not None})
+        self.gradients.append(
+            {n: full(p.grad) for n, p in pl_module.policy.named_parameters() if p.grad is not None}
+        )
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
@@ -55,7 +58,8 @@ class Batches:
 
 
 def batches_of(rank, ranks, accumulate, steps, poison=None):
-    """This rank's micro-batches: of different sizes over ranks and micro-batches, covering every group once."""
+    """This rank's micro-batches: of different sizes over ranks and micro-batches, covering every group
+    once."""
     out = []
     for step in range(steps):
         groups = make_groups(GROUPS, seed=step)
@@ -63,7 +67,7 @@ def batches_of(rank, ranks, accumulate, steps, poison=None):
         cuts[1:-1] += torch.arange(ranks * accumulate - 1) % 2  # uneven
         for part in range(accumulate):
             at = part * ranks + rank
-            batch = pack_groups(groups[cuts[at]: cuts[at + 1]], num_groups=GROUPS)
+            batch = pack_groups(groups[cuts[at] : cuts[at + 1]], num_groups=GROUPS)
             if poison == (step, at):
                 batch.rewards[0] = float("nan")
             out.append(batch)
@@ -77,20 +81,40 @@ def fit(rank, world, path, options):
     torch.manual_seed(0)
     tensor, accumulate = options.get("tensor", 1), options.get("accumulate", 1)
     steps, ranks = options.get("steps", 2), world // tensor
-    module = AgroModule(policy=PolicySettings(path=path), objective=options.get("objective", Agro(beta=0.05)),
-                        optimizer=OptimizerSettings(learning_rate=1e-3, warmup_steps=0, schedule="constant"),
-                        max_tokens=options.get("max_tokens"), temperature=0.7,
-                        sharding=ShardingSettings(replicate=options.get("replicate", 1)))
+    module = AgroModule(
+        policy=PolicySettings(path=path),
+        objective=options.get("objective", Agro(beta=0.05)),
+        optimizer=OptimizerSettings(learning_rate=1e-3, warmup_steps=0, schedule="constant"),
+        max_tokens=options.get("max_tokens"),
+        temperature=0.7,
+        sharding=ShardingSettings(replicate=options.get("replicate", 1)),
+    )
     record = Record()
-    trainer = L.Trainer(accelerator="cpu", devices=world, max_steps=steps, max_epochs=1, logger=False,
-                        strategy="auto" if world == 1 else Sharded(tensor_parallel_size=tensor),
-                        accumulate_grad_batches=accumulate, gradient_clip_val=options.get("clip"),
-                        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-                        callbacks=[record], use_distributed_sampler=False)
-    trainer.fit(module, train_dataloaders=batches_of(rank // tensor, ranks, accumulate, steps, options.get("poison")))
-    return {"gradients": record.gradients, "norms": record.norms, "skipped": record.skipped,
-            "weights": {n: full(p) for n, p in module.policy.named_parameters()},
-            "reference_id": module.reference.reference_id}
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=world,
+        max_steps=steps,
+        max_epochs=1,
+        logger=False,
+        strategy="auto" if world == 1 else Sharded(tensor_parallel_size=tensor),
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=options.get("clip"),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[record],
+        use_distributed_sampler=False,
+    )
+    trainer.fit(
+        module, train_dataloaders=batches_of(rank // tensor, ranks, accumulate, steps, options.get("poison"))
+    )
+    return {
+        "gradients": record.gradients,
+        "norms": record.norms,
+        "skipped": record.skipped,
+        "weights": {n: full(p) for n, p in module.policy.named_parameters()},
+        "reference_id": module.reference.reference_id,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +188,11 @@ def generate(rank, world, path, engine, tensor):
     warnings.simplefilter("ignore")
     groups = make_groups(4)
     prompts = [group.prompt.prompt_ids for group in groups]
-    module = AgroModule(policy=PolicySettings(path=path), objective=Agro(beta=0.05),
-                        optimizer=OptimizerSettings(learning_rate=0.05, warmup_steps=0, schedule="constant"))
+    module = AgroModule(
+        policy=PolicySettings(path=path),
+        objective=Agro(beta=0.05),
+        optimizer=OptimizerSettings(learning_rate=0.05, warmup_steps=0, schedule="constant"),
+    )
     outputs = []
 
     class Rollout(L.Callback):
@@ -177,31 +204,43 @@ def generate(rank, world, path, engine, tensor):
             place = data_rank(pl_module.device_mesh)
             mine = slice(place.rank, None, place.size)
             engine.update_weights(pl_module.global_step)
-            rows = engine.generate(prompts[mine], Sampling(max_new_tokens=3 + 6 * place.rank, temperature=0.0),
-                                   n=1, seed=3)
+            rows = engine.generate(
+                prompts[mine], Sampling(max_new_tokens=3 + 6 * place.rank, temperature=0.0), n=1, seed=3
+            )
             outputs.append([generation.completion_ids[:3] for row in rows for generation in row])
             outputs.append([len(generation.completion_ids) for row in rows for generation in row])
 
         def on_train_batch_end(self, trainer, pl_module, *args):
             self.generate(pl_module)
 
-    trainer = L.Trainer(accelerator="cpu", devices=world, max_steps=2, max_epochs=1, logger=False,
-                        strategy="auto" if world == 1 else Sharded(tensor_parallel_size=tensor),
-                        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-                        callbacks=[Rollout()], use_distributed_sampler=False)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=world,
+        max_steps=2,
+        max_epochs=1,
+        logger=False,
+        strategy="auto" if world == 1 else Sharded(tensor_parallel_size=tensor),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Rollout()],
+        use_distributed_sampler=False,
+    )
     trainer.fit(module, train_dataloaders=batches_of(rank // tensor, world // tensor, 1, 2))
     return outputs
 
 
-@pytest.mark.parametrize(("engine", "world", "tensor"), [
-    (Generate, 2, 1), (BatchedDecoding, 2, 1), (ContinuousBatching, 2, 1), (BatchedDecoding, 4, 2)],
-    ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    ("engine", "world", "tensor"),
+    [(Generate, 2, 1), (BatchedDecoding, 2, 1), (ContinuousBatching, 2, 1), (BatchedDecoding, 4, 2)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_generation_of_unequal_lengths_before_and_after_steps(model_folder, engine, world, tensor):
     (one,) = run_ranks(generate, 1, model_folder, engine(), 1)
     results = run_ranks(generate, world, model_folder, engine(), tensor)
     ranks = world // tensor
     for moment in (0, 2, 4):
         for rank, result in enumerate(results):
-            assert result[moment] == one[moment][rank // tensor:: ranks]
+            assert result[moment] == one[moment][rank // tensor :: ranks]
     assert one[0] != one[4]  # the steps changed what is generated
     assert max(results[0][1]) < max(results[-1][1])  # ranks stopped at different lengths

@@ -1,4 +1,5 @@
-"""Exports load in transformers and give the policy's logits: from files and shards, whole, merged, adapters."""
+"""Exports load in transformers and give the policy's logits: from files and shards, whole, merged,
+adapters."""
 
 import logging
 import pickle
@@ -25,11 +26,13 @@ IDS = torch.arange(3, 15)[None]
 
 def describe(policy):
     config = policy.base.config
-    return {CHECKPOINT_KEY: {
-        "policy": asdict(policy.settings),
-        "model_config": {**config.to_dict(), "model_type": config.model_type},
-        "generation_config": policy.base.generation_config.to_dict(),
-    }}
+    return {
+        CHECKPOINT_KEY: {
+            "policy": asdict(policy.settings),
+            "model_config": {**config.to_dict(), "model_type": config.model_type},
+            "generation_config": policy.base.generation_config.to_dict(),
+        }
+    }
 
 
 @torch.no_grad()
@@ -99,9 +102,14 @@ def test_whole_models(tmp_path, checkpoint, architecture, kind):
         export(path, str(out))
 
 
-@pytest.mark.parametrize(("architecture", "kind", "targets"), [
-    ("llama", "file", "all-linear"), ("llama_tied", "shards", ["q_proj", "down_proj", "embed_tokens"]),
-    ("gpt2", "file", ["c_attn", "c_proj"])])
+@pytest.mark.parametrize(
+    ("architecture", "kind", "targets"),
+    [
+        ("llama", "file", "all-linear"),
+        ("llama_tied", "shards", ["q_proj", "down_proj", "embed_tokens"]),
+        ("gpt2", "file", ["c_attn", "c_proj"]),
+    ],
+)
 def test_adapters_merged_and_alone(tmp_path, checkpoint, architecture, kind, targets):
     peft = pytest.importorskip("peft")
     warnings.simplefilter("ignore")

@@ -1,4 +1,5 @@
-"""Sharded models on real gloo ranks: weights, buffers, log-probs, gradients and generation equal one process."""
+"""Sharded models on real gloo ranks: weights, buffers, log-probs, gradients and generation equal one
+process."""
 
 import pytest
 import torch
@@ -25,11 +26,22 @@ def make_groups(count, seed=0, vocab=16, members=3):
     groups = []
     for g in range(count):
         completions = tuple(
-            Completion(completion="", completion_ids=ids(1, 7), reward=float(torch.rand((), generator=rng)),
-                       finish_reason="stop", source="live", policy_version=0, temperature=1.0)
-            for _ in range(members))
-        groups.append(PromptGroup(prompt=Prompt(prompt_id=f"p{g}", prompt="", prompt_ids=ids(2, 6)),
-                                  completions=completions))
+            Completion(
+                completion="",
+                completion_ids=ids(1, 7),
+                reward=float(torch.rand((), generator=rng)),
+                finish_reason="stop",
+                source="live",
+                policy_version=0,
+                temperature=1.0,
+            )
+            for _ in range(members)
+        )
+        groups.append(
+            PromptGroup(
+                prompt=Prompt(prompt_id=f"p{g}", prompt="", prompt_ids=ids(2, 6)), completions=completions
+            )
+        )
     return groups
 
 
@@ -38,7 +50,9 @@ def mesh_of(world, tensor=1):
 
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
-    return init_device_mesh("cpu", (world // tensor, tensor), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    return init_device_mesh(
+        "cpu", (world // tensor, tensor), mesh_dim_names=("data_parallel", "tensor_parallel")
+    )
 
 
 def full(tensor):
@@ -53,7 +67,7 @@ def load_and_measure(rank, world, settings, sharding, tensor=1):
     reference = sharded_reference(policy, sharding, mesh, torch.device("cpu"))
     groups = make_groups(4)
     data = mesh["data_parallel"]
-    mine = pack_groups(groups[data.get_local_rank():: data.size()], num_groups=len(groups))
+    mine = pack_groups(groups[data.get_local_rank() :: data.size()], num_groups=len(groups))
     (policy.logprobs(mine).logprobs.sum() * data.size()).backward()
     everything = pack_groups(groups, num_groups=len(groups))
     with torch.no_grad():
@@ -148,7 +162,9 @@ def test_a_file_of_another_shape_is_refused(model_folder):
     weights = load_file(file)
     weights["lm_head.weight"] = weights["lm_head.weight"][:-1].clone()
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(AssertionError, match=r"lm_head.weight has shape \(63, 32\); the config makes it \(64, 32\)"):
+    with pytest.raises(
+        AssertionError, match=r"lm_head.weight has shape \(63, 32\); the config makes it \(64, 32\)"
+    ):
         run_ranks(load_and_measure, 2, PolicySettings(path=folder), ShardingSettings())
 
 
