@@ -50,7 +50,7 @@ def check_logprobs(policy: Policy) -> float:
     hints = {name: value for name, value in config.items() if ("logit" in name or "scal" in name) and value}
     head = policy.head_options
     raise HeadMismatchError(
-        f"the fused log-probs differ from those of {type(policy.base).__name__}'s own logits by {gap:.3g} nat "
+        f"the fused log-probs differ from those of {type(policy.base).__name__}'s logits by {gap:.3g} nats "
         f"on average (limit {tolerance:g}): its head does something between hidden states and logits that is "
         f"not known. Set model.policy.logit_scale or model.policy.softcap (now {head.logit_scale:g} and "
         f"{head.softcap}). Its config says: {hints or 'nothing about logits'}"

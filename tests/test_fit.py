@@ -95,7 +95,8 @@ def kill_after_checkpoint(config, folder, step):
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             done = (folder / "checkpoints" / f"step-{step:08d}.ckpt").exists()
-            later = any(int(p.name.split("-")[1]) >= step for p in (folder / "replay").glob("step-*.parquet"))
+            rollouts = (folder / "replay").glob("step-*.parquet")
+            later = any(int(path.name.split("-")[1]) >= step for path in rollouts)
             if (done and later) or process.poll() is not None:
                 break
             time.sleep(0.01)

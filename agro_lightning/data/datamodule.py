@@ -382,7 +382,7 @@ class AgroDataModule(L.LightningDataModule):
         sampled = self.engine.generate(ids, self.sampling, n=self.validation_samples, seed=self.seed)
         results = []
         texts = [
-            [str(self.tokenizer.decode(g.completion_ids, skip_special_tokens=True)) for g in [*first, *rest]]
+            [self._decode(g.completion_ids) for g in [*first, *rest]]
             for first, rest in zip(greedy, sampled, strict=True)
         ]
         scores = iter(
@@ -404,6 +404,9 @@ class AgroDataModule(L.LightningDataModule):
                 )
             )
         return results
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def evaluate(self) -> dict[str, float]:
         """Accuracies over all validation prompts and ranks."""
