@@ -89,7 +89,7 @@ def whole_run(config, tmp_path_factory):
 
 
 def kill_after_checkpoint(config, folder, step):
-    """Starts a run and kills it with SIGKILL as soon as rollouts from after the checkpoint of `step` exist."""
+    """Starts a run; kills it with SIGKILL as soon as rollouts from after the checkpoint of `step` exist."""
     process = command("fit", "--config", config, "--run_dir", folder)
     try:
         deadline = time.monotonic() + 300
