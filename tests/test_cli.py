@@ -66,6 +66,7 @@ def local_copies(tmp_path_factory, quickstart_tokenizer):
     )
     save_with_tokenizer(tiny_lm("llama"), tokenizer, folder / "model")
     rows = {
+        "plain": {"prompt": "What is 3 + 4?", "answer": "7"},
         "gsm8k": {"question": "What is 3 + 4?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"},
         "math": {
             "problem": "What is $3+4$?",
@@ -83,7 +84,7 @@ def localised(config, local):
     """The config with local folders for hub ids, on one CPU."""
     for part in ("train", "validation"):
         prompts = config["data"][part]
-        prompts["path"] = str(local / f"{prompts['format']}.jsonl")
+        prompts["path"] = str(local / f"{prompts.get('format', 'plain')}.jsonl")
         prompts.pop("subset", None)
         prompts.pop("split", None)
     config["model"]["policy"]["path"] = str(local / "model")
