@@ -55,7 +55,7 @@ def sharded_policy(
         _read_slices(files, policy)
     for name, parameter in policy.lm.named_parameters():
         if "lora_" in name:
-            _fill(parameter, lambda part, n=name, p=parameter: adapter_values(n, p.shape)[part])
+            fill(parameter, lambda part, n=name, p=parameter: adapter_values(n, p.shape)[part])
     return policy
 
 
@@ -248,11 +248,11 @@ def _read_slices(found: dict[str, tuple[Path, str]], policy: Policy) -> None:
                         f"{path}: {inner} has shape {tuple(tensor.get_shape())}; the config makes it "
                         f"{tuple(parameter.shape)}. Config and weights are not of one model"
                     )
-                _fill(parameter, tensor.__getitem__)
+                fill(parameter, tensor.__getitem__)
 
 
 @torch.no_grad()
-def _fill(parameter: Tensor, part: Callable[[tuple[slice, ...]], Tensor]) -> None:
+def fill(parameter: Tensor, part: Callable[[tuple[slice, ...]], Tensor]) -> None:
     """Writes this rank's part of a whole tensor, of which only that part is asked for."""
     local = _local(parameter)
     if isinstance(parameter, DTensor):
@@ -281,7 +281,7 @@ def _broadcast_weights(settings: PolicySettings, policy: Policy) -> None:
             else torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         )
         dist.broadcast(tensor, src=0)
-        _fill(parameter, tensor.__getitem__)
+        fill(parameter, tensor.__getitem__)
 
 
 def _communication_device(parameter: Tensor) -> torch.device:

@@ -10,11 +10,13 @@ from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from agro_lightning.data.packing import pack_groups, split_batch
+from agro_lightning.loading import copy_shards, fill
 from agro_lightning.policy import Policy
 from agro_lightning.sharding import lockstep
 from agro_lightning.types import PromptGroup, TokenBatch
@@ -98,24 +100,32 @@ class FrozenReference:
     def logprobs(self, batch: TokenBatch, *, max_tokens: int | None = None) -> Tensor:
         return _in_pieces(self.policy, batch, max_tokens)
 
-    @torch.no_grad()
     def reset_to(self, policy: Policy) -> None:
-        for mine, theirs in zip(self.policy.parameters(), policy.parameters(), strict=True):
-            mine.copy_(theirs)
+        copy_shards(policy, self.policy)
         self.reference_id = self._identify()
 
     def save(self, path: Path) -> None:
-        """Writes the weights as safetensors, aside and then renamed."""
-        aside = path.with_name(f".{path.name}.partial")
-        save_file({name: p.detach().cpu().contiguous() for name, p in self.policy.named_parameters()}, aside)
-        aside.replace(path)
-
-    @torch.no_grad()
-    def load(self, path: Path) -> None:
-        """Reads back what `save` wrote."""
-        weights = load_file(path)
+        """Writes the weights as safetensors, aside and then renamed; rank 0 does, in whose CPU memory
+        shards are put together."""
+        writes = not dist.is_initialized() or dist.get_rank() == 0
+        weights: dict[str, Tensor] = {}
         for name, parameter in self.policy.named_parameters():
-            parameter.copy_(weights[name])
+            tensor = parameter.detach()
+            tensor = _gathered(tensor) if isinstance(tensor, DTensor) else tensor
+            if writes:
+                weights[name] = tensor.cpu().contiguous()
+        if writes:
+            aside = path.with_name(f".{path.name}.partial")
+            save_file(weights, aside)
+            aside.replace(path)
+        if dist.is_initialized():
+            dist.barrier()
+
+    def load(self, path: Path) -> None:
+        """Reads back what `save` wrote; each rank its part."""
+        with safe_open(path, framework="pt") as handle:
+            for name, parameter in self.policy.named_parameters():
+                fill(parameter, handle.get_slice(name).__getitem__)
         self.reference_id = self._identify()
 
 

@@ -2,20 +2,24 @@
 process."""
 
 import logging
+import os
 import warnings
+from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 from ranks import run_ranks
-from test_sharding import full, make_groups
+from test_sharding import full, make_groups, mesh_of
 from tiny_models import tiny_lm
 
 from agro_lightning.data.packing import pack_groups
+from agro_lightning.loading import sharded_policy, sharded_reference
 from agro_lightning.module import AgroModule, OptimizerSettings
 from agro_lightning.objectives import Agro
 from agro_lightning.objectives.rloo import Rloo
 from agro_lightning.policy import PolicySettings
+from agro_lightning.reference import FrozenReference
 from agro_lightning.rollout.base import Sampling
 from agro_lightning.rollout.batched import BatchedDecoding
 from agro_lightning.rollout.continuous import ContinuousBatching
@@ -86,6 +90,7 @@ def fit(rank, world, path, options):
         objective=options.get("objective", Agro(beta=0.05)),
         optimizer=OptimizerSettings(learning_rate=1e-3, warmup_steps=0, schedule="constant"),
         max_tokens=options.get("max_tokens"),
+        reference_reset_every=options.get("reset", 0),
         temperature=0.7,
         sharding=ShardingSettings(replicate=options.get("replicate", 1)),
     )
@@ -179,6 +184,27 @@ def test_nan_on_one_rank_is_skipped_on_all(model_folder, expected):
         assert result["skipped"] == [True, False]
         assert all(torch.isfinite(weight).all() for weight in result["weights"].values())
         assert relative_error(result["weights"], results[0]["weights"]) == 0.0
+
+
+def reset_and_reload(rank, world, path, folder):
+    """A reference that was reset, and one that read its file back, on other shards."""
+    os.chdir(folder)
+    result = fit(rank, world, path, {"reset": 2})
+    place = mesh_of(world, tensor=2)
+    settings, sharding = PolicySettings(path=path), ShardingSettings()
+    policy = sharded_policy(settings, sharding, place, torch.device("cpu"), temperature=0.7)
+    reference = FrozenReference(sharded_reference(policy, sharding, place, torch.device("cpu")))
+    before = reference.reference_id
+    reference.load(Path("reference-step-00000002.safetensors"))
+    weights = {n: full(p) for n, p in reference.policy.named_parameters()}
+    return result, before, reference.reference_id, weights
+
+
+def test_a_reset_reference_is_saved_once_and_read_back_in_other_shards(model_folder, tmp_path):
+    for result, before, identity, weights in run_ranks(reset_and_reload, 2, model_folder, str(tmp_path)):
+        assert result["reference_id"] == identity != before
+        assert relative_error(weights, result["weights"]) == 0.0
+    assert [path.name for path in tmp_path.iterdir()] == ["reference-step-00000002.safetensors"]
 
 
 def generate(rank, world, path, engine, tensor):
