@@ -56,14 +56,18 @@ class Racer:
     def start(cls, provider: str, task: Task, python: Path, threads: int) -> "Racer":
         module = "bench._trl_ours" if provider == "ours" else "bench._trl_peer"
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        log = (Path(task.folder) / "log.txt").open("w")
-        process = subprocess.Popen(
-            [python, "-m", module, task.to_json()],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=environment,
-        )  # fmt: skip
-        racer = cls(provider, task, process)
-        racer.blocks.append(racer._report())
-        return racer
+        command = [python, "-m", module, task.to_json()]
+        pipe = subprocess.PIPE
+        with (Path(task.folder) / "log.txt").open("w") as log:
+            process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=log, text=True, cwd=ROOT, env=environment
+            )
+        return cls(provider, task, process)
+
+    def stop(self) -> None:
+        """Ends the process, wherever it is, and closes its pipes."""
+        self.process.kill()
+        self.process.communicate()
 
     def _report(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -72,6 +76,10 @@ class Racer:
             log = (Path(self.task.folder) / "log.txt").read_text()
             raise RuntimeError(f"{self.provider} with {self.task.objective} ended early:\n{log[-3000:]}")
         return json.loads(line)
+
+    def prepare(self) -> None:
+        """Waits until the process has built its trainer and graded the policy."""
+        self.blocks.append(self._report())
 
     def _go(self) -> None:
         assert self.process.stdin is not None
@@ -109,6 +117,7 @@ def race(entries: Iterable[tuple[str, Task]], folder: Path, peer: Path, threads:
             place.mkdir(parents=True)
             python = Path(sys.executable) if provider == "ours" else peer
             racers.append(Racer.start(provider, replace(task, folder=str(place)), python, threads))
+            racers[-1].prepare()
         for block in range(len(racers[0].task.blocks)):
             shift = block % len(racers)
             for racer in racers[shift:] + racers[:shift]:
@@ -117,7 +126,7 @@ def race(entries: Iterable[tuple[str, Task]], folder: Path, peer: Path, threads:
             racer.finish()
     finally:
         for racer in racers:
-            racer.process.kill()
+            racer.stop()
     return racers
 
 

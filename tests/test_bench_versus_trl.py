@@ -1,0 +1,113 @@
+"""bench.versus_trl: our side in lock-step for real, the arithmetic of the figures, and TRL's side (slow)."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from bench import versus_trl
+from bench._records import FIELDS
+from bench._trl_task import Task, parity, rows
+
+QUICKSTART = versus_trl.QUICKSTART
+
+
+def task(folder, **changes):
+    validation = Path(folder) / "val.jsonl"
+    validation.write_text("".join((QUICKSTART / "prompts_val.jsonl").read_text().splitlines(True)[:20]))
+    given = Task(
+        policy=str(QUICKSTART / "policy"), train=str(QUICKSTART / "prompts_train.jsonl"),
+        validation=str(validation), objective="agro", folder="", blocks=(1, 2), prompts=2, group_size=2,
+    )  # fmt: skip
+    return replace(given, **changes)
+
+
+def check(racers, case):
+    records = versus_trl.records_of("quickstart", racers, "a note")
+    assert all(set(FIELDS) <= set(item) for item in records)
+    figures = {(i["case"], i["provider"], i["metric"]): i["value"] for i in records}
+    provider = racers[0].provider
+    assert figures[case, provider, "seconds_per_step"] > 0
+    assert figures[case, provider, "peak_bytes"] > 0
+    assert 0 <= figures[case, provider, "greedy_accuracy"] <= 1
+    assert figures[f"{case}/step3", provider, "completions"] == 12
+    for phase in ("generate", "score", "reference", "forward", "backward", "optimizer"):
+        assert figures[case, provider, f"seconds/{phase}"] >= 0
+    return records
+
+
+def test_our_side_runs_in_lock_step(tmp_path):
+    racers = versus_trl.race([("ours", task(tmp_path))], tmp_path / "race", Path("unused"), threads=1)
+    assert [len(block["seconds"]) for block in racers[0].blocks] == [0, 1, 2]
+    check(racers, "quickstart/agro")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["rloo", "grpo"])
+def test_the_side_of_trl_runs_in_lock_step(tmp_path, objective):
+    peer = versus_trl.trl_python()
+    made = task(tmp_path, objective=objective)
+    racers = versus_trl.race([("trl", made), ("ours", made)], tmp_path / "race", peer, threads=1)
+    check(racers[:1], f"quickstart/{objective}")
+    gap = racers[0].blocks[0]["accuracy"] - racers[1].blocks[0]["accuracy"]
+    assert gap == 0  # both grade one policy before any step
+    (speed,) = [
+        item for item in versus_trl.records_of("quickstart", racers, "")
+        if item["metric"] == "steps_per_second_over_trl"
+    ]  # fmt: skip
+    assert speed["value"] > 0
+
+
+def racer(provider, objective, seconds, accuracy, peak):
+    """One that has run, with a warm-up block that must not count."""
+    blocks = [
+        {"seconds": taken, "processor_seconds": taken, "accuracy": reached, "peak_bytes": peak}
+        | {"imports_bytes": 100}
+        for taken, reached in (([], 0.5), ([9.0], 0.6), (seconds, accuracy))
+    ]
+    made = Task(policy="", train="", validation="", objective=objective, folder="", blocks=(1, len(seconds)))
+    return versus_trl.Racer(provider, made, None, blocks, {"generate": [9.0, *seconds]})  # type: ignore[arg-type]
+
+
+def test_the_figures_of_a_race_by_hand():
+    ours = racer("ours", "agro", [1.0, 2.0, 1.0], 0.9, 200)
+    racers = [ours, racer("trl", "rloo", [3.0, 3.0, 8.0], 0.7, 350)]
+    found = {
+        (item["case"], item["provider"], item["metric"]): item["value"]
+        for item in versus_trl.records_of("q", racers, "")
+    }
+    assert found["q/agro", "ours", "seconds_per_step"] == 1.0
+    assert found["q/agro", "ours", "seconds/generate"] == 1.0
+    assert found["q/agro", "ours", "steps_per_second_over_trl"] == 3.0
+    assert found["q/agro", "ours", "peak_bytes_over_trl"] == (200 - 100) / (350 - 100)
+    assert found["q/agro", "ours", "accuracy_less_trl"] == pytest.approx(((0.6 + 0.9) - (0.6 + 0.7)) / 2)
+    assert found["q/rloo/step4", "trl", "training_seconds"] == 9 + 14
+    assert found["q/rloo", "trl", "greedy_accuracy"] == 0.7
+    assert ("q/rloo", "trl", "steps_per_second_over_trl") not in found
+    assert "q/agro ours" in versus_trl.summary(versus_trl.records_of("q", racers, ""))
+
+
+def test_a_trainer_that_fails_is_reported_with_its_log(tmp_path):
+    with pytest.raises(RuntimeError, match="ours with agro ended early(.|\n)*no-such-folder"):
+        versus_trl.race(
+            [("ours", task(tmp_path, policy="/no-such-folder"))], tmp_path / "race", Path(sys.executable), 1
+        )
+
+
+def test_the_task_and_its_files_survive_json(tmp_path):
+    made = task(tmp_path)
+    assert Task.from_json(made.to_json()) == made
+    assert set(rows(made.validation)[0]) >= {"prompt", "answer"}
+    assert parity(["", "a", "b", "ab"]) == [0.0, 1.0, 0.0, 1.0]
+
+
+def test_the_widened_policy_has_words_for_all_ids(tmp_path):
+    folder = versus_trl.widened_policy(tmp_path)
+    tokenizer, before = (AutoTokenizer.from_pretrained(f) for f in (folder, QUICKSTART / "policy"))
+    config = json.loads((folder / "config.json").read_text())
+    assert len(tokenizer) == config["vocab_size"] == versus_trl.VOCABULARY
+    assert tokenizer.decode([before.vocab_size, 31_999]) == f"<word {before.vocab_size}><word 31999>"
+    assert tokenizer("16+70=")["input_ids"] == before("16+70=")["input_ids"]
