@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,6 +146,13 @@ def test_export_gives_equal_logits(whole_run, tmp_path):
     assert "holds a model already" in run("export", "--ckpt", ckpt, "--out", tmp_path / "model", code=1)
 
 
+def test_a_finished_run_goes_on_with_more_steps(config, whole_run, tmp_path):
+    folder = shutil.copytree(whole_run[0], tmp_path / "run", symlinks=True)
+    run("fit", "--config", config, "--run_dir", folder, "--ckpt_path", "last", "--trainer.max_steps", "10")
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 10
+    assert [row["step"] for row in metrics(folder)] == [str(step) for step in range(10)]
+
+
 def test_validate_measures_a_checkpoint(config, whole_run):
     ckpt = whole_run[0] / "checkpoints" / "step-00000008.ckpt"
     output = run("validate", "--config", config, "--ckpt_path", ckpt)
@@ -154,5 +162,45 @@ def test_validate_measures_a_checkpoint(config, whole_run):
 def test_a_foreign_checkpoint_is_refused(config, tmp_path):
     bad = tmp_path / "foreign.ckpt"
     torch.save({"state_dict": Path}, bad)
-    output = run("fit", "--config", config, "--run_dir", tmp_path / "run", "--ckpt_path", bad, code=1)
+    output = run("fit", "--config", config, "--run_dir", tmp_path / "run", "--ckpt_path", bad, code=2)
     assert "cannot be read as tensors and plain values" in output
+
+
+GSM8K = """
+trainer: {max_steps: 3, enable_progress_bar: false, limit_val_batches: 0}
+model:
+  policy: {path: MODEL, weights: random}
+  max_tokens: 64
+data:
+  train: {path: DATA, format: gsm8k, max_prompt_tokens: 40}
+  validation: {path: DATA, format: gsm8k, max_prompt_tokens: 40, limit: 2}
+  sources: [{name: live}]
+  rewards:
+  - {class_path: agro_lightning.rewards.ExactMatch, init_args: {extract: marker}}
+  batch_size: 2
+  group_size: 4
+  sampling: {max_new_tokens: 12}
+  validation_samples: 1
+  pass_at: [1]
+"""
+
+
+def test_a_random_qwen3_trains_on_a_local_gsm8k_file(quickstart_tokenizer, tmp_path):
+    from tiny_models import save_with_tokenizer, tiny_lm
+
+    save_with_tokenizer(
+        tiny_lm("qwen3", vocab_size=len(quickstart_tokenizer)), quickstart_tokenizer, tmp_path / "model"
+    )
+    rows = [
+        {"question": f"{a}+{a}=", "answer": f"{a}+{a}=<<{a}+{a}={2 * a}>>\n#### {2 * a}"}
+        for a in range(10, 18)
+    ]
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tmp_path / "run.yaml"
+    config.write_text(GSM8K.replace("MODEL", str(tmp_path / "model")).replace("DATA", str(data)))
+    run("fit", "--config", config, "--run_dir", tmp_path / "run")
+    rows = metrics(tmp_path / "run")
+    assert len(rows) >= 3
+    assert all(float(row["train/logprob_gap_max"]) < 1e-3 for row in rows if "train/logprob_gap_max" in row)
+    assert float(rows[0]["train/entropy"]) > 1.0 and "train/objective" in rows[0]

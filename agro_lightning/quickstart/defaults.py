@@ -13,7 +13,7 @@ TRAINER_DEFAULTS = {
     "accelerator": "auto",
     "devices": 1,
     "max_steps": 150,
-    "max_epochs": 1,
+    "max_epochs": -1,  # max_steps alone ends a run, so that a finished one can go on with a larger one
     "gradient_clip_val": 0.5,
     "log_every_n_steps": 1,
     "num_sanity_val_steps": 0,
