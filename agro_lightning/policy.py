@@ -1,6 +1,7 @@
 """The policy: a causal LM seen as hidden states and a head; log-probs, losses and generation over packed
 groups."""
 
+import bisect
 import contextlib
 import math
 import zlib
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
@@ -317,13 +318,11 @@ class Policy(nn.Module):
                 packed_layout=attention.plan_layout(batch, flex=flex),
             )
             return out.last_hidden_state[0].index_select(0, batch.predictors)
-        places, predictors = repeat_prompts(batch)
+        rows = repeat_prompts(batch, one_row="flash" in self.plain_attention)
         out = decoder(
-            input_ids=batch.input_ids[places][None],
-            position_ids=batch.position_ids[places][None],
-            use_cache=False,
+            input_ids=batch.input_ids[rows.places], position_ids=rows.position_ids, use_cache=False
         )
-        return out.last_hidden_state[0].index_select(0, predictors)
+        return out.last_hidden_state.flatten(0, 1).index_select(0, rows.predictors)
 
     def _head(self, hidden: Tensor) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
         head = self.head
@@ -403,12 +402,24 @@ def _slice_here(weight: Any) -> Any:
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
-def repeat_prompts(batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Plain packing: every completion follows its own copy of the prompt.
+class PlainRows(NamedTuple):
+    """Completions with their prompts in rows, one after another, each behind its own copy of the prompt."""
 
-    Returns:
-        places (T',): for each place of the plain row, the place in the packed row whose token stands there.
-        predictors (N,): for each target, its predicting place in the plain row.
+    places: Int[Tensor, "rows width"]
+    """The place in the packed batch whose token stands there; 0 behind a row's last sequence."""
+    position_ids: Int[Tensor, "rows width"]
+    """Restart at 0 with each sequence, which is how transformers tells them apart; 0 behind the last one."""
+    predictors: Int[Tensor, " N"]
+    """For each target, its predicting place in the rows laid end to end."""
+
+
+def repeat_prompts(batch: TokenBatch, *, one_row: bool = False) -> PlainRows:
+    """Plain packing: rows as wide as the longest sequence, each filled with as many as fit.
+
+    Args:
+        batch: whole groups.
+        one_row: put all into a single row, for attention that needs no mask to keep sequences apart. With a
+            mask, one row would take the square of all tokens.
     """
     device = batch.input_ids.device
     prompts, lengths, groups = batch.prompt_lengths, batch.completion_lengths, batch.group_ids.cpu()
@@ -421,10 +432,31 @@ def repeat_prompts(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     starts = torch.stack([group_starts[groups], completion_starts], 1)
     sizes = pieces.flatten()
     offsets = torch.cumsum(sizes, 0) - sizes
-    places = torch.arange(int(sizes.sum())) + torch.repeat_interleave(starts.flatten() - offsets, sizes)
+    sources = torch.arange(int(sizes.sum())) + torch.repeat_interleave(starts.flatten() - offsets, sizes)
+
+    whole = pieces.sum(1)  # (B,) tokens of each sequence
+    rows, columns, width = _fill_rows(whole.tolist(), int(whole.sum() if one_row else whole.max()))
+    position_ids = torch.arange(len(sources)) - torch.repeat_interleave(offsets[::2], whole)
+    targets_at = torch.repeat_interleave(rows * width + columns, whole) + position_ids
+    table = torch.zeros(2, (int(rows.max()) + 1) * width, dtype=torch.long)
+    table[0, targets_at], table[1, targets_at] = sources, position_ids
 
     targets = lengths + 1
     first = torch.cumsum(targets, 0) - targets
-    row_ends = offsets[::2] + prompts[groups] - 1  # the prompt's last token predicts the first target
-    predictors = torch.arange(int(targets.sum())) + torch.repeat_interleave(row_ends - first, targets)
-    return places.to(device), predictors.to(device)
+    # the prompt's last token predicts the first target
+    begins = rows * width + columns + prompts[groups] - 1
+    predictors = torch.arange(int(targets.sum())) + torch.repeat_interleave(begins - first, targets)
+    places, position_ids = table.view(2, -1, width).to(device)
+    return PlainRows(places, position_ids, predictors.to(device))
+
+
+def _fill_rows(lengths: list[int], width: int) -> tuple[Tensor, Tensor, int]:
+    """Row and first column of each sequence, longest first into the fullest row that has room."""
+    rows, columns = torch.empty(len(lengths), dtype=torch.long), torch.empty(len(lengths), dtype=torch.long)
+    room: list[tuple[int, int]] = []  # (columns left, row), sorted
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        at = bisect.bisect_left(room, (lengths[index], 0))
+        left, row = room.pop(at) if at < len(room) else (width, len(room))
+        rows[index], columns[index] = row, width - left
+        bisect.insort(room, (left - lengths[index], row))
+    return rows, columns, width

@@ -3,7 +3,7 @@ import torch
 from tiny_models import ARCHITECTURES, tiny_lm
 
 from agro_lightning.data.packing import pack_groups, select_completions, split_batch
-from agro_lightning.policy import LoraSettings, Policy, PolicySettings, resolve_path
+from agro_lightning.policy import LoraSettings, Policy, PolicySettings, repeat_prompts, resolve_path
 from agro_lightning.reference import AdapterOffReference, CachedReference, frozen_copy
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
@@ -58,6 +58,26 @@ def test_packed_logprobs_equal_separate_sequences(name, packing, attention):
         got = policy.logprobs(pack_groups(groups, num_groups=4)).logprobs
     assert expected.std() > 0.1  # far from uniform, so that agreement means something
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("one_row", [True, False])
+def test_plain_rows_hold_every_sequence_whole(one_row):
+    groups = make_groups()
+    batch = pack_groups(groups, num_groups=4)
+    rows = repeat_prompts(batch, one_row=one_row)
+    sequences = [(*g.prompt.prompt_ids, *c.completion_ids) for g in groups for c in g.completions]
+    total, longest = sum(len(s) - 1 for s in sequences), max(len(s) - 1 for s in sequences)
+    assert rows.places.shape[1] == (total if one_row else longest)
+    assert total <= rows.places.numel() < 2 * total + longest  # at most one row is less than half full
+    ids, positions = batch.input_ids[rows.places].flatten(), rows.position_ids.flatten()
+    at = 0
+    for sequence, count in zip(sequences, (batch.completion_lengths + 1).tolist(), strict=True):
+        for i in range(count):
+            predictor = int(rows.predictors[at + i])
+            before = len(sequence) - count + i  # tokens that the target's predictor has seen
+            assert tuple(ids[predictor - before + 1 : predictor + 1].tolist()) == sequence[:before]
+            assert positions[predictor - before + 1 : predictor + 1].tolist() == list(range(before))
+        at += count
 
 
 def test_shared_prompts_give_the_gradients_of_separate_sequences():
