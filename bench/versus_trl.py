@@ -29,13 +29,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from agro_lightning import quickstart
 from bench._records import emit, parser, record
 from bench._trl_environment import trl_python, versions
 from bench._trl_task import Task
 
 BENCH = "versus_trl"
 ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / "agro_lightning" / "quickstart"
+QUICKSTART = Path(quickstart.__file__).parent
 COUNTERPART = {"rloo": "rloo", "grpo": "grpo", "agro": "rloo"}
 """The objective of TRL's that each of ours is compared with."""
 VOCABULARY = 32_000
