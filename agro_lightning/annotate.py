@@ -12,11 +12,13 @@ import pyarrow.parquet as pq
 import torch
 
 from agro_lightning.data.buffer import RolloutBuffer
-from agro_lightning.data.datamodule import offline_paths
+from agro_lightning.data.discover import offline_paths
 from agro_lightning.data.file_set import RowFile
 from agro_lightning.data.plan import runs
 from agro_lightning.data.writer import append_rollouts
-from agro_lightning.policy import Policy, PolicySettings, load_tokenizer
+from agro_lightning.policy import Policy
+from agro_lightning.policy_settings import PolicySettings
+from agro_lightning.pretrained import load_tokenizer
 from agro_lightning.reference import FrozenReference, with_ref_logprobs
 from agro_lightning.rollout.parts import Shard, claim_folder
 from agro_lightning.rollout_command import choose_device

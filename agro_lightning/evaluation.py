@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
+from agro_lightning.rewards import RewardSet
+from agro_lightning.rollout import RolloutEngine, Sampling
 from agro_lightning.types import Prompt
 
 
@@ -46,6 +49,56 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
         return math.nan, math.nan
     half = 1.96 * array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else math.nan
     return float(array.mean()), float(half)
+
+
+def answer_prompts(
+    prompts: Sequence[Prompt],
+    *,
+    engine: RolloutEngine,
+    sampling: Sampling,
+    samples: int,
+    seed: int,
+    rewards: RewardSet,
+    correct_reward: float,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[PromptResult]:
+    """Answers prompts greedily and by sampling, and scores the answers.
+
+    Args:
+        prompts: one or more.
+        engine: attached to the policy, with its weights.
+        sampling: temperature, top-p and top-k of the samples; the greedy answer takes its length limit alone.
+        samples: of each prompt.
+        seed: of the samples; equal seeds give equal samples.
+        correct_reward: a completion counts as correct from this total reward on.
+    """
+    ids = [prompt.prompt_ids for prompt in prompts]
+    greedy = engine.generate(ids, replace(sampling, temperature=0.0, top_p=1.0, top_k=0), n=1, seed=0)
+    sampled = engine.generate(ids, sampling, n=samples, seed=seed)
+    texts = [
+        [str(tokenizer.decode(list(g.completion_ids), skip_special_tokens=True)) for g in (*first, *rest)]
+        for first, rest in zip(greedy, sampled, strict=True)
+    ]
+    scores = iter(
+        rewards.score_quietly(
+            [prompt for prompt, row in zip(prompts, texts, strict=True) for _ in row],
+            [text for row in texts for text in row],
+        )
+    )
+    results = []
+    for prompt, row in zip(prompts, texts, strict=True):
+        first, *rest = [next(scores).reward for _ in row]
+        known = [reward for reward in rest if reward is not None]
+        results.append(
+            PromptResult(
+                prompt=prompt,
+                greedy_text=row[0],
+                greedy_correct=None if first is None else first >= correct_reward,
+                sampled=len(known),
+                sampled_correct=sum(reward >= correct_reward for reward in known),
+            )
+        )
+    return results
 
 
 def summarize(results: Sequence[PromptResult], *, ks: Sequence[int] = ()) -> dict[str, float]:

@@ -16,8 +16,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 
 from agro_lightning.loading import parameters_on_meta
-from agro_lightning.policy import LoraSettings, add_lora, load_tokenizer, resolve_path
+from agro_lightning.policy_settings import LoraSettings
 from agro_lightning.policy_source import PolicySource, open_policy
+from agro_lightning.pretrained import add_lora, load_tokenizer, resolve_path
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
 """The command `inspect`: what is in a buffer."""
 
-from agro_lightning.data.datamodule import offline_paths
+from agro_lightning.data.discover import offline_paths
 from agro_lightning.inspect_buffer import inspect_buffer
-from agro_lightning.policy import load_tokenizer
+from agro_lightning.pretrained import load_tokenizer
 
 
 def inspect(

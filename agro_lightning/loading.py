@@ -19,7 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file
 
-from agro_lightning.policy import Policy, PolicySettings, adapter_values, load_lm, resolve_path
+from agro_lightning.policy import Policy
+from agro_lightning.policy_settings import PolicySettings
+from agro_lightning.pretrained import adapter_values, load_lm, resolve_path
 from agro_lightning.sharding import Meshes, ShardingSettings, plan_meshes, shard
 from agro_lightning.tensor_parallel import parallelize
 

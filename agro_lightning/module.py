@@ -21,7 +21,8 @@ from agro_lightning.metrics import StepResult, batch_metrics
 from agro_lightning.objectives import Agro
 from agro_lightning.objectives.base import Objective
 from agro_lightning.phases import Phases
-from agro_lightning.policy import Policy, PolicySettings
+from agro_lightning.policy import Policy
+from agro_lightning.policy_settings import PolicySettings
 from agro_lightning.reference import (
     AdapterOffReference,
     CachedReference,

@@ -1,78 +1,27 @@
 """The policy: a causal LM seen as hidden states and a head; log-probs, losses and generation over packed
 groups."""
 
-import bisect
 import contextlib
-import math
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel
 
 from agro_kernels import linear_agro_loss, linear_logprobs, linear_logprobs_known
 from agro_lightning import attention
+from agro_lightning.data.packing import repeat_prompts
+from agro_lightning.policy_settings import PolicySettings
+from agro_lightning.pretrained import add_lora, load_lm
 from agro_lightning.sharding import unsharded
 from agro_lightning.types import TokenBatch
-
-
-@dataclass(kw_only=True)
-class LoraSettings:
-    """Low-rank adapters on the policy; needs the extra `lora` (peft)."""
-
-    rank: int = 16
-    """Rank of every adapter."""
-    alpha: int = 32
-    """Adapters are scaled by alpha / rank."""
-    target_modules: list[str] | str = "all-linear"
-    """Names of the linear layers that get adapters, or "all-linear" (all but the head)."""
-
-
-@dataclass(kw_only=True)
-class PolicySettings:
-    """Which causal LM is trained, and how its forward pass is made."""
-
-    path: str = "quickstart"
-    """Local folder or hub id of a transformers causal LM; "quickstart" is the one that ships with the
-    package."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type that the weights are held in."""
-    weights: Literal["pretrained", "random"] = "pretrained"
-    """"random" builds the architecture of `path` with fresh weights."""
-    packing: Literal["auto", "shared", "plain"] = "auto"
-    """"shared" computes each group's prompt once; "plain" repeats it for each completion; "auto" is shared
-    where the
-    start-up check finds it exact for this architecture, plain otherwise."""
-    attention: Literal["auto", "dense", "flex"] = "auto"
-    """How shared prompts are attended to: padded dense blocks, or flex_attention ("auto": flex on GPUs)."""
-    head_backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
-    """Implementation of the fused head (kernels/README.md)."""
-    logit_scale: float | None = None
-    """What logits are multiplied with, where the model's config does not say it; None: as the config says."""
-    softcap: float | None = None
-    """Cap of the logits (softcap * tanh(logits / softcap)); None: as the config says."""
-    lora: LoraSettings | None = None
-    """Train low-rank adapters only; the reference is then the same model with the adapters off."""
-    gradient_checkpointing: bool = False
-    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,110 +60,6 @@ class GroupLoss(NamedTuple):
     logprobs: Float[Tensor, " N"]
     log_ratios: Float[Tensor, " B"]
     coefficients: Float[Tensor, " B"]
-
-
-def resolve_path(path: str) -> str:
-    """The folder of the shipped quick start for "quickstart", else the path itself.
-
-    Raises:
-        FileNotFoundError: the path looks like a local folder and is not one, or holds no config.json.
-    """
-    if path == "quickstart":
-        return str(resources.files("agro_lightning") / "quickstart" / "policy")
-    folder = Path(path).expanduser()
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists()
-    if looks_local and not (folder / "config.json").is_file():
-        what = "has no config.json" if folder.is_dir() else "does not exist"
-        raise FileNotFoundError(
-            f"model folder {path} {what}; give a folder written by save_pretrained, a hub id such "
-            "as Qwen/Qwen3-0.6B, or quickstart"
-        )
-    return str(folder) if folder.exists() else path
-
-
-@contextlib.contextmanager
-def _clear_hub_errors(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise OSError(
-            f"cannot load {path}: it is no local folder, and the hub did not give it ({reason}). Download it "
-            "where there is a network and set the path to the folder"
-        ) from error
-
-
-def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer that stands beside a model. Raises OSError naming the path when there is none."""
-    with _clear_hub_errors(path):
-        return AutoTokenizer.from_pretrained(resolve_path(path), trust_remote_code=trust_remote_code)
-
-
-def load_lm(settings: PolicySettings) -> PreTrainedModel:
-    """Loads the causal LM: safetensors only, no code from the folder unless trusted, dropout off.
-
-    Raises:
-        FileNotFoundError, OSError: the folder or hub id cannot be loaded.
-    """
-    path, dtype = resolve_path(settings.path), getattr(torch, settings.dtype)
-    with _clear_hub_errors(settings.path):
-        if settings.weights == "random":
-            config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
-            lm = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=settings.trust_remote_code
-            )
-        else:
-            lm = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, use_safetensors=True, trust_remote_code=settings.trust_remote_code
-            )
-    return lm.eval()
-
-
-def add_lora(lm: PreTrainedModel, settings: LoraSettings) -> nn.Module:
-    """Wraps the model with peft adapters.
-
-    Raises:
-        ImportError: peft is missing.
-        ValueError: adapters on the LM head, which the fused head does not express.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("policy.lora needs peft: pip install 'agro-lightning[lora]'") from error
-    adapted = get_peft_model(
-        lm,
-        LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            lora_dropout=0.0,
-            target_modules=settings.target_modules,
-            task_type="CAUSAL_LM",
-        ),
-    )
-    if hasattr(lm.get_output_embeddings(), "lora_A"):
-        raise ValueError(
-            f"policy.lora.target_modules = {settings.target_modules!r} puts an adapter on the LM head; "
-            "the fused head reads the head's weight itself. Leave the head out of target_modules"
-        )
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name and not parameter.is_meta:
-                parameter.copy_(adapter_values(name, parameter.shape))
-    return adapted
-
-
-def adapter_values(name: str, shape: tuple[int, ...]) -> Tensor:
-    """What an adapter's parameter starts as: peft's distributions, drawn from the run's seed and the name.
-
-    Sharded or not, and in whatever order parameters are made, a run thus starts from the same adapters.
-    """
-    generator = torch.Generator().manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2**63)
-    if "lora_embedding_B" in name:
-        return torch.randn(shape, generator=generator)
-    if "lora_A" in name and len(shape) > 1:
-        bound = 1 / math.sqrt(math.prod(shape[1:]))  # Kaiming's uniform with a = sqrt(5)
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-    return torch.zeros(shape)
 
 
 class Policy(nn.Module):
@@ -400,63 +245,3 @@ class Policy(nn.Module):
 def _slice_here(weight: Any) -> Any:
     """This rank's slice of a tensor-parallel weight; any other as it is."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
-
-
-class PlainRows(NamedTuple):
-    """Completions with their prompts in rows, one after another, each behind its own copy of the prompt."""
-
-    places: Int[Tensor, "rows width"]
-    """The place in the packed batch whose token stands there; 0 behind a row's last sequence."""
-    position_ids: Int[Tensor, "rows width"]
-    """Restart at 0 with each sequence, which is how transformers tells them apart; 0 behind the last one."""
-    predictors: Int[Tensor, " N"]
-    """For each target, its predicting place in the rows laid end to end."""
-
-
-def repeat_prompts(batch: TokenBatch, *, one_row: bool = False) -> PlainRows:
-    """Plain packing: rows as wide as the longest sequence, each filled with as many as fit.
-
-    Args:
-        batch: whole groups.
-        one_row: put all into a single row, for attention that needs no mask to keep sequences apart. With a
-            mask, one row would take the square of all tokens.
-    """
-    device = batch.input_ids.device
-    prompts, lengths, groups = batch.prompt_lengths, batch.completion_lengths, batch.group_ids.cpu()
-    per_group = torch.zeros_like(prompts).index_add_(0, groups, lengths)
-    group_starts = torch.cumsum(prompts + per_group, 0) - prompts - per_group
-    within = torch.cumsum(lengths, 0) - lengths - (torch.cumsum(per_group, 0) - per_group)[groups]
-    completion_starts = group_starts[groups] + prompts[groups] + within
-
-    pieces = torch.stack([prompts[groups], lengths], 1)  # (B, 2): a prompt, then a completion
-    starts = torch.stack([group_starts[groups], completion_starts], 1)
-    sizes = pieces.flatten()
-    offsets = torch.cumsum(sizes, 0) - sizes
-    sources = torch.arange(int(sizes.sum())) + torch.repeat_interleave(starts.flatten() - offsets, sizes)
-
-    whole = pieces.sum(1)  # (B,) tokens of each sequence
-    rows, columns, width = _fill_rows(whole.tolist(), int(whole.sum() if one_row else whole.max()))
-    position_ids = torch.arange(len(sources)) - torch.repeat_interleave(offsets[::2], whole)
-    targets_at = torch.repeat_interleave(rows * width + columns, whole) + position_ids
-    table = torch.zeros(2, (int(rows.max()) + 1) * width, dtype=torch.long)
-    table[0, targets_at], table[1, targets_at] = sources, position_ids
-
-    targets = lengths + 1
-    first = torch.cumsum(targets, 0) - targets
-    # the prompt's last token predicts the first target
-    begins = rows * width + columns + prompts[groups] - 1
-    predictors = torch.arange(int(targets.sum())) + torch.repeat_interleave(begins - first, targets)
-    places, position_ids = table.view(2, -1, width).to(device)
-    return PlainRows(places, position_ids, predictors.to(device))
-
-
-def _fill_rows(lengths: list[int], width: int) -> tuple[Tensor, Tensor, int]:
-    """Row and first column of each sequence, longest first into the fullest row that has room."""
-    rows, columns = torch.empty(len(lengths), dtype=torch.long), torch.empty(len(lengths), dtype=torch.long)
-    room: list[tuple[int, int]] = []  # (columns left, row), sorted
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        at = bisect.bisect_left(room, (lengths[index], 0))
-        left, row = room.pop(at) if at < len(room) else (width, len(room))
-        rows[index], columns[index] = row, width - left
-        bisect.insort(room, (left - lengths[index], row))
-    return rows, columns, width

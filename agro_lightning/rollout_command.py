@@ -16,7 +16,9 @@ from agro_lightning.data.durable import remove_temporaries
 from agro_lightning.data.prompts import PromptDataset, PromptSettings
 from agro_lightning.data.schema import tokenizer_id
 from agro_lightning.data.writer import append_rollouts
-from agro_lightning.policy import Policy, PolicySettings, load_tokenizer
+from agro_lightning.policy import Policy
+from agro_lightning.policy_settings import PolicySettings
+from agro_lightning.pretrained import load_tokenizer
 from agro_lightning.reference import weights_hash
 from agro_lightning.rewards import ExactMatch, Reward, RewardSet
 from agro_lightning.rollout import AutoEngine, RolloutEngine, Sampling

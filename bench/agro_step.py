@@ -31,7 +31,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from agro_lightning.data.packing import pack_groups
 from agro_lightning.objectives.agro import agro_loss
-from agro_lightning.policy import Policy, PolicySettings
+from agro_lightning.policy import Policy
+from agro_lightning.policy_settings import PolicySettings
 from agro_lightning.types import Completion, Prompt, PromptGroup, TokenBatch
 from bench._records import absent, emit, parser, record
 

@@ -34,7 +34,7 @@ from agro_lightning.data.prompts import PromptSettings
 from agro_lightning.metrics_file import MetricsFile
 from agro_lightning.module import AgroModule, OptimizerSettings
 from agro_lightning.objectives import Agro
-from agro_lightning.policy import PolicySettings
+from agro_lightning.policy_settings import PolicySettings
 from agro_lightning.rewards import PythonReward
 from agro_lightning.rollout import ContinuousBatching, Sampling
 from bench._records import absent, emit, parser, record

@@ -24,7 +24,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from agro_lightning.policy import Policy, PolicySettings, load_tokenizer
+from agro_lightning.policy import Policy
+from agro_lightning.policy_settings import PolicySettings
+from agro_lightning.pretrained import load_tokenizer
 from agro_lightning.rollout.auto import AutoEngine
 from agro_lightning.rollout.base import RolloutEngine, Sampling
 from agro_lightning.rollout.continuous import ContinuousBatching

@@ -36,7 +36,6 @@ from bench._trl_task import Task
 
 BENCH = "versus_trl"
 ROOT = Path(__file__).parents[1]
-QUICKSTART = Path(quickstart.__file__).parent
 COUNTERPART = {"rloo": "rloo", "grpo": "grpo", "agro": "rloo"}
 """The objective of TRL's that each of ours is compared with."""
 VOCABULARY = 32_000
@@ -136,7 +135,7 @@ def widened_policy(folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = QUICKSTART / "policy"
+    source = quickstart.FOLDER / "policy"
     lm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     torch.manual_seed(0)
     lm.resize_token_embeddings(VOCABULARY, mean_resizing=False)
@@ -294,9 +293,9 @@ def main() -> None:
     peer = trl_python()
     entries = [("ours", "agro"), ("trl", "rloo"), ("ours", "rloo"), ("trl", "grpo"), ("ours", "grpo")]
     task = Task(
-        policy=str(QUICKSTART / "policy"),
-        train=str(QUICKSTART / "prompts_train.jsonl"),
-        validation=str(QUICKSTART / "prompts_val.jsonl"),
+        policy=str(quickstart.FOLDER / "policy"),
+        train=str(quickstart.FOLDER / "prompts_train.jsonl"),
+        validation=str(quickstart.FOLDER / "prompts_val.jsonl"),
         objective="agro",
         folder="",
         blocks=(4, 5, 5) if options.quick else (5, *(11,) * 5),

@@ -15,7 +15,9 @@ from agro_lightning.data.buffer import RolloutBuffer
 from agro_lightning.data.prompts import PromptSettings
 from agro_lightning.data.schema import tokenizer_id
 from agro_lightning.data.writer import append_rollouts
-from agro_lightning.policy import Policy, PolicySettings, load_tokenizer
+from agro_lightning.policy import Policy
+from agro_lightning.policy_settings import PolicySettings
+from agro_lightning.pretrained import load_tokenizer
 from agro_lightning.reference import FrozenReference
 from agro_lightning.rollout_command import rollout
 

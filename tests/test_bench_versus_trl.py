@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from agro_lightning import quickstart
 from bench import versus_trl
 from bench._records import FIELDS
 from bench._trl_task import Task, parity, rows
 
-QUICKSTART = versus_trl.QUICKSTART
-
 
 def task(folder, **changes):
     validation = Path(folder) / "val.jsonl"
-    validation.write_text("".join((QUICKSTART / "prompts_val.jsonl").read_text().splitlines(True)[:20]))
+    prompts = (quickstart.FOLDER / "prompts_val.jsonl").read_text().splitlines(True)
+    validation.write_text("".join(prompts[:20]))
     given = Task(
-        policy=str(QUICKSTART / "policy"), train=str(QUICKSTART / "prompts_train.jsonl"),
+        policy=str(quickstart.FOLDER / "policy"), train=str(quickstart.FOLDER / "prompts_train.jsonl"),
         validation=str(validation), objective="agro", folder="", blocks=(1, 2), prompts=2, group_size=2,
     )  # fmt: skip
     return replace(given, **changes)
@@ -106,7 +106,7 @@ def test_the_task_and_its_files_survive_json(tmp_path):
 
 def test_the_widened_policy_has_words_for_all_ids(tmp_path):
     folder = versus_trl.widened_policy(tmp_path)
-    tokenizer, before = (AutoTokenizer.from_pretrained(f) for f in (folder, QUICKSTART / "policy"))
+    tokenizer, before = (AutoTokenizer.from_pretrained(f) for f in (folder, quickstart.FOLDER / "policy"))
     config = json.loads((folder / "config.json").read_text())
     assert len(tokenizer) == config["vocab_size"] == versus_trl.VOCABULARY
     assert tokenizer.decode([before.vocab_size, 31_999]) == f"<word {before.vocab_size}><word 31999>"

@@ -18,7 +18,7 @@ from agro_lightning.loading import sharded_policy, sharded_reference
 from agro_lightning.module import AgroModule, OptimizerSettings
 from agro_lightning.objectives import Agro
 from agro_lightning.objectives.rloo import Rloo
-from agro_lightning.policy import PolicySettings
+from agro_lightning.policy_settings import PolicySettings
 from agro_lightning.reference import FrozenReference
 from agro_lightning.rollout.base import Sampling
 from agro_lightning.rollout.batched import BatchedDecoding
@@ -209,7 +209,7 @@ def test_a_reset_reference_is_saved_once_and_read_back_in_other_shards(model_fol
 
 def generate(rank, world, path, engine, tensor):
     """Unequal lengths before and after a training step."""
-    from agro_lightning.policy import load_tokenizer
+    from agro_lightning.pretrained import load_tokenizer
 
     warnings.simplefilter("ignore")
     groups = make_groups(4)

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from agro_lightning.checkpoint import CHECKPOINT_KEY
 from agro_lightning.export import export
 from agro_lightning.loading import sharded_policy
-from agro_lightning.policy import LoraSettings, Policy, PolicySettings
+from agro_lightning.policy import Policy
+from agro_lightning.policy_settings import LoraSettings, PolicySettings
 from agro_lightning.sharded_checkpoint import MARKER, ShardedSaver
 from agro_lightning.sharding import ShardingSettings, data_rank
 

@@ -12,7 +12,8 @@ from agro_lightning.callbacks import NonFiniteError, NonFiniteGuard
 from agro_lightning.data.packing import pack_groups
 from agro_lightning.module import AgroModule, OptimizerSettings
 from agro_lightning.objectives import Agro, AgroScoreTerm, Grpo, RegularizedPG, Rloo
-from agro_lightning.policy import Policy, PolicySettings
+from agro_lightning.policy import Policy
+from agro_lightning.policy_settings import PolicySettings
 from agro_lightning.reference import frozen_copy
 from agro_lightning.types import TokenBatch
 

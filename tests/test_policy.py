@@ -2,8 +2,10 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, tiny_lm
 
-from agro_lightning.data.packing import pack_groups, select_completions, split_batch
-from agro_lightning.policy import LoraSettings, Policy, PolicySettings, repeat_prompts, resolve_path
+from agro_lightning.data.packing import pack_groups, repeat_prompts, select_completions, split_batch
+from agro_lightning.policy import Policy
+from agro_lightning.policy_settings import LoraSettings, PolicySettings
+from agro_lightning.pretrained import resolve_path
 from agro_lightning.reference import AdapterOffReference, CachedReference, frozen_copy
 from agro_lightning.types import Completion, Prompt, PromptGroup
 

@@ -9,7 +9,9 @@ import torch
 from tiny_models import save_with_tokenizer, tiny_lm
 from transformers import AutoModelForCausalLM
 
-from agro_lightning.policy import LoraSettings, Policy, PolicySettings, load_tokenizer
+from agro_lightning.policy import Policy
+from agro_lightning.policy_settings import LoraSettings, PolicySettings
+from agro_lightning.pretrained import load_tokenizer
 from agro_lightning.publish import PublishWeights
 from agro_lightning.rollout.published import (
     RunFacts,

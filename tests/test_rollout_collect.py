@@ -7,7 +7,8 @@ import torch
 from tiny_models import tiny_lm
 
 from agro_lightning.data.packing import pack_groups
-from agro_lightning.policy import Policy, PolicySettings
+from agro_lightning.policy import Policy
+from agro_lightning.policy_settings import PolicySettings
 from agro_lightning.rewards import RewardSet, Score
 from agro_lightning.rollout.base import Sampling
 from agro_lightning.rollout.batched import BatchedDecoding

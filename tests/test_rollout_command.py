@@ -11,7 +11,9 @@ from forked import start
 
 from agro_lightning.cli import main
 from agro_lightning.data.prompts import PromptSettings
-from agro_lightning.policy import Policy, PolicySettings, load_tokenizer
+from agro_lightning.policy import Policy
+from agro_lightning.policy_settings import PolicySettings
+from agro_lightning.pretrained import load_tokenizer
 from agro_lightning.rewards import ExactMatch, PythonReward
 from agro_lightning.rollout import Sampling
 from agro_lightning.rollout.parts import Parts, Shard, claim_folder

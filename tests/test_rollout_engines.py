@@ -8,7 +8,8 @@ from tiny_models import tiny_lm
 from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
-from agro_lightning.policy import Policy, PolicySettings
+from agro_lightning.policy import Policy
+from agro_lightning.policy_settings import PolicySettings
 from agro_lightning.rollout.auto import AutoEngine, default_engine
 from agro_lightning.rollout.base import Sampling
 from agro_lightning.rollout.batched import BatchedDecoding

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from agro_lightning.policy import Policy, PolicySettings
+from agro_lightning.policy import Policy
+from agro_lightning.policy_settings import PolicySettings
 from agro_lightning.rollout.base import Sampling
 from agro_lightning.rollout.server_process import ServerProcess
 from agro_lightning.rollout.vllm_engine import VLLMEngine

@@ -3,7 +3,8 @@ import torch
 from tiny_models import ARCHITECTURES, tiny_lm
 from transformers import AutoModelForCausalLM, GPTJConfig
 
-from agro_lightning.policy import Policy, PolicySettings
+from agro_lightning.policy import Policy
+from agro_lightning.policy_settings import PolicySettings
 from agro_lightning.self_check import HeadMismatchError, check_logprobs
 
 

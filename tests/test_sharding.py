@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor
 
 from agro_lightning.data.packing import pack_groups
 from agro_lightning.loading import sharded_policy, sharded_reference
-from agro_lightning.policy import LoraSettings, Policy, PolicySettings
+from agro_lightning.policy import Policy
+from agro_lightning.policy_settings import LoraSettings, PolicySettings
 from agro_lightning.sharding import ShardingSettings
 from agro_lightning.types import Completion, Prompt, PromptGroup
 

@@ -4,8 +4,6 @@ validation."""
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +13,17 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 
 from agro_lightning.data.buffer import RolloutBuffer
-from agro_lightning.data.feed import FeedSettings, TrainFeed, rollout_name, step_of_rollout
+from agro_lightning.data.discover import offline_paths
+from agro_lightning.data.feed import FeedSettings, TrainFeed
 from agro_lightning.data.mixing import Live, Mixing, Offline, Replay, Source, Stream, check_sources
 from agro_lightning.data.prompts import PromptDataset, PromptSettings
+from agro_lightning.data.replay import ReplayFolder
 from agro_lightning.data.schema import tokenizer_id
 from agro_lightning.data.stream import StreamReader, stream_dir
 from agro_lightning.data.use_log import UseLog
-from agro_lightning.data.writer import append_rollouts, beyond_capacity, remove_files
-from agro_lightning.evaluation import PromptResult, summarize
-from agro_lightning.policy import Policy, load_tokenizer
+from agro_lightning.evaluation import PromptResult, answer_prompts, summarize
+from agro_lightning.policy import Policy
+from agro_lightning.pretrained import load_tokenizer
 from agro_lightning.reference import with_ref_logprobs
 from agro_lightning.rewards import ExactMatch, Reward, RewardSet
 from agro_lightning.rollout import AutoEngine, RolloutEngine, Sampling
@@ -130,7 +130,6 @@ class AgroDataModule(L.LightningDataModule):
         self.correct_reward, self.max_logprob_gap = correct_reward, max_logprob_gap
         self.on_bad_row: Literal["error", "drop"] = on_bad_row
         self.on_bad_file: Literal["error", "skip"] = on_bad_file
-        self._surplus: list[Path] = []
         self._rollout_metrics: dict[str, float] = {}
         self.seconds_drawing = 0.0
         self.last_groups: list[PromptGroup] = []
@@ -186,9 +185,8 @@ class AgroDataModule(L.LightningDataModule):
         )
 
     @property
-    def replay_dir(self) -> Path:
-        assert self.trainer is not None
-        return Path(self.trainer.default_root_dir) / "replay"
+    def _replay_source(self) -> Replay | None:
+        return next((source for source in self.sources if isinstance(source, Replay)), None)
 
     def _attach(self) -> None:
         if not self._attached:
@@ -203,9 +201,11 @@ class AgroDataModule(L.LightningDataModule):
                 f"trainer.max_steps is {trainer.max_steps}; give the number of optimiser steps of the run"
             )
         self._check_lengths()
-        replay = next((source for source in self.sources if isinstance(source, Replay)), None)
-        if replay is not None and trainer.is_global_zero:
-            self._set_aside_later_rollouts()
+        folder = self._replay_folder = ReplayFolder(Path(trainer.default_root_dir) / "replay")
+        if self._replay_source is not None and trainer.is_global_zero:
+            done = self._restored["micro_batch"] // trainer.accumulate_grad_batches if self._restored else 0
+            if moved := folder.set_aside_from(done):
+                rank_zero_info(moved)
         trainer.strategy.barrier("replay buffer")
         self.feed = TrainFeed(
             FeedSettings(
@@ -226,9 +226,10 @@ class AgroDataModule(L.LightningDataModule):
                 for source in self.sources
                 if isinstance(source, Offline)
             },
-            replay=self._buffer([str(self.replay_dir)], "", live=True) if replay else None,
+            replay=self._buffer([str(folder.path)], "", live=True) if self._replay_source else None,
             streams={s.name: self._stream(s) for s in self.sources if isinstance(s, Stream)},
             sample_live=self._sample_live,
+            annotate=self._annotate,
             append=self._append,
             drawing=self._drawing,
             on_drawn=self._finish,
@@ -293,13 +294,13 @@ class AgroDataModule(L.LightningDataModule):
         with contextlib.ExitStack() as held:
             if self.train_prompts is not None:
                 held.enter_context(unsharded(self.policy))
-                if reference is not None:
-                    held.enter_context(unsharded(reference))
+            if reference is not None:
+                held.enter_context(unsharded(reference))
             yield
 
     @property
     def _reused(self) -> bool:
-        return self.updates_per_rollout > 1 or any(isinstance(source, Replay) for source in self.sources)
+        return self.updates_per_rollout > 1 or self._replay_source is not None
 
     def _record(self, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -310,26 +311,38 @@ class AgroDataModule(L.LightningDataModule):
         taken, self._rollout_metrics = self._rollout_metrics, {}
         return taken
 
-    def _append(self, groups: list[PromptGroup], step: int, part: int) -> list[PromptGroup]:
-        """Adds reference log-probs, once, and hands the rollout to the replay buffer."""
-        if self._reused:
-            groups = self._annotate(groups)
-        place = self._place
-        if groups and place.first and any(isinstance(source, Replay) for source in self.sources):
-            name = rollout_name(step, place.rank, part)
-            append_rollouts(self.replay_dir, groups, name=name, tokenizer_id=self.tokenizer_id)
+    def _annotate(self, groups: list[PromptGroup]) -> list[PromptGroup]:
+        """Adds reference log-probs to groups that lack them, where they are needed more than once."""
+        module = self._module
+        known = module.reference.reference_id
+        lacking = [
+            place
+            for place, group in enumerate(groups)
+            if any(c.ref_logprobs is None or c.reference_id != known for c in group.completions)
+        ]
+        if not self._reused or not lacking:
+            return groups
+        started = time.perf_counter()
+        groups = list(groups)
+        for start in range(0, len(lacking), self.batch_size):
+            places = lacking[start : start + self.batch_size]
+            part = with_ref_logprobs(
+                [groups[place] for place in places],
+                module.reference,
+                device=module.device,
+                max_tokens=module.max_tokens,
+            )
+            for place, group in zip(places, part, strict=True):
+                groups[place] = group
+        self._record({"seconds/reference": time.perf_counter() - started})
         return groups
 
-    def _annotate(self, groups: list[PromptGroup]) -> list[PromptGroup]:
-        started = time.perf_counter()
-        module, out = self._module, []
-        for start in range(0, len(groups), self.batch_size):
-            part = groups[start : start + self.batch_size]
-            out += with_ref_logprobs(
-                part, module.reference, device=module.device, max_tokens=module.max_tokens
+    def _append(self, groups: list[PromptGroup], step: int, part: int) -> None:
+        place = self._place
+        if groups and place.first and self._replay_source is not None:
+            self._replay_folder.append(
+                groups, step=step, rank=place.rank, part=part, tokenizer_id=self.tokenizer_id
             )
-        self._record({"seconds/reference": time.perf_counter() - started})
-        return out
 
     def _finish(self, groups: list[PromptGroup], seconds: float) -> None:
         self.last_groups = groups
@@ -375,38 +388,16 @@ class AgroDataModule(L.LightningDataModule):
         self._attach()
         self.engine.update_weights(self._module.global_step)
         self._pushed_version = self._module.global_step
-        ids = [prompt.prompt_ids for prompt in prompts]
-        greedy = self.engine.generate(
-            ids, replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0), n=1, seed=0
+        return answer_prompts(
+            prompts,
+            engine=self.engine,
+            sampling=self.sampling,
+            samples=self.validation_samples,
+            seed=self.seed,
+            rewards=self.rewards,
+            correct_reward=self.correct_reward,
+            tokenizer=self.tokenizer,
         )
-        sampled = self.engine.generate(ids, self.sampling, n=self.validation_samples, seed=self.seed)
-        results = []
-        texts = [
-            [self._decode(g.completion_ids) for g in [*first, *rest]]
-            for first, rest in zip(greedy, sampled, strict=True)
-        ]
-        scores = iter(
-            self.rewards.score_quietly(
-                [prompt for prompt, row in zip(prompts, texts, strict=True) for _ in row],
-                [text for row in texts for text in row],
-            )
-        )
-        for prompt, row in zip(prompts, texts, strict=True):
-            first, *rest = [next(scores).reward for _ in row]
-            known = [reward for reward in rest if reward is not None]
-            results.append(
-                PromptResult(
-                    prompt=prompt,
-                    greedy_text=row[0],
-                    greedy_correct=None if first is None else first >= self.correct_reward,
-                    sampled=len(known),
-                    sampled_correct=sum(reward >= self.correct_reward for reward in known),
-                )
-            )
-        return results
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def evaluate(self) -> dict[str, float]:
         """Accuracies over all validation prompts and ranks."""
@@ -430,46 +421,20 @@ class AgroDataModule(L.LightningDataModule):
         """The feed's cursors, the alarms and the counts; the replay buffer stays on disk."""
         if self.feed is None:
             return {}
-        self._evict_rollouts()
+        assert self.trainer is not None
+        replay = self._replay_source
+        if replay is not None and self.feed.replay is not None and self.trainer.is_global_zero:
+            self._replay_folder.evict(self.feed.replay, replay.capacity)
         return {
             "feed": self.feed.state_dict(),
             "rewards": self.rewards.state_dict(),
             "completions_used": self.completions_used,
         }
 
-    def _evict_rollouts(self) -> None:
-        """Deletes replay files beyond the capacity, one checkpoint late: the one before may still be
-        resumed."""
-        assert self.trainer is not None and self.feed is not None
-        replay = next((source for source in self.sources if isinstance(source, Replay)), None)
-        if replay is not None and self.feed.replay is not None and self.trainer.is_global_zero:
-            remove_files(self._surplus)
-            files = [(file.source.path, len(file.source.rows)) for file in self.feed.replay.files]
-            self._surplus = [
-                path for path in beyond_capacity(files, replay.capacity) if path not in self._surplus
-            ]
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict["feed"]
         self.rewards.load_state_dict(state_dict["rewards"])
         self.completions_used = state_dict["completions_used"]
-
-    def _set_aside_later_rollouts(self) -> None:
-        """Rollouts from after the checkpoint are made again; their files are moved out of the buffer's
-        sight."""
-        accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
-        done = self._restored["micro_batch"] // accumulate if self._restored else 0
-        later = [
-            path
-            for path in sorted(self.replay_dir.glob("step-*.parquet"))
-            if step_of_rollout(path.name) >= done
-        ]
-        if later:
-            aside = self.replay_dir / f"_set_aside_at_step_{done:08d}_{time.time_ns()}"
-            aside.mkdir(parents=True)
-            for path in later:
-                path.rename(aside / path.name)
-            rank_zero_info(f"{len(later)} replay files from after step {done} were moved to {aside}")
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Moves training batches; validation prompts are not tensors."""
@@ -511,9 +476,3 @@ class PromptBatches:
 
     def __iter__(self) -> Iterator[list[Prompt]]:
         return iter(self._batches)
-
-
-def offline_paths(paths: Sequence[str]) -> list[str]:
-    """The paths, with the shipped buffer's for "quickstart"."""
-    shipped = str(resources.files("agro_lightning") / "quickstart" / "offline.parquet")
-    return [shipped if path == "quickstart" else path for path in paths]

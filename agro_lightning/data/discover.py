@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from agro_lightning import quickstart
 from agro_lightning.data.reader import SUFFIXES
 from agro_lightning.data.schema import BadFileError
 
@@ -99,3 +100,8 @@ def _walk(folder: str) -> Iterator[tuple[str, str]]:
             if name.endswith(SUFFIXES) and not name.startswith((".", "_")):
                 label = name if within == os.curdir else os.path.join(within, name)
                 yield os.path.join(parent, name), label
+
+
+def offline_paths(paths: Sequence[str]) -> list[str]:
+    """The paths, with the shipped buffer's for "quickstart"."""
+    return [str(quickstart.FOLDER / "offline.parquet") if path == "quickstart" else path for path in paths]

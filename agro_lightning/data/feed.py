@@ -4,12 +4,10 @@ batches.
 Everything that is drawn follows from the seed and a few cursors, which are the feed's whole state.
 """
 
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from agro_lightning.data.buffer import RolloutBuffer, Selection
 from agro_lightning.data.mixing import Live, Mixing, Offline, Replay, Source, Stream, share_out, split_group
 from agro_lightning.data.packing import pack_groups
 from agro_lightning.data.prompts import PromptDataset
+from agro_lightning.data.replay import step_of
 from agro_lightning.data.stream import StreamReader
 from agro_lightning.types import Completion, Prompt, PromptGroup, TokenBatch
 
@@ -73,8 +72,9 @@ class TrainFeed:
         replay: the open buffer of past rollouts; None without a Replay source.
         streams: the reader of each Stream source, by name.
         sample_live: generates and scores.
+        annotate: adds reference log-probs to the groups that lack them, where they are needed more than once.
         append: called with the groups of one rollout, the step, and a number that tells several rollouts of
-            one step apart; the groups then belong to the replay buffer. Returns them as they were stored.
+            one step apart; the groups then belong to the replay buffer.
         drawing: entered by all ranks together around each drawing.
         on_drawn: told the groups of a step and the seconds that drawing them took.
         count_globally: sums a number over ranks.
@@ -91,7 +91,8 @@ class TrainFeed:
         replay: RolloutBuffer | None,
         streams: dict[str, StreamReader],
         sample_live: LiveSampler,
-        append: Callable[[list[PromptGroup], int, int], list[PromptGroup]],
+        annotate: Callable[[list[PromptGroup]], list[PromptGroup]],
+        append: Callable[[list[PromptGroup], int, int], None],
         on_drawn: Callable[[list[PromptGroup], float], None],
         count_globally: Callable[[float], float],
         reference_id: Callable[[], str | None],
@@ -99,7 +100,8 @@ class TrainFeed:
     ):
         self.settings, self.sources = settings, list(sources)
         self.prompts, self.offline, self.replay, self.streams = prompts, offline, replay, streams
-        self._sample_live, self._append, self._on_drawn = sample_live, append, on_drawn
+        self._sample_live, self._annotate, self._append = sample_live, annotate, append
+        self._on_drawn = on_drawn
         self._drawing = drawing
         self._count_globally, self._reference_id = count_globally, reference_id
         self.micro_batch = 0
@@ -133,7 +135,7 @@ class TrainFeed:
         if not self.pending or self.uses >= self.settings.updates_per_rollout:
             started = time.perf_counter()
             with self._drawing():
-                self.pending, self.uses = self._draw(step), 0
+                self.pending, self.uses = self._annotate(self._draw(step)), 0
             self._on_drawn(self.pending, time.perf_counter() - started)
         self.uses += 1
         for stream in self.streams.values():
@@ -267,7 +269,8 @@ class TrainFeed:
         if not prompts:
             return {}
         seed = int(self._rng(step, 3, self.settings.rank, n).integers(2**31))
-        groups = self._append(self._sample_live(prompts, n, seed), step, n)
+        groups = self._annotate(self._sample_live(prompts, n, seed))
+        self._append(groups, step, n)
         waiting: dict[str, list[PromptGroup]] = {}
         for group in groups:
             waiting.setdefault(group.prompt.prompt_id, []).append(group)
@@ -304,7 +307,7 @@ class TrainFeed:
     def _replayable(self, source: Replay, step: int) -> Selection:
         """The past rollouts that may be drawn at this step: those of earlier steps, on every rank alike."""
         assert self.replay is not None
-        self.replay.accept = lambda label: step_of_rollout(label) < step
+        self.replay.accept = lambda label: step_of(label) < step
         self.replay.refresh()
         oldest = None if source.max_staleness is None else step - source.max_staleness
         return self.replay.select(min_policy_version=oldest, newest=source.capacity)
@@ -334,24 +337,6 @@ class TrainFeed:
         assert buffer is not None
         (group,) = buffer.groups([row_ids])
         return replace(group, completions=tuple(replace(c, **changes) for c in group.completions))
-
-
-def rollout_name(step: int, rank: int, part: int) -> str:
-    """The name of the replay file of one step and rank; `part` tells several of one step apart."""
-    return f"step-{step:08d}-rank-{rank:05d}-part-{part:05d}"
-
-
-def step_of_rollout(label: str) -> int:
-    """The step in a name made by rollout_name.
-
-    Raises:
-        ValueError: the file was not made by this run.
-    """
-    name = PurePath(label).name
-    match = re.match(r"step-(\d+)-rank-", name)
-    if match is None:
-        raise ValueError(f"{label} does not belong in a replay folder; keep other files in an Offline source")
-    return int(match[1])
 
 
 def _group_from_dict(group: dict[str, Any]) -> PromptGroup:

@@ -1,10 +1,13 @@
 """Packs whole prompt groups into one TokenBatch, and cuts one into pieces of bounded size."""
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from agro_lightning.types import PromptGroup, TokenBatch
@@ -184,3 +187,63 @@ def select_completions(batch: TokenBatch, rows: Sequence[int]) -> TokenBatch:
             name for name, kept in zip(batch.prompt_ids, keep_group.tolist(), strict=True) if kept
         ),
     )
+
+
+class PlainRows(NamedTuple):
+    """Completions with their prompts in rows, one after another, each behind its own copy of the prompt."""
+
+    places: Int[Tensor, "rows width"]
+    """The place in the packed batch whose token stands there; 0 behind a row's last sequence."""
+    position_ids: Int[Tensor, "rows width"]
+    """Restart at 0 with each sequence, which is how transformers tells them apart; 0 behind the last one."""
+    predictors: Int[Tensor, " N"]
+    """For each target, its predicting place in the rows laid end to end."""
+
+
+def repeat_prompts(batch: TokenBatch, *, one_row: bool = False) -> PlainRows:
+    """Plain packing: rows as wide as the longest sequence, each filled with as many as fit.
+
+    Args:
+        batch: whole groups.
+        one_row: put all into a single row, for attention that needs no mask to keep sequences apart. With a
+            mask, one row would take the square of all tokens.
+    """
+    device = batch.input_ids.device
+    prompts, lengths, groups = batch.prompt_lengths, batch.completion_lengths, batch.group_ids.cpu()
+    per_group = torch.zeros_like(prompts).index_add_(0, groups, lengths)
+    group_starts = torch.cumsum(prompts + per_group, 0) - prompts - per_group
+    within = torch.cumsum(lengths, 0) - lengths - (torch.cumsum(per_group, 0) - per_group)[groups]
+    completion_starts = group_starts[groups] + prompts[groups] + within
+
+    pieces = torch.stack([prompts[groups], lengths], 1)  # (B, 2): a prompt, then a completion
+    starts = torch.stack([group_starts[groups], completion_starts], 1)
+    sizes = pieces.flatten()
+    offsets = torch.cumsum(sizes, 0) - sizes
+    sources = torch.arange(int(sizes.sum())) + torch.repeat_interleave(starts.flatten() - offsets, sizes)
+
+    whole = pieces.sum(1)  # (B,) tokens of each sequence
+    rows, columns, width = _fill_rows(whole.tolist(), int(whole.sum() if one_row else whole.max()))
+    position_ids = torch.arange(len(sources)) - torch.repeat_interleave(offsets[::2], whole)
+    targets_at = torch.repeat_interleave(rows * width + columns, whole) + position_ids
+    table = torch.zeros(2, (int(rows.max()) + 1) * width, dtype=torch.long)
+    table[0, targets_at], table[1, targets_at] = sources, position_ids
+
+    targets = lengths + 1
+    first = torch.cumsum(targets, 0) - targets
+    # the prompt's last token predicts the first target
+    begins = rows * width + columns + prompts[groups] - 1
+    predictors = torch.arange(int(targets.sum())) + torch.repeat_interleave(begins - first, targets)
+    places, position_ids = table.view(2, -1, width).to(device)
+    return PlainRows(places, position_ids, predictors.to(device))
+
+
+def _fill_rows(lengths: list[int], width: int) -> tuple[Tensor, Tensor, int]:
+    """Row and first column of each sequence, longest first into the fullest row that has room."""
+    rows, columns = torch.empty(len(lengths), dtype=torch.long), torch.empty(len(lengths), dtype=torch.long)
+    room: list[tuple[int, int]] = []  # (columns left, row), sorted
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        at = bisect.bisect_left(room, (lengths[index], 0))
+        left, row = room.pop(at) if at < len(room) else (width, len(room))
+        rows[index], columns[index] = row, width - left
+        bisect.insort(room, (left - lengths[index], row))
+    return rows, columns, width

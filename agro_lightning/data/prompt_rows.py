@@ -6,13 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from agro_lightning import quickstart
 from agro_lightning.data.schema import BadFileError, Rejections
 from agro_lightning.rewards.gym import GYM_FIELD, require_reasoning_gym
 
@@ -75,8 +75,7 @@ def read_prompt_rows(path: str, *, subset: str | None, split: str, ledger: Ledge
     """
     place = Path(path)
     if path in SHIPPED:
-        shipped = resources.files("agro_lightning") / "quickstart" / SHIPPED[path]
-        yield from _read_file(Path(str(shipped)), ledger)
+        yield from _read_file(quickstart.FOLDER / SHIPPED[path], ledger)
     elif place.is_dir() and any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
         yield from _read_saved(path, split, ledger)
     elif place.is_dir():

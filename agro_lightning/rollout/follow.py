@@ -6,7 +6,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.data.stream import read_progress
-from agro_lightning.policy import Policy, PolicySettings
+from agro_lightning.policy import Policy
+from agro_lightning.policy_settings import PolicySettings
 from agro_lightning.rollout.parts import CommittedGroups
 from agro_lightning.rollout.published import (
     POLL_SECONDS,

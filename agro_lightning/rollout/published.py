@@ -19,7 +19,9 @@ from transformers.utils import logging as progress_bars
 
 from agro_lightning.data.durable import sync_directory
 from agro_lightning.export import build_model
-from agro_lightning.policy import Policy, PolicySettings, load_lm, load_tokenizer
+from agro_lightning.policy import Policy
+from agro_lightning.policy_settings import PolicySettings
+from agro_lightning.pretrained import load_lm, load_tokenizer
 
 ABOUT_FILE = "publication.json"
 POLL_SECONDS = 0.2

@@ -1,0 +1,71 @@
+"""The folder of a run's own past rollouts: one immutable file a rollout, named after its step."""
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+
+from agro_lightning.data.buffer import RolloutBuffer
+from agro_lightning.data.writer import append_rollouts, beyond_capacity, remove_files
+from agro_lightning.types import PromptGroup
+
+
+class ReplayFolder:
+    """Writes the replay buffer's files, and takes away those that a run no longer needs.
+
+    Args:
+        path: the folder; made with the first rollout.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._surplus: list[Path] = []
+
+    def append(
+        self, groups: Sequence[PromptGroup], *, step: int, rank: int, part: int, tokenizer_id: str
+    ) -> None:
+        """Adds the rollout of one step and rank; `part` tells several of one step apart."""
+        append_rollouts(self.path, groups, name=rollout_name(step, rank, part), tokenizer_id=tokenizer_id)
+
+    def evict(self, buffer: RolloutBuffer, capacity: int) -> None:
+        """Deletes files beyond the capacity, one checkpoint late: the one before may still be resumed.
+
+        Args:
+            buffer: the folder, opened.
+            capacity: completions to keep.
+        """
+        remove_files(self._surplus)
+        files = [(file.source.path, len(file.source.rows)) for file in buffer.files]
+        self._surplus = [path for path in beyond_capacity(files, capacity) if path not in self._surplus]
+
+    def set_aside_from(self, step: int) -> str | None:
+        """Moves rollouts of this step and later ones out of sight: a resumed run makes them again.
+
+        Returns:
+            What was done, in words; None when there were none.
+        """
+        later = [path for path in sorted(self.path.glob("step-*.parquet")) if step_of(path.name) >= step]
+        if not later:
+            return None
+        aside = self.path / f"_set_aside_at_step_{step:08d}_{time.time_ns()}"
+        aside.mkdir(parents=True)
+        for path in later:
+            path.rename(aside / path.name)
+        return f"{len(later)} replay files from after step {step} were moved to {aside}"
+
+
+def rollout_name(step: int, rank: int, part: int) -> str:
+    """The name of the replay file of one step and rank; `part` tells several of one step apart."""
+    return f"step-{step:08d}-rank-{rank:05d}-part-{part:05d}"
+
+
+def step_of(label: str) -> int:
+    """The step in a name made by rollout_name.
+
+    Raises:
+        ValueError: the file was not made by a run.
+    """
+    match = re.match(r"step-(\d+)-rank-", PurePath(label).name)
+    if match is None:
+        raise ValueError(f"{label} does not belong in a replay folder; keep other files in an Offline source")
+    return int(match[1])

@@ -1,0 +1,47 @@
+"""Which model is the policy, and how its forward pass is made: the settings under `model.policy`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class LoraSettings:
+    """Low-rank adapters on the policy; needs the extra `lora` (peft)."""
+
+    rank: int = 16
+    """Rank of every adapter."""
+    alpha: int = 32
+    """Adapters are scaled by alpha / rank."""
+    target_modules: list[str] | str = "all-linear"
+    """Names of the linear layers that get adapters, or "all-linear" (all but the head)."""
+
+
+@dataclass(kw_only=True)
+class PolicySettings:
+    """Which causal LM is trained, and how its forward pass is made."""
+
+    path: str = "quickstart"
+    """Local folder or hub id of a transformers causal LM; "quickstart" is the one that ships with the
+    package."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type that the weights are held in."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """"random" builds the architecture of `path` with fresh weights."""
+    packing: Literal["auto", "shared", "plain"] = "auto"
+    """"shared" computes each group's prompt once; "plain" repeats it for each completion; "auto" is shared
+    where the
+    start-up check finds it exact for this architecture, plain otherwise."""
+    attention: Literal["auto", "dense", "flex"] = "auto"
+    """How shared prompts are attended to: padded dense blocks, or flex_attention ("auto": flex on GPUs)."""
+    head_backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
+    """Implementation of the fused head (kernels/README.md)."""
+    logit_scale: float | None = None
+    """What logits are multiplied with, where the model's config does not say it; None: as the config says."""
+    softcap: float | None = None
+    """Cap of the logits (softcap * tanh(logits / softcap)); None: as the config says."""
+    lora: LoraSettings | None = None
+    """Train low-rank adapters only; the reference is then the same model with the adapters off."""
+    gradient_checkpointing: bool = False
+    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model folder."""
