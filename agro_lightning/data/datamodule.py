@@ -137,7 +137,7 @@ class AgroDataModule(L.LightningDataModule):
         self.feed: TrainFeed | None = None
         self._restored: dict[str, Any] | None = None
         self._attached = False
-        self._pushed_version = -1
+        self._pushed_version = self._served_version = -1
 
     # ------------------------------------------------------------------ set-up
 
@@ -267,10 +267,8 @@ class AgroDataModule(L.LightningDataModule):
 
     def _sample_live(self, prompts: Sequence[Prompt], n: int, seed: int) -> list[PromptGroup]:
         self._attach()
-        version = self._module.global_step
-        if version != self._pushed_version:
-            self.engine.update_weights(version)
-            self._pushed_version = version
+        if self._module.global_step != self._pushed_version:
+            self._push_weights()
         name = next(source.name for source in self.sources if isinstance(source, Live))
         groups, report = rollout_groups(
             self.engine,
@@ -281,10 +279,16 @@ class AgroDataModule(L.LightningDataModule):
             n=n,
             seed=seed,
             source=name,
-            policy_version=version,
+            policy_version=self._served_version,
         )
         self._record(report.metrics())
         return self._place.agree(groups)
+
+    def _push_weights(self) -> None:
+        """Gives the engine the current weights, and notes which version it then serves."""
+        self._pushed_version = self._module.global_step
+        served = self.engine.update_weights(self._pushed_version)
+        self._served_version = self._pushed_version if served is None else served
 
     @contextlib.contextmanager
     def _drawing(self) -> Iterator[None]:
@@ -386,8 +390,7 @@ class AgroDataModule(L.LightningDataModule):
         if not prompts:
             return []
         self._attach()
-        self.engine.update_weights(self._module.global_step)
-        self._pushed_version = self._module.global_step
+        self._push_weights()
         return answer_prompts(
             prompts,
             engine=self.engine,

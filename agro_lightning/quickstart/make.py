@@ -13,7 +13,7 @@ import datetime
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,9 +71,17 @@ def answer_ids(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> Te
 
 def train(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt], *, steps: int,
-    snapshot_at: int,
+    snapshot_at: int, pupil: Callable[[Prompt, random.Random], str] = careless_answer,
 ) -> dict[str, Tensor]:
     """Supervised training on a careless pupil's answers, written anew each time a prompt is drawn.
+
+    Args:
+        model: is trained.
+        tokenizer: of single characters.
+        prompts: all of one length.
+        steps: batches of BATCH_SIZE prompts.
+        snapshot_at: the step that is returned.
+        pupil: answers a prompt in at most MAX_NEW_TOKENS - 1 characters.
 
     Returns:
         A copy of the weights after `snapshot_at` steps.
@@ -86,7 +94,7 @@ def train(
         decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * decay
-        targets = answer_ids(tokenizer, [careless_answer(prompts[row], rng) for row in rows])
+        targets = answer_ids(tokenizer, [pupil(prompts[row], rng) for row in rows])
         sequences = torch.cat([inputs[rows], targets], dim=1)
         logits = model(sequences[:, :-1], use_cache=False).logits[:, inputs.shape[1] - 1 :]
         loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD_ID)

@@ -54,8 +54,13 @@ class RolloutEngine(Protocol):
         """Binds the engine to the policy (agro_lightning.policy.Policy) and its tokenizer; called once."""
         ...
 
-    def update_weights(self, policy_version: int) -> None:
-        """Called before generating when the policy has been updated: pushes weights, drops stale caches."""
+    def update_weights(self, policy_version: int) -> int | None:
+        """Called before generating when the policy has been updated: pushes weights, drops stale caches.
+
+        Returns:
+            The version that completions will come from, where the engine still serves an older one; None
+            means policy_version. Staleness is counted from it.
+        """
         ...
 
     def generate(
