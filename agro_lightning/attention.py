@@ -79,7 +79,7 @@ def plan_layout(batch: TokenBatch, *, flex: bool) -> PackedLayout:
     Args:
         batch: whole groups, as TokenBatch lays them out.
         flex: use flex_attention with block-sparse masks (GPUs, long sequences) instead of padded dense
-        blocks.
+            blocks.
     """
     device = batch.input_ids.device
     prompts, completions = batch.prompt_lengths, batch.completion_lengths

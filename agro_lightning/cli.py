@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from agro_lightning.callbacks import NonFiniteGuard, RunCheckpoint, SampleTable, StepMetrics, Summary
 from agro_lightning.checkpoint import DurableCheckpointIO
-from agro_lightning.cli_errors import explain, explained
+from agro_lightning.cli_errors import explain, explained, unknown_section
 from agro_lightning.data.datamodule import AgroDataModule
 from agro_lightning.faults import NameLostRank, SlowRanks, StopOnSignal
 from agro_lightning.launch import number_of_ranks, run_folder, slurm_plugins
@@ -59,6 +59,11 @@ class AgroCLI(LightningCLI):
             "-c", "--config", action="config", help="A YAML file with any of these keys."
         )
         return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        if wrong := unknown_section(parser, sys.argv[1:]):
+            parser.error(wrong)
+        super().parse_arguments(parser, args)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

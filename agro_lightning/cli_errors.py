@@ -55,17 +55,46 @@ def explain(message: str, parser: Any, args: list[str]) -> str:
         parser: whose keys are valid.
         args: the command line, in which the config files are named.
     """
-    unknown = _unknown_keys(message)
-    for key in unknown:
-        valid = valid_keys(parser)
-        if key in valid:
-            continue
-        near = _nearest(key, valid)
-        hint = f"; did you mean {near}?" if near else ""
-        where = _where(key, args)
-        return f"unknown key {key}{where}{hint}"
+    valid = valid_keys(parser)
+    for key in _unknown_keys(message):
+        if key not in valid:
+            return _unknown(key, valid, args)
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return _shorter(" ".join(lines))[:600] + _where_value(message, args)
+
+
+def unknown_section(parser: Any, args: list[str]) -> str | None:
+    """What to say of an unknown key with nothing under it, which the parser lets pass.
+
+    Args:
+        parser: whose keys are valid.
+        args: the command line, in which the config files are named.
+    """
+    valid = valid_keys(parser)
+
+    def search(node: Any, parent: str) -> str | None:
+        for name, value in node.value:
+            key = f"{parent}{name.value}"
+            if name.value in ("init_args", "dict_kwargs"):
+                continue
+            if not value.value and key not in valid:
+                return key
+            inside = isinstance(value, yaml.MappingNode) and any(other.startswith(f"{key}.") for other in valid)
+            if inside and (found := search(value, f"{key}.")):
+                return found
+        return None
+
+    for path in _config_files(args):
+        root = _composed(path)
+        if isinstance(root, yaml.MappingNode) and (key := search(root, "")):
+            return _unknown(key, valid, args)
+    return None
+
+
+def _unknown(key: str, valid: set[str], args: list[str]) -> str:
+    near = _nearest(key, valid)
+    hint = f"; did you mean {near}?" if near else ""
+    return f"unknown key {key}{_where(key, args)}{hint}"
 
 
 def _shorter(line: str) -> str:
@@ -153,14 +182,18 @@ def _where(key: str, args: list[str]) -> str:
     """ " (file:line)" of a key in the config files that were given, or "" when it stands on the command
     line."""
     for path in _config_files(args):
-        try:
-            root = yaml.compose(path.read_text())
-        except yaml.YAMLError:
-            continue
-        line = _line_of(root, key.split("."))
+        line = _line_of(_composed(path), key.split("."))
         if line is not None:
             return f" ({path}:{line + 1})"
     return ""
+
+
+def _composed(path: Path) -> Any:
+    """The file's YAML with line numbers; None where it is no YAML, which the parser says better."""
+    try:
+        return yaml.compose(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None
 
 
 def _line_of(node: Any, path: list[str]) -> int | None:

@@ -14,8 +14,7 @@ class MetricsFile(Logger):
     """Writes every metric to `<run_dir>/metrics.csv`.
 
     Unlike Lightning's CSVLogger it keeps what an earlier process of the same run wrote: rows up to the step
-    that a
-    run resumes from stay, later ones are written again.
+    that a run resumes from stay, later ones are written again.
     """
 
     def __init__(self, run_dir: str | Path):

@@ -71,13 +71,11 @@ class AgroModule(L.LightningModule):
         objective: the loss over groups; AGRO unless a baseline is asked for.
         optimizer: AdamW and its schedule.
         reference: "frozen" (a second copy), "adapter_off" (the LoRA policy's own base), "cached" (log-probs
-        that
-            `annotate` put into the data), or "auto": adapter_off with LoRA, else frozen.
+            that `annotate` put into the data), or "auto": adapter_off with LoRA, else frozen.
         reference_id: with "cached": the id that `annotate` printed.
         reference_reset_every: make the current policy the reference every so many steps; 0 never does.
         max_tokens: input tokens that one forward and backward may hold; larger batches are computed in pieces
-        with
-            the same gradient. None: no limit.
+            with the same gradient. None: no limit.
         max_skipped_steps: stop the run after so many steps in a row were skipped for a NaN or infinity.
         temperature: the sampling temperature (linked to data.sampling.temperature).
         sharding: how policy and reference are spread over ranks, under the strategy Sharded.
@@ -103,9 +101,8 @@ class AgroModule(L.LightningModule):
         self.max_skipped_steps, self.temperature = max_skipped_steps, temperature
         self.sharding = sharding
         self.policy: Policy | None = None
-        self._outside: list[
-            Reference
-        ] = []  # a list hides the reference from the optimiser, strategy, checkpoints
+        # in a list: optimiser, strategy and checkpoints do not see the reference there
+        self._outside: list[Reference] = []
         self._pieces: list[tuple[TokenBatch, Tensor, Tensor]] = []
         self._reference_file: str | None = None
         self._answers: list[PromptResult] = []
@@ -189,8 +186,7 @@ class AgroModule(L.LightningModule):
         self.last_metrics = batch_metrics(batch, result, self.sources)
         self.last_log_ratios = result.log_ratios
         self.phases.end("forward", self.device)
-        # the loss is divided by the groups of the whole step already; undo what Lightning and the strategy
-        # average
+        # the loss is divided by the whole step's groups already: undo the averages of Lightning and strategy
         return result.loss * self.world_size * self.trainer.accumulate_grad_batches
 
     def reference_logprobs(self, batch: TokenBatch) -> Tensor:

@@ -101,8 +101,7 @@ class Policy(nn.Module):
         """Chooses whether a packed batch computes each group's prompt once, or repeats it for each
         completion."""
         self.shared_prompts = shared
-        # set for good rather than around each call, so that a checkpointed layer recomputes with the same
-        # attention
+        # set for good and not around each call: a checkpointed layer recomputes with the same attention
         self.base.get_decoder().config._attn_implementation = (
             attention.NAME if shared else self.plain_attention
         )

@@ -29,8 +29,7 @@ class PolicySettings:
     """"random" builds the architecture of `path` with fresh weights."""
     packing: Literal["auto", "shared", "plain"] = "auto"
     """"shared" computes each group's prompt once; "plain" repeats it for each completion; "auto" is shared
-    where the
-    start-up check finds it exact for this architecture, plain otherwise."""
+    where the start-up check finds it exact for this architecture, plain otherwise."""
     attention: Literal["auto", "dense", "flex"] = "auto"
     """How shared prompts are attended to: padded dense blocks, or flex_attention ("auto": flex on GPUs)."""
     head_backend: Literal["auto", "triton", "chunked", "reference"] = "auto"

@@ -28,8 +28,7 @@ def weights_hash(module: nn.Module) -> str:
     """A hash of the module's parameters (names, shapes, values as fp32), 16 hex digits; buffers do not count.
 
     Weights that fp32 and a half-precision type hold alike have one hash. Sharded parameters are gathered one
-    at a
-    time, and rank 0 computes the hash for all.
+    at a time, and rank 0 computes the hash for all.
     """
     digest = hashlib.sha256()
     sharded = False
@@ -82,8 +81,7 @@ class FrozenReference:
     """A second, frozen instance of the policy.
 
     It is deliberately no submodule of the training module: checkpoints, the optimiser and the strategy do not
-    see
-    it. After a reset its weights are saved by the caller, since no checkpoint holds them.
+    see it. After a reset its weights are saved by the caller, since no checkpoint holds them.
     """
 
     def __init__(self, policy: Policy):

@@ -128,6 +128,22 @@ def test_a_mistyped_key_gets_the_nearest_one_and_its_line(tmp_path):
     assert err.strip() == f"error: unknown key data.bach_size ({path}:4); did you mean data.batch_size?"
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "line", "near"),
+    [
+        ("modle: {}\n", "modle", 1, "model"),
+        ("modle:\n", "modle", 1, "model"),
+        ("model:\n  optimizer:\n    lerning: {}\n", "model.optimizer.lerning", 3, "learning_rate"),
+    ],
+)
+def test_a_mistyped_section_without_content_is_refused_too(text, key, line, near, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    out, err, code = output_of("fit", "--config", path)
+    assert code == 2 and out == ""
+    assert err.startswith(f"error: unknown key {key} ({path}:{line}); did you mean ") and near in err
+
+
 def test_a_mistyped_flag_gets_the_nearest_one():
     _, err, code = output_of("fit", "--data.grup_size", "4")
     assert code == 2

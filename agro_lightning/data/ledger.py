@@ -14,8 +14,7 @@ class UseLedger:
     """Counts uses by file and row number, so that they hold whatever order the files are loaded in.
 
     Its state belongs in the trainer's checkpoint, next to the weights that the uses produced: a restart then
-    counts
-    exactly the uses that those weights have seen.
+    counts exactly the uses that those weights have seen.
     """
 
     def __init__(self, max_uses: int) -> None:

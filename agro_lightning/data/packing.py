@@ -27,8 +27,7 @@ def pack_groups(
         num_groups: groups of the whole optimiser step, what the loss is divided by.
         policy_version: optimiser steps taken so far.
         reference_id: cached ref_logprobs count only where their reference_id equals this; when every
-        completion
-            has them the batch carries them, otherwise it carries none.
+            completion has them the batch carries them, otherwise it carries none.
 
     Raises:
         ValueError: no groups, a group of fewer than 2 completions, or an empty prompt or completion.

@@ -16,8 +16,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
     """Token ids of prompt texts, special tokens included.
 
     The tokenizer's own BOS is added unless the text already starts with it, as it does after many chat
-    templates. An
-    EOS that the tokenizer would put at the end is left out: the completion goes on from here.
+    templates. An EOS that the tokenizer would put at the end is left out: the completion goes on from here.
     """
     ids = _encode(tokenizer, prompts, special=True)
     bos, eos = tokenizer.bos_token, tokenizer.eos_token_id

@@ -34,8 +34,7 @@ INTERPRETED = Tile(rows=32, columns=64, depth=32, warps=1, stages=1, group=2)
 
 FORWARD: tuple[tuple[int, Tile], ...] = ((1536, NARROW), (8192, WIDE))
 """(largest hidden size, tile), unmeasured: below 1536 the epilogue weighs more, and two programs a
-multiprocessor
-overlap it."""
+multiprocessor overlap it."""
 DLOGITS: tuple[tuple[int, Tile], ...] = ((1536, NARROW), (8192, WIDE))
 """The same for the backward's recompute, unmeasured."""
 
