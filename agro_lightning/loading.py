@@ -6,6 +6,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ def sharded_policy(
         device: where the shards go.
     """
     meshes = plan_meshes(mesh, sharding.replicate)
-    policy = _empty(settings, sharding, meshes, device, temperature=temperature, frozen=False)
+    policy = empty_policy(settings, sharding, meshes, device, temperature=temperature, frozen=False)
     files = None if settings.weights == "random" else _find_weights(settings.path, policy)
     if files is None:
         _broadcast_weights(settings, policy)
@@ -65,17 +66,19 @@ def sharded_reference(
     policy: Policy, sharding: ShardingSettings, mesh: DeviceMesh, device: torch.device
 ) -> Policy:
     """A frozen instance with the policy's present weights, held in the type that is computed in."""
-    settings = PolicySettings(
-        **{
-            **vars(policy.settings),
-            "gradient_checkpointing": False,
-            "dtype": sharding.param_dtype or policy.settings.dtype,
-        }
-    )
+    settings = reference_settings(policy.settings, sharding)
     meshes = plan_meshes(mesh, sharding.replicate)
-    reference = _empty(settings, sharding, meshes, device, temperature=policy.temperature, frozen=True)
+    reference = empty_policy(
+        settings, sharding, meshes, device, temperature=policy.temperature, frozen=True
+    )
     copy_shards(policy, reference)
     return reference
+
+
+def reference_settings(settings: PolicySettings, sharding: ShardingSettings) -> PolicySettings:
+    """The policy's settings for a sharded reference: the type that is computed in, nothing recomputed."""
+    dtype = sharding.param_dtype or settings.dtype
+    return replace(settings, gradient_checkpointing=False, dtype=dtype)
 
 
 @torch.no_grad()
@@ -89,7 +92,7 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _empty(
+def empty_policy(
     settings: PolicySettings,
     sharding: ShardingSettings,
     meshes: Meshes,
