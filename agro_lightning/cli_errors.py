@@ -79,8 +79,8 @@ def unknown_section(parser: Any, args: list[str]) -> str | None:
                 continue
             if not value.value and key not in valid:
                 return key
-            inside = isinstance(value, yaml.MappingNode) and any(other.startswith(f"{key}.") for other in valid)
-            if inside and (found := search(value, f"{key}.")):
+            known = any(other.startswith(f"{key}.") for other in valid)
+            if known and isinstance(value, yaml.MappingNode) and (found := search(value, f"{key}.")):
                 return found
         return None
 
