@@ -1,0 +1,77 @@
+"""The memory that the fused head takes inside its operators, which nothing outside sees."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agro_kernels._chunked import chunked_grads, chunked_stats
+from agro_kernels._head import Head, Upstream, Wanted, stats_dtype
+
+TRITON_SLICE_BYTES = 256 << 20
+"""agro_kernels._triton_backend.SLICE_BYTES, which is not to be had where Triton is not installed."""
+TRITON_COLUMNS = 128
+"""Vocabulary entries of the narrowest forward tile."""
+
+
+def head_workspace(func: Any, args: tuple, *, gpu: bool) -> None:
+    """Makes, and lets go of, what an operator of agro_kernels holds inside; on tensors without data.
+
+    Args:
+        func: the operator.
+        args: its arguments.
+        gpu: as the Triton backend would; else by running the chunked backend.
+    """
+    name = func._schema.name
+    if name == "agro_kernels::head_stats":
+        _stats(args, gpu)
+    elif name == "agro_kernels::head_grads":
+        _grads(args, gpu)
+
+
+def _stats(args: tuple, gpu: bool) -> None:
+    hidden, weight, bias, targets = args[:4]
+    temperature, logit_scale, softcap, entropy, tiles = args[7:12]
+    head = Head(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+    if not gpu:
+        chunked_stats(hidden, weight, bias, targets, head, entropy, tiles)
+        return
+    blocks = -(-weight.shape[0] // TRITON_COLUMNS)
+    for _ in range(2 if entropy else 1):
+        hidden.new_empty(blocks, hidden.shape[0], dtype=torch.float32)
+
+
+def _grads(args: tuple, gpu: bool) -> None:
+    hidden, weight, bias, targets, _, _, temperature, logit_scale, softcap, logsumexp, coefficient = args[:11]
+    entropy, entropy_coefficient, _, want_hidden, want_weight, want_bias = args[11:17]
+    exact_hidden, exact_weight = args[17:19]
+    dtype = stats_dtype(hidden.dtype)
+    if gpu:
+        rows, columns = hidden.shape[0], weight.shape[0]
+        _triton_grads(hidden, weight, rows > columns)
+        return
+    upstream = Upstream(
+        logsumexp=logsumexp,
+        coefficient=coefficient.to(dtype),
+        entropy=entropy,
+        entropy_coefficient=entropy_coefficient,
+    )
+    wanted = Wanted(
+        hidden=(dtype if exact_hidden else hidden.dtype) if want_hidden else None,
+        weight=(dtype if exact_weight else weight.dtype) if want_weight else None,
+        bias=want_bias,
+    )
+    head = Head(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+    chunked_grads(hidden, weight, bias, targets, head, upstream, wanted)
+
+
+def _triton_grads(hidden: Tensor, weight: Tensor, by_tokens: bool) -> None:
+    """A slice of dL/du and the fp32 sum that its parts are added to; the results are counted outside."""
+    item = hidden.element_size()
+    whole = hidden.shape[0] * weight.shape[0] * item
+    slice_ = hidden.new_empty(min(whole, TRITON_SLICE_BYTES) // item)
+    total = (weight if by_tokens else hidden).new_empty(
+        (weight if by_tokens else hidden).shape, dtype=torch.float32
+    )
+    result = torch.empty_like(weight), torch.empty_like(hidden)
+    del slice_, total, result
