@@ -12,7 +12,7 @@ os.environ.setdefault(
 import lightning as L
 from docstring_parser import DocstringStyle
 from jsonargparse import set_parsing_settings
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -24,6 +24,7 @@ from agro_lightning.faults import NameLostRank, SlowRanks, StopOnSignal
 from agro_lightning.launch import number_of_ranks, run_folder, slurm_plugins
 from agro_lightning.metrics_file import MetricsFile
 from agro_lightning.module import AgroModule
+from agro_lightning.progress import StepBar, hide_advice
 from agro_lightning.quickstart.defaults import DATA_DEFAULTS, TRAINER_DEFAULTS
 from agro_lightning.strategy import Sharded
 
@@ -114,6 +115,9 @@ class AgroCLI(LightningCLI):
         mine += [StopOnSignal(), SlowRanks(), NameLostRank()]
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
+        if not any(isinstance(callback, ProgressBar) for callback in given):
+            if config.get("enable_progress_bar") is not False:
+                mine.append(StepBar())
         kept = [callback for callback in mine if not any(type(other) is type(callback) for other in given)]
         if not any(isinstance(callback, ModelCheckpoint) for callback in given):
             every = self._get(self.config_init, "checkpoint_every")
@@ -180,6 +184,7 @@ def main(args: list[str] | None = None) -> None:
     if args[0] not in TRAINING_COMMANDS:
         sys.stderr.write(f"error: {explain_command(args, [*TRAINING_COMMANDS, *commands])}\n")
         raise SystemExit(2)
+    hide_advice()
     AgroCLI(
         AgroModule,
         AgroDataModule,
