@@ -65,7 +65,7 @@ def inspect_buffer(
     for group in buffer.iter_groups():
         for completion in group.completions:
             if totals.rows in chosen:
-                shown.append(_sample(group, completion, tokenizer))
+                shown.append(sample_text(group, completion, tokenizer))
             totals.add(completion)
         totals.end_group(group)
     return "\n\n".join([_counts(buffer.counts), *totals.report(policy_version), *shown])
@@ -190,7 +190,7 @@ def _histogram(values: array) -> str:
     )
 
 
-def _sample(group: PromptGroup, completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str:
+def sample_text(group: PromptGroup, completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str:
     """One completion with its loss mask: only tokens in [brackets] are trained on."""
     parts = ", ".join(f"{name} {value:g}" for name, value in completion.reward_parts.items())
     head = f"sample {completion.row_id}: prompt {group.prompt.prompt_id!r}, source {completion.source}, "

@@ -456,15 +456,20 @@ class AgroDataModule(L.LightningDataModule):
     def describe(self) -> str:
         """The batch arithmetic and the sources, for the start of a run."""
         assert self.trainer is not None
-        ranks, accumulate = self._place.size, self.trainer.accumulate_grad_batches
-        groups = self.batch_size * accumulate * ranks
         total = sum(source.weight for source in self.sources)
         shares = ", ".join(f"{source.name} {source.weight / total:.1%}" for source in self.sources)
+        arithmetic = self.arithmetic(accumulate=self.trainer.accumulate_grad_batches, ranks=self._place.size)
+        return (
+            f"{arithmetic}\n{self.trainer.max_steps} steps, {self.updates_per_rollout} per rollout; "
+            f"sources: {shares} ({self.mixing.replace('_', ' ')})"
+        )
+
+    def arithmetic(self, *, accumulate: int, ranks: int) -> str:
+        """What one optimiser step is made of, over ranks that get different data."""
+        groups = self.batch_size * accumulate * ranks
         return (
             f"one step = {self.batch_size} groups × {accumulate} micro-batches × {ranks} ranks = {groups} "
-            f"groups × {self.group_size} completions = {groups * self.group_size} completions\n"
-            f"{self.trainer.max_steps} steps, {self.updates_per_rollout} per rollout; sources: {shares} "
-            f"({self.mixing.replace('_', ' ')})"
+            f"groups × {self.group_size} completions = {groups * self.group_size} completions"
         )
 
 
