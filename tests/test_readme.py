@@ -1,0 +1,65 @@
+"""What README says exists: its metrics are those of a run, its files and modules are there."""
+
+import csv
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def columns(tmp_path_factory):
+    """The metrics of a short run of the quick start with a replay buffer."""
+    folder = tmp_path_factory.mktemp("run")
+    config = folder / "run.yaml"
+    config.write_text(
+        "trainer: {max_steps: 2, val_check_interval: 2, enable_progress_bar: false}\n"
+        "data:\n  batch_size: 4\n  group_size: 4\n  sources:\n"
+        "  - {weight: 2, name: live}\n"
+        "  - {weight: 1, capacity: 64, max_staleness: 2, name: replay}\n"
+        "  - {weight: 1, paths: [quickstart], repeat: true, name: offline}\n"
+    )
+    command = [sys.executable, "-m", "agro_lightning", "fit", "--config", config, "--run_dir", folder / "run"]
+    subprocess.run(command, check=True, capture_output=True)
+    with (folder / "run" / "metrics.csv").open() as file:
+        return next(csv.reader(file))
+
+
+def documented():
+    """Names in the first column of the metrics' table."""
+    table = README.split("| metric (`train/...`) | meaning |")[1].split("\n\n")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+
+
+def test_every_metric_of_a_run_has_its_line(columns):
+    known = documented()
+    phases = {"seconds", "tokens_per_second"}
+    by_source = {"reward", "log_ratio", "staleness", "effective_sample_size", "regularized_reward_spread"}
+    measured = {name.removeprefix("train/") for name in columns if name.startswith("train/")}
+    assert len(measured) > 30
+    for name in measured:
+        base, _, last = name.partition("/")
+        fine = name in known or (base in by_source and last) or f"{base}/SOURCE" in README
+        assert fine and (base not in phases or name in known), f"{name} has no line in README"
+
+
+def test_every_line_is_a_metric(columns):
+    only_elsewhere = {"stream_unused_groups", "stream_expired_groups", "share"}
+    measured = {name.removeprefix("train/") for name in columns}
+    assert documented() - only_elsewhere - {"seconds/*"} <= measured
+
+
+def test_files_and_modules_that_it_names_are_there():
+    paths = set(re.findall(r"\b(?:configs|bench|tests|kernels)/[\w./-]+\.\w+", README))
+    assert len(paths) > 5
+    for path in paths:
+        assert (ROOT / path).exists() or path.startswith("kernels/"), path
+    for module in set(re.findall(r"python -m (bench\.\w+)", README)):
+        assert importlib.util.find_spec(module) is not None, module
