@@ -72,6 +72,7 @@ def answer_ids(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> Te
 def train(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt], *, steps: int,
     snapshot_at: int, pupil: Callable[[Prompt, random.Random], str] = careless_answer,
+    batch_size: int = BATCH_SIZE, learning_rate: float = LEARNING_RATE,
 ) -> dict[str, Tensor]:
     """Supervised training on a careless pupil's answers, written anew each time a prompt is drawn.
 
@@ -79,21 +80,23 @@ def train(
         model: is trained.
         tokenizer: of single characters.
         prompts: all of one length.
-        steps: batches of BATCH_SIZE prompts.
+        steps: as many batches, and a cosine schedule over them.
         snapshot_at: the step that is returned.
         pupil: answers a prompt in at most MAX_NEW_TOKENS - 1 characters.
+        batch_size: prompts of a batch.
+        learning_rate: the schedule's peak.
 
     Returns:
         A copy of the weights after `snapshot_at` steps.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     inputs = torch.tensor([prompt.prompt_ids for prompt in prompts])
     rng = random.Random(SEED)
     snapshot: dict[str, Tensor] = {}
-    for step, rows in zip(range(steps), _batches(len(prompts)), strict=False):
+    for step, rows in zip(range(steps), _batches(len(prompts), batch_size), strict=False):
         decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * decay
+            group["lr"] = learning_rate * min(1.0, (step + 1) / WARMUP_STEPS) * decay
         targets = answer_ids(tokenizer, [pupil(prompts[row], rng) for row in rows])
         sequences = torch.cat([inputs[rows], targets], dim=1)
         logits = model(sequences[:, :-1], use_cache=False).logits[:, inputs.shape[1] - 1 :]
@@ -107,11 +110,11 @@ def train(
     return snapshot
 
 
-def _batches(count: int) -> Iterator[list[int]]:
+def _batches(count: int, size: int) -> Iterator[list[int]]:
     generator = torch.Generator().manual_seed(SEED)
     while True:
         order = torch.randperm(count, generator=generator)
-        for rows in order.split(BATCH_SIZE)[: count // BATCH_SIZE]:
+        for rows in order.split(size)[: count // size]:
             yield rows.tolist()
 
 

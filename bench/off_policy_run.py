@@ -1,0 +1,220 @@
+"""One run of `bench.off_policy`: the trainer itself, on data of a given kind."""
+
+import logging
+import tempfile
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from agro_lightning.callbacks import NonFiniteError, NonFiniteGuard, StepMetrics
+from agro_lightning.data.datamodule import AgroDataModule
+from agro_lightning.data.mixing import Live, Offline, Source
+from agro_lightning.data.prompts import PromptSettings
+from agro_lightning.module import AgroModule, OptimizerSettings
+from agro_lightning.objectives import Agro, Grpo, Objective, RegularizedPG, Rloo, RlooFrozenKL
+from agro_lightning.policy_settings import PolicySettings
+from agro_lightning.rollout import AutoEngine, Generation, RolloutEngine, Sampling
+from bench.off_policy_task import SAMPLING, measure
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "ours": Agro,
+    "rloo": Rloo,
+    "rloo_frozen_kl": RlooFrozenKL,
+    "grpo": Grpo,
+    "regularized_pg": RegularizedPG,
+}
+"""By provider name; `ours` is AGRO."""
+LAGS = {"live": 0, "stale4": 4, "stale16": 16, "stale64": 64, "half": 0}
+"""How many updates old the weights are that generate, by kind of data; the other kinds generate nothing."""
+DATA = ("live", "stale4", "stale16", "stale64", "offline_reference", "offline_other", "half")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run."""
+
+    objective: str
+    data: str
+    learning_rate: float
+    beta: float
+    seed: int
+    steps: int
+    measure_at: tuple[int, ...]
+    prompts: int = 16
+    """Prompt groups of a step."""
+    group_size: int = 8
+
+
+class StaleEngine:
+    """Generates with the policy's weights of `lag` updates ago: at first, with those of the start.
+
+    Args:
+        lag: updates.
+    """
+
+    def __init__(self, lag: int) -> None:
+        self.lag = lag
+        self._engine = AutoEngine()
+        self._kept: deque[tuple[int, list[Tensor]]] = deque()
+        self._parameters: list[Tensor] = []
+
+    def attach(self, policy: Any, tokenizer: Any) -> None:
+        """Binds the engine to the policy, whose weights it will keep copies of."""
+        self._engine.attach(policy, tokenizer)
+        self._parameters = list(policy.parameters())
+
+    def update_weights(self, policy_version: int) -> int:
+        """Keeps the new weights; returns the version of those that generate."""
+        self._kept.append((policy_version, [p.detach().clone() for p in self._parameters]))
+        while len(self._kept) > 1 and self._kept[1][0] <= policy_version - self.lag:
+            self._kept.popleft()
+        return self._kept[0][0]
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, n: int, seed: int
+    ) -> list[list[Generation]]:
+        """Generates with the old weights."""
+        with self._swapped():
+            return self._engine.generate(prompts, sampling, n=n, seed=seed)
+
+    @contextmanager
+    def _swapped(self) -> Iterator[None]:
+        current = [parameter.data for parameter in self._parameters]
+        try:
+            for parameter, old in zip(self._parameters, self._kept[0][1], strict=True):
+                parameter.data = old
+            yield
+        finally:
+            for parameter, value in zip(self._parameters, current, strict=True):
+                parameter.data = value
+
+    def close(self) -> None:
+        """Frees the copies."""
+        self._kept.clear()
+        self._engine.close()
+
+
+class Watch(Callback):
+    """Measures accuracy and KL at some steps, and notes the staleness and the shares that the trainer logs.
+
+    Args:
+        steps: optimiser steps after which is measured.
+    """
+
+    def __init__(self, steps: Sequence[int]) -> None:
+        self.steps = frozenset(steps)
+        self.points: list[dict[str, float]] = []
+        self.logged: list[dict[str, float]] = []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        wanted = ("train/staleness_min", "train/staleness_max", "train/share/live")
+        logged = trainer.callback_metrics
+        self.logged.append({name: float(logged[name]) for name in wanted if name in logged})
+        if trainer.global_step in self.steps:
+            self.points.append({"step": trainer.global_step} | accuracies(trainer, pl_module))
+
+
+def accuracies(trainer: L.Trainer, module: Any) -> dict[str, float]:
+    """What is measured of the policy as it is, on all validation prompts."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return measure(module.policy, module.reference, data.tokenizer, list(data.val_prompts))
+
+
+def sources_of(run: Run, task: Path) -> list[Source]:
+    """Where the run's groups come from."""
+    scored = "other_scored" if run.objective == "rloo_frozen_kl" else "other"  # it needs every log-prob
+    other = Offline(paths=[str(task / scored)], repeat=True, name="other")
+    if run.data == "offline_reference":
+        return [Offline(paths=[str(task / "reference")], repeat=True, name="reference")]
+    if run.data == "offline_other":
+        return [other]
+    return [Live(), other] if run.data == "half" else [Live()]
+
+
+def data_of(run: Run, task: Path) -> AgroDataModule:
+    """The run's data module."""
+    if run.data not in DATA:
+        raise ValueError(f"data is {run.data!r}; accepted are {', '.join(DATA)}")
+    lag = LAGS.get(run.data, 0)
+    engine: RolloutEngine = StaleEngine(lag) if lag else AutoEngine()
+    return AgroDataModule(
+        train=PromptSettings(path=str(task / "train.jsonl")),
+        validation=PromptSettings(path=str(task / "val.jsonl")),
+        sources=sources_of(run, task),
+        batch_size=run.prompts,
+        group_size=run.group_size,
+        sampling=SAMPLING,
+        engine=engine,
+        zero_reward_rollouts=0,
+        seed=run.seed,
+    )
+
+
+def train(run: Run, task: Path) -> dict[str, Any]:
+    """Makes the run.
+
+    Returns:
+        The run's settings; `points`, the accuracies and the KL after some steps; the `staleness_min` and
+        `staleness_max` that the trainer logged of each step; `seconds`; and `stopped`, why it ended early.
+    """
+    started = time.perf_counter()
+    quiet()
+    L.seed_everything(run.seed, verbose=False)
+    module = AgroModule(
+        policy=PolicySettings(path=str(task / "policy")),
+        objective=OBJECTIVES[run.objective](beta=run.beta),  # type: ignore[call-arg]
+        optimizer=OptimizerSettings(learning_rate=run.learning_rate, warmup_steps=10, schedule="cosine"),
+    )
+    watch, stopped = Watch(run.measure_at), None
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_steps=run.steps,
+            max_epochs=-1,
+            gradient_clip_val=0.5,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=folder,
+            callbacks=[StepMetrics(), NonFiniteGuard(), watch],
+        )
+        try:
+            trainer.fit(module, datamodule=data_of(run, task))
+        except NonFiniteError as error:
+            stopped = str(error)
+            lasting = accuracies(trainer, module)  # skipped steps change nothing
+            done = {point["step"] for point in watch.points}
+            watch.points += [{"step": step} | lasting for step in run.measure_at if step not in done]
+    return {
+        "run": asdict(run),
+        "points": watch.points,
+        "staleness_min": [logged.get("train/staleness_min") for logged in watch.logged],
+        "staleness_max": [logged.get("train/staleness_max") for logged in watch.logged],
+        "seconds": time.perf_counter() - started,
+        "stopped": stopped,
+    }
+
+
+def quiet() -> None:
+    """One thread, and nothing on the screen but what is wrong."""
+    torch.set_num_threads(1)
+    for name in ("lightning.pytorch", "lightning.fabric", "agro_lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
