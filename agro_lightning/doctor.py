@@ -1,0 +1,293 @@
+"""The command `doctor`: finds out in a minute what a long run would find out later."""
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.cli import LightningArgumentParser
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+from agro_lightning.cli import AgroCLI
+from agro_lightning.cli_errors import explained
+from agro_lightning.data.datamodule import AgroDataModule
+from agro_lightning.doctor_checks import check_all
+from agro_lightning.doctor_report import (
+    GIB,
+    Checks,
+    Problem,
+    amount,
+    memory_table,
+    not_counted,
+    totals,
+    traffic_table,
+)
+from agro_lightning.launch import number_of_ranks, run_folder
+from agro_lightning.module import AgroModule
+from agro_lightning.quickstart.defaults import TRAINER_DEFAULTS
+from agro_lightning.rollout.transformers_engine import TransformersEngine
+from agro_lightning.simulate import Estimate, Workload, simulate
+
+DESCRIPTION = """Checks a configuration before a long run: batch arithmetic, rewards, memory, one sample with
+its mask, the engine's log-probs, and one real step with save, resume and export in a scratch folder. Takes
+what `fit` takes. Exit status 0 when all is well. With --simulate_ranks, memory and communication of so many
+ranks instead, on this machine alone and without weights."""
+
+ASSUMED_PROMPT_TOKENS = 512
+
+
+class DoctorCLI(AgroCLI):
+    """The configuration of `fit`, and what only the doctor takes; builds nothing but module and data."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--simulate_ranks",
+            type=int | None,
+            default=None,
+            help="Estimate memory and communication per rank of this many ranks; run nothing real.",
+        )
+        parser.add_argument(
+            "--model_config",
+            type=str | None,
+            default=None,
+            help="Folder with the config.json that memory is estimated for; default: that of "
+            "model.policy.path, else models/ID beside the config file, else the hub's.",
+        )
+        parser.add_argument(
+            "--prompt_tokens",
+            type=int | None,
+            default=None,
+            help="Tokens of the longest prompt for --simulate_ranks; default: data.train.max_prompt_tokens.",
+        )
+        parser.add_argument(
+            "--gpu_memory_gib", type=float, default=80.0, help="Memory of one GPU for --simulate_ranks."
+        )
+
+    def instantiate_classes(self) -> None:
+        self.model, self.datamodule, self.trainer_config = self.build()
+
+    def build(self) -> tuple[AgroModule, AgroDataModule, dict[str, Any]]:
+        """A new module, new data, and the trainer's settings."""
+        with explained(building=True):
+            self.config_init = self.parser.instantiate_classes(self.config)
+        trainer = dict(self._get(self.config_init, "trainer"))
+        return self._get(self.config_init, "model"), self._get(self.config_init, "data"), trainer
+
+    def get(self, key: str) -> Any:
+        """An option's value."""
+        return self._get(self.config_init, key)
+
+
+def doctor(args: list[str]) -> None:
+    """Runs the command with its arguments; exits with 1 where a check failed."""
+    sys.argv = ["agro_lightning", *map(_with_underscores, args)]  # LightningCLI reads the command line itself
+    with _quiet():
+        cli = DoctorCLI(
+            AgroModule,
+            AgroDataModule,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={"description": " ".join(DESCRIPTION.split())},
+            run=False,
+        )
+        checks = Checks(quiet=int(os.environ.get("RANK", "0")) > 0)
+        if cli.get("simulate_ranks") is not None:
+            checks.run("memory", lambda: _simulated(cli, cli.get("simulate_ranks")))
+        else:
+            _examine(cli, checks)
+    if checks.failed:
+        checks.say(f"\n{len(checks.failed)} failed: {', '.join(checks.failed)}")
+        raise SystemExit(1)
+    checks.say("\nall is well")
+
+
+def _with_underscores(arg: str) -> str:
+    """The doctor's own options, which may be written with hyphens too."""
+    name, equals, value = arg.partition("=")
+    own = ("--simulate-ranks", "--model-config", "--prompt-tokens", "--gpu-memory-gib")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name in own else arg
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the trainer's own chatter out of the report; what is wrong is raised."""
+    names = ("lightning", "lightning.pytorch", "lightning.fabric", "torch.distributed.tensor")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    bars = is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        disable_progress_bar()
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            if bars:
+                enable_progress_bar()
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _examine(cli: DoctorCLI, checks: Checks) -> None:
+    """The checks of this machine."""
+    launched = "WORLD_SIZE" in os.environ or "SLURM_NTASKS" in os.environ
+    ranks = number_of_ranks(cli.trainer_config)
+    data = cli.datamodule
+    checks.ok(
+        "arithmetic",
+        data.arithmetic(
+            accumulate=cli.trainer_config.get("accumulate_grad_batches") or 1,
+            ranks=ranks // _tensor_parallel(cli.trainer_config),
+        ),
+    )
+    if ranks > 1 and not launched:
+        checks.say(
+            f"         the config asks for {ranks} ranks; what runs here runs on one, without sharding. "
+            "Start doctor with torchrun or srun to check them together"
+        )
+    folder = Path(run_folder(cli.get("run_dir"))) / "doctor" if launched else Path(tempfile.mkdtemp())
+    try:
+        check_all(cli, checks, folder, launched=launched, memory=lambda longest: _here(cli, ranks, longest))
+    finally:
+        if not launched or int(os.environ.get("RANK", "0")) == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def _here(cli: DoctorCLI, ranks: int, longest: int) -> str:
+    """The memory table of the config on this machine.
+
+    Raises:
+        Problem: the estimate is above what the device has.
+    """
+    gpu = torch.cuda.is_available() and cli.trainer_config.get("accelerator") != "cpu"
+    if gpu:
+        device, has = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    else:
+        device, has = "CPU", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    workload = _workload(cli, ranks, gpu=gpu, prompt_tokens=longest, cache=has // 4 if gpu else 2 << 30)
+    with _architecture(cli):
+        estimate = simulate(cli.model, workload)
+    words, table = f"{totals(estimate)}; this {device} has {amount(has)}", memory_table(estimate)
+    if estimate.peak > has:
+        raise Problem(f"{words}. {_advice(estimate)}", table)
+    return f"{words}\n{table}"
+
+
+def _simulated(cli: DoctorCLI, ranks: int) -> str:
+    """Memory and communication of many ranks.
+
+    Raises:
+        Problem: the estimate is above the GPU's memory.
+        ValueError: no ranks.
+    """
+    if ranks < 1:
+        raise ValueError(f"simulate_ranks is {ranks}; give the number of ranks of the run")
+    gpu = cli.trainer_config.get("accelerator") != "cpu"
+    given = cli.get("prompt_tokens") or cli.datamodule.train_settings.max_prompt_tokens
+    has = int(cli.get("gpu_memory_gib") * GIB)
+    workload = _workload(
+        cli, ranks, gpu=gpu, prompt_tokens=given or ASSUMED_PROMPT_TOKENS, cache=has // 4 if gpu else 2 << 30
+    )
+    with _architecture(cli) as where:
+        estimate = simulate(cli.model, workload)
+    data = ranks // workload.tensor_parallel
+    replicate = cli.model.sharding.replicate
+    assumed = "" if given else " (assumed; give --prompt_tokens)"
+    words = totals(estimate) + (f"; a GPU has {amount(has)}" if gpu else "")
+    lines = [
+        f"architecture: {where}, {estimate.parameters:,} parameters",
+        f"ranks: {ranks} = {replicate} replicas × {data // replicate} shards × {workload.tensor_parallel} "
+        "tensor-parallel",
+        cli.datamodule.arithmetic(accumulate=workload.accumulate, ranks=data),
+        f"every prompt has {workload.prompt_tokens} tokens{assumed}, every completion "
+        f"{workload.completion_tokens}; a pass holds at most {cli.model.max_tokens or 'all'} tokens",
+        "",
+        memory_table(estimate),
+        "",
+        traffic_table(estimate, workload),
+        "",
+        not_counted(workload),
+    ]
+    if gpu and estimate.peak > has:
+        raise Problem(f"{words}. {_advice(estimate)}", "\n".join(lines))
+    return "\n".join([words, *lines])
+
+
+def _advice(estimate: Estimate) -> str:
+    worst = max(estimate.phases, key=lambda name: sum(estimate.phases[name].values()))
+    if worst == "rollout":
+        return (
+            "The rollout holds most: raise tensor_parallel_size, give the engine fewer memory_bytes, or let "
+            "another process generate (configs/asynchronous.yaml)"
+        )
+    return (
+        f"The {worst} holds most: lower model.max_tokens, set model.policy.gradient_checkpointing, or use "
+        "more ranks"
+    )
+
+
+def _workload(cli: DoctorCLI, ranks: int, *, gpu: bool, prompt_tokens: int, cache: int) -> Workload:
+    config, data = cli.trainer_config, cli.datamodule
+    limit = cache
+    if isinstance(data.engine, TransformersEngine) or hasattr(data.engine, "memory_bytes"):
+        limit = cast(Any, data.engine).memory_bytes or cache
+    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    return Workload(
+        ranks=ranks,
+        tensor_parallel=_tensor_parallel(config),
+        gpu=gpu,
+        groups=data.batch_size,
+        group_size=data.group_size,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=data.sampling.max_new_tokens,
+        accumulate=config.get("accumulate_grad_batches") or 1,
+        clip=config.get("gradient_clip_val"),
+        autocast=mixed.get(str(config.get("precision"))),
+        cache_bytes=limit,
+    )
+
+
+def _tensor_parallel(config: dict[str, Any]) -> int:
+    size = getattr(config.get("strategy"), "_tensor_parallel_size", 1)
+    return size if isinstance(size, int) else 1
+
+
+@contextlib.contextmanager
+def _architecture(cli: DoctorCLI) -> Iterator[str]:
+    """Points the module at the config.json to build, and says which one it is.
+
+    Raises:
+        FileNotFoundError: --model_config has no config.json.
+    """
+    settings = cli.model.policy_settings
+    path, given = settings.path, cli.get("model_config")
+    beside = [Path(str(file)).parent / "models" / path for file in _config_files(cli)]
+    found = next((folder for folder in beside if (folder / "config.json").is_file()), None)
+    if given is not None:
+        if not (Path(given) / "config.json").is_file():
+            raise FileNotFoundError(f"--model_config {given} has no config.json; give a folder with one")
+        settings.path = given
+    elif found is not None and not Path(path).exists():
+        settings.path = str(found)
+    try:
+        yield settings.path if settings.path == path else f"{settings.path}/config.json, for {path}"
+    finally:
+        settings.path = path
+
+
+def _config_files(cli: DoctorCLI) -> list[Any]:
+    return list(cli._get(cli.config, "config") or [])
