@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from agro_lightning.callbacks import NonFiniteGuard, RunCheckpoint, SampleTable, StepMetrics, Summary
+from agro_lightning.callbacks import NonFiniteGuard, StepMetrics
 from agro_lightning.checkpoint import DurableCheckpointIO
 from agro_lightning.cli_errors import explain, explained, unknown_section
 from agro_lightning.data.datamodule import AgroDataModule
@@ -26,6 +26,8 @@ from agro_lightning.metrics_file import MetricsFile
 from agro_lightning.module import AgroModule
 from agro_lightning.progress import StepBar, hide_advice
 from agro_lightning.quickstart.defaults import DATA_DEFAULTS, TRAINER_DEFAULTS
+from agro_lightning.run_checkpoints import RunCheckpoint
+from agro_lightning.run_report import SampleTable, Summary
 from agro_lightning.strategy import Sharded
 
 set_parsing_settings(

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from agro_lightning.callbacks import over_ranks
 from agro_lightning.data.packing import pack_groups
-from agro_lightning.metrics import StepResult, batch_metrics
+from agro_lightning.metrics import StepResult, batch_metrics, combined, plain_tallies
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
 
@@ -48,10 +49,8 @@ def metrics():
         regularized_rewards=regularized,
         advantages=torch.arange(7.0),
     )
-    return {
-        name: float(value)
-        for name, value in batch_metrics(batch, result, ("stream", "offline", "live")).items()
-    }
+    tallies = plain_tallies(batch_metrics(batch, result, ("stream", "offline", "live")))
+    return {name: combined(name, [tally]) for name, tally in tallies.items()}
 
 
 def test_staleness_is_of_the_sources_own_rows(metrics):
@@ -81,3 +80,74 @@ def test_means_and_shares_by_source(metrics):
     assert metrics["log_ratio/stream"] == pytest.approx((0 + 1 + 5 + 6) / 4)
     assert metrics["share/stream"] == pytest.approx(4 / 7) and metrics["share/live"] == 0
     assert math.isnan(metrics["reward/live"])
+
+
+def random_result(batch, seed):
+    """What a step might have computed, by completion: the same for a completion in any batch."""
+    rng = torch.Generator().manual_seed(seed)
+    tokens, completions = batch.targets.numel(), batch.num_completions
+    values = dict.fromkeys(("logprobs", "ref_logprobs", "log_ratios", "regularized_rewards", "advantages"))
+    for name in values:
+        size = tokens if name.endswith("logprobs") else completions
+        values[name] = torch.randn(size, generator=rng)
+    return StepResult(loss=torch.tensor(0.0), objective=torch.tensor(10 / 4), **values)  # of 1, 2, 3 and 4
+
+
+def part_of(result, batch, completions, objective):
+    """The part of a result that belongs to some completions, in their order."""
+    tokens = torch.isin(batch.sequence_ids, completions)
+    return StepResult(
+        loss=result.loss,
+        objective=torch.tensor(objective),
+        logprobs=result.logprobs[tokens],
+        ref_logprobs=result.ref_logprobs[tokens],
+        log_ratios=result.log_ratios[completions],
+        regularized_rewards=result.regularized_rewards[completions],
+        advantages=result.advantages[completions],
+    )
+
+
+def test_unequal_batches_of_ranks_and_micro_batches_give_what_one_batch_gives():
+    def make(name, size, source="live"):
+        versions = [3, 10, 10, 10, 4, 10]
+        members = [
+            completion(i * 1.5 + len(name), source, versions[i], -1.0 - i / 4) for i in range(size)
+        ]
+        return group(name, *members)
+
+    groups = [make("a", 6), make("bb", 2), make("ccc", 3, "offline"), make("dddd", 5)]
+    whole = pack_groups(groups, num_groups=4, policy_version=10)
+    result = random_result(whole, 1)
+    sources = ("live", "offline", "nothing")
+    expected = over_ranks([([plain_tallies(batch_metrics(whole, result, sources))], {})])
+    cuts = {0: [slice(0, 1)], 1: [slice(1, 3), slice(3, 4)]}  # 6 completions on rank 0; 5 and 5 on rank 1
+    sizes = [len(made.completions) for made in groups]
+    ranks = []
+    for parts in cuts.values():
+        tallies = []
+        for cut in parts:
+            objective = sum(range(cut.start + 1, cut.stop + 1)) / 4
+            batch = pack_groups(groups[cut], num_groups=4, policy_version=10)
+            members = torch.arange(sum(sizes[: cut.start]), sum(sizes[: cut.stop]))
+            mine = part_of(result, whole, members, objective)
+            tallies.append(plain_tallies(batch_metrics(batch, mine, sources)))
+        ranks.append((tallies, {}))
+    assert over_ranks(ranks) == pytest.approx(expected, rel=1e-5)
+    assert {"kl", "entropy", "effective_sample_size/live", "staleness_min", "reward/offline"} <= set(expected)
+    assert len(ranks[0][0]) != len(ranks[1][0])
+    rewards = [c.reward for made in groups for c in made.completions]
+    assert expected["reward"] == pytest.approx(sum(rewards) / len(rewards))
+    assert expected["advantage_spread"] == pytest.approx(float(result.advantages.std()), rel=1e-5)
+
+
+def test_counts_of_ranks_add_up_and_the_slowest_one_counts():
+    first = {"rollout_tokens": 10.0, "seconds/draw": 2.0, "peak_memory_bytes": 5.0}
+    first["stream_unused_groups/s"] = 7.0
+    second = {**first, "seconds/draw": 3.0, "reward_failures/timeout": 1.0}
+    assert over_ranks([([{}], first), ([{}], second)]) == {
+        "rollout_tokens": 20.0,
+        "seconds/draw": 3.0,
+        "peak_memory_bytes": 5.0,
+        "stream_unused_groups/s": 7.0,
+        "reward_failures/timeout": 1.0,
+    }

@@ -1,0 +1,67 @@
+"""A run's folder and its checkpoints: every so many steps, the last two kept, whole or absent."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from agro_lightning.sharded_checkpoint import newest_checkpoint
+
+
+def run_dir(trainer: L.Trainer) -> Path:
+    """The folder of this run: metrics, checkpoints, samples, replay buffer."""
+    return Path(trainer.default_root_dir)
+
+
+def last_checkpoint(trainer: L.Trainer) -> str:
+    """Path of the newest checkpoint of this run, or "none" in words."""
+    callback = trainer.checkpoint_callback
+    path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+    return path or "none was saved yet"
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Checkpoints between optimiser steps, the last two and that of the run's end; see ModelCheckpoint."""
+
+    def __init__(self, folder: Path, every: int, keep: int = 2):
+        super().__init__(
+            dirpath=folder,
+            filename="step-{step:08d}",
+            auto_insert_metric_name=False,
+            every_n_train_steps=every,
+            save_top_k=keep,
+            monitor="step",
+            mode="max",
+            save_last="link",
+        )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # never within a step: the gradient of its first micro-batches would be lost
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @staticmethod
+    def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
+        """Moves the link in one step: killed in between, a run would find no checkpoint and start anew."""
+        if trainer.is_global_zero:
+            target, aside = Path(linkpath), Path(linkpath).with_name(".last.tmp")
+            aside.unlink(missing_ok=True)
+            aside.symlink_to(os.path.relpath(filepath, target.parent))
+            aside.replace(target)
+        trainer.strategy.barrier()
+
+    def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
+        """What --ckpt_path last means: the newest complete one, wherever the link points."""
+        assert self.dirpath is not None
+        newest = newest_checkpoint(Path(self.dirpath))
+        return set() if newest is None else {str(newest)}
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
