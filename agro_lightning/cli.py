@@ -38,6 +38,7 @@ TRAINING_COMMANDS = {
     "fit": "Train. Without --config it trains the quick start that ships with the package.",
     "validate": "Measure accuracy on the validation prompts.",
 }
+DOCTOR = "Check a configuration before a long run; estimate memory and communication of many ranks."
 
 
 class AgroParser(LightningArgumentParser):
@@ -177,14 +178,20 @@ def main(args: list[str] | None = None) -> None:
     commands = _commands()
     if not args or args[0] in ("-h", "--help"):
         lines = [f"  {name:<10} {text}" for name, text in TRAINING_COMMANDS.items()]
+        lines += [f"  {'doctor':<10} {DOCTOR}"]
         lines += [f"  {name:<10} {text}" for name, (text, _) in commands.items()]
         print("usage: python -m agro_lightning COMMAND [--help]\n\n" + "\n".join(lines))
         raise SystemExit(0 if args else 2)
+    if args[0] == "doctor":
+        from agro_lightning.doctor import doctor
+
+        doctor(args[1:])
+        return
     if args[0] in commands:
         _run_command(commands[args[0]][1](), args[1:])
         return
     if args[0] not in TRAINING_COMMANDS:
-        sys.stderr.write(f"error: {explain_command(args, [*TRAINING_COMMANDS, *commands])}\n")
+        sys.stderr.write(f"error: {explain_command(args, [*TRAINING_COMMANDS, 'doctor', *commands])}\n")
         raise SystemExit(2)
     hide_advice()
     AgroCLI(

@@ -85,21 +85,43 @@ class DoctorCLI(AgroCLI):
         """An option's value."""
         return self._get(self.config_init, key)
 
+    def estimate(self, ranks: int) -> tuple[Workload, Estimate]:
+        """Memory and communication of one of so many ranks, every prompt and completion at full length.
+
+        Raises:
+            ValueError: no ranks, or sizes that do not divide each other.
+        """
+        if ranks < 1:
+            raise ValueError(f"simulate_ranks is {ranks}; give the number of ranks of the run")
+        gpu = self.trainer_config.get("accelerator") != "cpu"
+        prompt = self.get("prompt_tokens") or self.datamodule.train_settings.max_prompt_tokens
+        cache = int(self.get("gpu_memory_gib") * GIB) // 4 if gpu else 2 << 30
+        workload = _workload(
+            self, ranks, gpu=gpu, prompt_tokens=prompt or ASSUMED_PROMPT_TOKENS, cache=cache
+        )
+        with architecture(self):
+            return workload, simulate(self.model, workload)
+
+
+def load(args: list[str]) -> DoctorCLI:
+    """The configuration that the arguments give, without doing anything with it."""
+    sys.argv = ["agro_lightning", *map(_with_underscores, args)]  # LightningCLI reads the command line itself
+    return DoctorCLI(
+        AgroModule,
+        AgroDataModule,
+        save_config_callback=None,
+        trainer_defaults=TRAINER_DEFAULTS,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        parser_kwargs={"description": " ".join(DESCRIPTION.split())},
+        run=False,
+    )
+
 
 def doctor(args: list[str]) -> None:
     """Runs the command with its arguments; exits with 1 where a check failed."""
-    sys.argv = ["agro_lightning", *map(_with_underscores, args)]  # LightningCLI reads the command line itself
     with _quiet():
-        cli = DoctorCLI(
-            AgroModule,
-            AgroDataModule,
-            save_config_callback=None,
-            trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            parser_kwargs={"description": " ".join(DESCRIPTION.split())},
-            run=False,
-        )
+        cli = load(args)
         checks = Checks(quiet=int(os.environ.get("RANK", "0")) > 0)
         if cli.get("simulate_ranks") is not None:
             checks.run("memory", lambda: _simulated(cli, cli.get("simulate_ranks")))
@@ -179,7 +201,7 @@ def _here(cli: DoctorCLI, ranks: int, longest: int) -> str:
     else:
         device, has = "CPU", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     workload = _workload(cli, ranks, gpu=gpu, prompt_tokens=longest, cache=has // 4 if gpu else 2 << 30)
-    with _architecture(cli):
+    with architecture(cli):
         estimate = simulate(cli.model, workload)
     words, table = f"{totals(estimate)}; this {device} has {amount(has)}", memory_table(estimate)
     if estimate.peak > has:
@@ -192,22 +214,16 @@ def _simulated(cli: DoctorCLI, ranks: int) -> str:
 
     Raises:
         Problem: the estimate is above the GPU's memory.
-        ValueError: no ranks.
     """
-    if ranks < 1:
-        raise ValueError(f"simulate_ranks is {ranks}; give the number of ranks of the run")
-    gpu = cli.trainer_config.get("accelerator") != "cpu"
-    given = cli.get("prompt_tokens") or cli.datamodule.train_settings.max_prompt_tokens
+    workload, estimate = cli.estimate(ranks)
     has = int(cli.get("gpu_memory_gib") * GIB)
-    workload = _workload(
-        cli, ranks, gpu=gpu, prompt_tokens=given or ASSUMED_PROMPT_TOKENS, cache=has // 4 if gpu else 2 << 30
-    )
-    with _architecture(cli) as where:
-        estimate = simulate(cli.model, workload)
+    with architecture(cli) as where:
+        pass
     data = ranks // workload.tensor_parallel
     replicate = cli.model.sharding.replicate
+    given = cli.get("prompt_tokens") or cli.datamodule.train_settings.max_prompt_tokens
     assumed = "" if given else " (assumed; give --prompt_tokens)"
-    words = totals(estimate) + (f"; a GPU has {amount(has)}" if gpu else "")
+    words = totals(estimate) + (f"; a GPU has {amount(has)}" if workload.gpu else "")
     lines = [
         f"architecture: {where}, {estimate.parameters:,} parameters",
         f"ranks: {ranks} = {replicate} replicas × {data // replicate} shards × {workload.tensor_parallel} "
@@ -222,7 +238,7 @@ def _simulated(cli: DoctorCLI, ranks: int) -> str:
         "",
         not_counted(workload),
     ]
-    if gpu and estimate.peak > has:
+    if workload.gpu and estimate.peak > has:
         raise Problem(f"{words}. {_advice(estimate)}", "\n".join(lines))
     return "\n".join([words, *lines])
 
@@ -267,7 +283,7 @@ def _tensor_parallel(config: dict[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def _architecture(cli: DoctorCLI) -> Iterator[str]:
+def architecture(cli: DoctorCLI) -> Iterator[str]:
     """Points the module at the config.json to build, and says which one it is.
 
     Raises:

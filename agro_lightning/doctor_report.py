@@ -90,21 +90,25 @@ def memory_table(estimate: Estimate) -> str:
 def traffic_table(estimate: Estimate, workload: Workload) -> str:
     """What one rank sends in a step, by kind and group; ring algorithms."""
     rows = [("one rank sends", "over", "calls", "bytes")]
-    for when, traffic in (("rollout", estimate.rollout_traffic), ("training", estimate.step_traffic)):
+    both = (("rollout", estimate.rollout_traffic), ("training", estimate.step_traffic))
+    least = 1e-4 * max((item.sent_bytes for _, traffic in both for item in traffic), default=0.0)
+    for when, traffic in both:
         rows += [
             (f"{when}: {item.kind}", f"{len(item.ranks)} {axis(item, workload)} ranks", str(item.calls),
              amount(item.sent_bytes))
             for item in traffic
-            if item.sent_bytes >= 1024  # of the rest, numbers that ranks agree on
+            if item.sent_bytes > least  # of the rest, numbers that ranks agree on
         ]  # fmt: skip
     return _aligned(rows)
 
 
 def axis(traffic: Traffic, workload: Workload) -> str:
-    """Which ranks a group joins: tensor-parallel ones, those that share one copy's shards, or copies."""
-    if len(traffic.ranks) > 1 and traffic.ranks[1] - traffic.ranks[0] == 1 and workload.tensor_parallel > 1:
+    """Which ranks a group joins: those that split each layer, that split one copy, or that hold copies."""
+    apart = traffic.ranks[1] - traffic.ranks[0] if len(traffic.ranks) > 1 else 0
+    if apart < workload.tensor_parallel:
         return "tensor"
-    return "replica" if traffic.kind == "all-reduce" else "data"
+    whole = apart * len(traffic.ranks) == workload.ranks
+    return "replica" if whole and apart > workload.tensor_parallel else "shard"
 
 
 def not_counted(workload: Workload) -> str:

@@ -184,7 +184,7 @@ def simulate(module: AgroModule, workload: Workload) -> Estimate:
         if workload.ranks > 1:
             mesh = stack.enter_context(fake_ranks(workload.ranks, workload.tensor_parallel))
         tracker = MemoryTracker(lambda func, args: head_workspace(func, args, gpu=workload.gpu))
-        batch = _batch(workload)
+        batch = full_batch(workload)
         double = _double(module, mesh, workload)
         stack.enter_context(fake_tensors(tracker, workload.tensor_parallel))
         double.configure_model()
@@ -206,7 +206,7 @@ def _double(module: AgroModule, mesh: DeviceMesh | None, workload: Workload) -> 
     return double
 
 
-def _batch(workload: Workload) -> TokenBatch:
+def full_batch(workload: Workload) -> TokenBatch:
     """A micro-batch at full length; the ids do not matter."""
     completion = Completion(
         completion="", completion_ids=(0,) * workload.completion_tokens, reward=0.0, policy_version=0
