@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -107,6 +107,7 @@ def fake_tensors(tracker: MemoryTracker, tensor_parallel: int) -> Iterator[FakeT
         replace(reference, "weights_hash", lambda policy: "simulated")
         replace(kernels, "slice_bounds", slice_bounds)
         replace(DeviceMesh, "__init__", really(DeviceMesh.__init__))
+        replace(nn.Module, "_apply", _apply)
         stack.enter_context(mode)
         stack.enter_context(_Verdicts())
         yield mode
@@ -135,6 +136,22 @@ def _map_tensors(record: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
     names = [field.name for field in dataclasses.fields(record)]
     return dataclasses.replace(record, **{name: mapped(getattr(record, name)) for name in names})
+
+
+def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """nn.Module._apply with new parameters; torch's swaps old ones in place, which fake ones do not allow."""
+    for child in module.children() if recurse else ():
+        child._apply(function)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            with torch.no_grad():
+                changed = function(parameter)
+            if changed is not parameter:
+                module._parameters[name] = nn.Parameter(changed, parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = function(buffer)
+    return module
 
 
 class _FlexMemory(torch.autograd.Function):
