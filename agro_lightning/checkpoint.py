@@ -1,9 +1,10 @@
 """Checkpoints of one process: whole or absent, durable, and loaded without running code from them."""
 
+import contextlib
 import os
 import pickle
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from agro_lightning.data.durable import disk_full_error, sync_directory
+from agro_lightning.sharded_checkpoint import is_sharded, load_whole
 
 CHECKPOINT_KEY = "agro_lightning"
 """Where a checkpoint keeps what is needed to use it without the run: settings, model config, random
@@ -59,6 +61,22 @@ def set_rng(states: list[dict[str, Any]]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
+@contextlib.contextmanager
+def plain_values_only(path: Any) -> Iterator[None]:
+    """Explains why a checkpoint cannot be loaded with weights_only.
+
+    Raises:
+        ValueError: the file holds objects that only code could rebuild, or is no checkpoint at all.
+    """
+    try:
+        yield
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"checkpoint {path} cannot be read as tensors and plain values ({str(error).splitlines()[0]}); "
+            "it is torn, or not made by agro-lightning. Nothing in it was run. Give another --ckpt_path"
+        ) from None
+
+
 class DurableCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint aside, syncs it, then renames it; reads tensors and plain values only."""
 
@@ -96,20 +114,16 @@ class DurableCheckpointIO(TorchCheckpointIO):
         map_location: Callable | None = lambda storage, loc: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Loads with weights_only, whatever the caller asked for.
+        """Loads with weights_only, whatever the caller asked for; also the shards of a run on several ranks.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: the file holds objects that only code could rebuild, or is no checkpoint at all.
         """
-        try:
+        if is_sharded(Path(path)):
+            return load_whole(Path(path))
+        with plain_values_only(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
-        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-            raise ValueError(
-                f"checkpoint {path} cannot be read as tensors and plain values "
-                f"({str(error).splitlines()[0]}); it is torn, or not made by agro-lightning. Nothing "
-                "in it was run. Give another --ckpt_path"
-            ) from None
 
 
 def _tensor_bytes(value: Any) -> int:

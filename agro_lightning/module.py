@@ -33,6 +33,7 @@ from agro_lightning.reference import (
 )
 from agro_lightning.self_check import check_logprobs
 from agro_lightning.sharding import ShardingSettings, clip_by_norm, data_rank, reshard, total_norm, unsharded
+from agro_lightning.strategy import refuse_unsharded
 from agro_lightning.types import Prompt, TokenBatch
 
 
@@ -110,6 +111,9 @@ class AgroModule(L.LightningModule):
         self.phases = Phases()
 
     # ------------------------------------------------------------------ building
+
+    def setup(self, stage: str) -> None:
+        refuse_unsharded(self.trainer.strategy, self.trainer.world_size)
 
     def configure_model(self) -> None:
         """Builds policy and reference once; called by Lightning inside the strategy's context."""
@@ -359,11 +363,10 @@ class AgroModule(L.LightningModule):
         self._whole_policy.close()
         answers, self._answers = self._answers, []
         summary = self.trainer.datamodule.summarize(answers)  # type: ignore[attr-defined]
-        self.log_dict(
-            {f"val/{name}": value for name, value in summary.items() if not math.isnan(value)},
-            batch_size=1,
-            rank_zero_only=True,
-        )
+        metrics = {f"val/{name}": value for name, value in summary.items() if not math.isnan(value)}
+        self.log_dict(metrics, batch_size=1, rank_zero_only=True)
+        # for callbacks that monitor one, which must decide alike on all ranks
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         self.log(
             "greedy",
             summary["greedy_accuracy"],

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
@@ -89,3 +90,19 @@ def read_tensors(folder: Path, state: dict[str, Any], *, alone: bool = False) ->
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         load_tensors(state, storage_reader=PlainReader(folder), planner=PlainPlanner(), no_dist=alone)
+
+
+def read_everything(folder: Path) -> dict[str, Any]:
+    """All that the shards hold, put together in this process's CPU memory."""
+    metadata = PlainReader(folder).read_metadata()
+    flat: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        if isinstance(entry, TensorStorageMetadata)
+        else None
+        for name, entry in metadata.state_dict_metadata.items()
+    }
+    read_tensors(folder, flat, alone=True)
+    state: dict[str, Any] = {}
+    for name, path in metadata.planner_data.items():
+        set_element(state, path, flat[name])
+    return state

@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from agro_lightning.data.durable import disk_full_error, is_disk_full, sync_directory
-from agro_lightning.plain_shards import read_tensors
+from agro_lightning.plain_shards import read_everything, read_tensors
 from agro_lightning.sharding import DataRank
 
 MARKER = "complete.json"
@@ -237,6 +237,28 @@ def load(path: Path, model: nn.Module, optimizers: list[Optimizer], place: DataR
     return merge_ranks([read_rank(path, rank) for rank in range(ranks)], place)
 
 
+def load_whole(path: Path) -> dict[str, Any]:
+    """What one process would have saved, from the shards of any number of ranks."""
+    ranks = int(read_marker(path)["ranks"])
+    alone = DataRank(rank=0, size=1, group=None, first=True)
+    whole = merge_ranks([read_rank(path, rank) for rank in range(ranks)], alone)
+    state = read_everything(path)
+    names = sorted(name for name in state if name.startswith("optimizer_"))
+    whole["state_dict"] = state["state_dict"]
+    whole["optimizer_states"] = [_by_position(state[name]) for name in names]
+    return whole
+
+
+def _by_position(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser's state with its parameters counted, as it is saved unsharded, rather than named."""
+    groups = optimizer["param_groups"]
+    position = {name: i for i, name in enumerate(name for group in groups for name in group["params"])}
+    return {
+        "state": {position[name]: value for name, value in optimizer["state"].items()},
+        "param_groups": [{**g, "params": [position[name] for name in g["params"]]} for g in groups],
+    }
+
+
 def read_rank(folder: Path, rank: int) -> dict[str, Any]:
     """One rank's state: tensors and plain values only; no code from the file is run."""
     file = rank_file(folder, rank)
@@ -253,8 +275,7 @@ def merge_ranks(states: list[dict[str, Any]], place: DataRank) -> dict[str, Any]
     """One rank's state from those that another number of ranks saved.
 
     Cursors are global and equal on all ranks. Rollouts that were not used up are dealt out anew; random
-    generators
-    stay as the run's seed made them.
+    generators stay as the run's seed made them.
     """
     merged = dict(states[0])
     name = next((key for key, value in merged.items() if isinstance(value, dict) and "feed" in value), None)

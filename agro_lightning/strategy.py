@@ -6,10 +6,29 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from agro_lightning import sharded_checkpoint
+from agro_lightning.checkpoint import plain_values_only
 from agro_lightning.sharding import data_rank
+
+
+def refuse_unsharded(strategy: object, ranks: int) -> None:
+    """Several ranks need Sharded.
+
+    With any other strategy a batch above the token budget would be averaged piece by piece, and only rank 0
+    would save its part of the data's state.
+
+    Raises:
+        ValueError: several ranks under another strategy.
+    """
+    if ranks > 1 and not isinstance(strategy, ModelParallelStrategy):
+        raise ValueError(
+            f"{ranks} ranks under {type(strategy).__name__}; gradients and checkpoints of several ranks are "
+            "right under agro_lightning.strategy.Sharded. Give that as trainer.strategy, or leave that out; "
+            f"model.sharding.replicate: {ranks} then keeps a whole model on each rank, as DDP does"
+        )
 
 
 class Sharded(ModelParallelStrategy):
@@ -74,11 +93,14 @@ class Sharded(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Loads a folder of shards, or the single file of a run on one device; runs no code from either."""
         self.saver.wait()
-        path = Path(self.broadcast(checkpoint_path))
+        path, place = Path(self.broadcast(checkpoint_path)), data_rank(self.device_mesh)
         assert self.model is not None
         if not path.is_file():
-            return sharded_checkpoint.load(path, self.model, self.optimizers, data_rank(self.device_mesh))
-        return super().load_checkpoint(path, weights_only=True)
+            return sharded_checkpoint.load(path, self.model, self.optimizers, place)
+        with plain_values_only(path):
+            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        single = super().load_checkpoint(path, weights_only=True)
+        return sharded_checkpoint.merge_ranks([{**single, "data_rank": 0, "first": True}], place)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Nothing: load_checkpoint did it."""
