@@ -203,7 +203,7 @@ def fit(case: str, work: Path, steps: int | None) -> dict[str, Any]:
     from agro_lightning import cli
 
     run_dir = work / f"{case}_run"
-    given = {"run_dir": run_dir, "model.policy.path": work / case}
+    given: dict[str, Any] = {"run_dir": run_dir, "model.policy.path": work / case}
     if case.startswith("sort_"):
         given |= {"data.train.path": work / "sort_train.jsonl"}
         given |= {"data.validation.path": work / "sort_val.jsonl"}
