@@ -22,15 +22,12 @@ the 95% interval (Student's t over seeds), and the note holds the seeds' own fig
 Each run is kept in DIR as it ends, so that a benchmark that was stopped goes on where it was.
 """
 
-import contextlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import statistics
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +38,7 @@ from bench import off_policy_plot
 from bench._records import emit, parser, record
 from bench.off_policy_run import DATA, LAGS, OBJECTIVES, Run, train
 from bench.off_policy_task import Scale, prepare
+from bench.off_policy_workers import in_processes
 
 BENCH = "off_policy"
 ROOT = Path(__file__).parents[1]
@@ -144,18 +142,9 @@ class Results:
 def make_runs(runs: Iterable[Run], results: Results, task: Path, workers: int) -> None:
     """Makes the runs that are lacking, in processes of one thread each; one worker is this process."""
     lacking = [run for run in dict.fromkeys(runs) if run not in results]
-    if not lacking:
-        return
-    with contextlib.ExitStack() as stack:
-        made: Iterable[dict[str, Any]] = (train(run, task) for run in lacking)
-        if workers > 1:
-            spawn = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=spawn))
-            futures = [pool.submit(train, run, task) for run in lacking]
-            made = (future.result() for future in as_completed(futures))
-        for done, result in enumerate(made, 1):
-            results.add(result)
-            print(f"{done}/{len(lacking)} {line(result)}", flush=True)
+    for done, result in enumerate(in_processes(train, [(run, task) for run in lacking], workers), 1):
+        results.add(result)
+        print(f"{done}/{len(lacking)} {line(result)}", flush=True)
 
 
 def line(result: dict[str, Any]) -> str:

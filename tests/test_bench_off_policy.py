@@ -3,6 +3,7 @@
 import importlib
 import random
 import statistics
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +161,21 @@ def check_means(records: list[dict]) -> None:
         assert found[key] == pytest.approx(half, rel=1e-2, abs=1e-4), key
         checked += 1
     assert checked
+
+
+def test_workers_end_when_their_benchmark_is_killed() -> None:
+    waits = "import os, time; print(os.getpid(), flush=True); time.sleep(1000)"
+    code = (
+        "from bench.off_policy_workers import in_processes\n"
+        f"if __name__ == '__main__': list(in_processes(exec, [({waits!r},)] * 2, 2))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout is not None
+        workers = {int(process.stdout.readline()) for _ in range(2)}
+        process.kill()
+        assert process.stdout.read() == ""  # the end comes once no worker holds the pipe any more
+    assert len(workers) == 2
 
 
 def test_intervals_by_hand() -> None:
