@@ -13,7 +13,9 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
+
+from agro_lightning.strategy import Sharded
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,8 @@ class StopOnSignal(Callback):
             return
         name = signal.Signals(number).name
         path = self._save(trainer)
+        if isinstance(trainer.strategy, Sharded):
+            trainer.strategy.saver.wait()  # putting the job back into the queue would kill the writers
         rank_zero_info(
             f"{name}: stopped after step {trainer.global_step}; saved {path}. Go on with --run_dir "
             f"{trainer.default_root_dir} --ckpt_path last"
@@ -163,8 +167,8 @@ class SlowRanks(Callback):
             own["drawing"], datamodule.seconds_drawing = datamodule.seconds_drawing, 0.0
         table: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(table, own)
-        for words in self.compare(table):
-            rank_zero_warn(f"step {trainer.global_step}: {words}")
+        for words in self.compare(table) if trainer.is_global_zero else ():
+            log.warning("step %d: %s", trainer.global_step, words)
 
     def compare(self, table: list[dict[str, float]]) -> list[str]:
         """What to say of the ranks' seconds, one entry a rank."""

@@ -1,6 +1,7 @@
 """A run's folder and its checkpoints: every so many steps, the last two kept, whole or absent."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from agro_lightning.sharded_checkpoint import newest_checkpoint
+from agro_lightning.strategy import Sharded
 
 
 def run_dir(trainer: L.Trainer) -> Path:
@@ -20,6 +22,14 @@ def last_checkpoint(trainer: L.Trainer) -> str:
     callback = trainer.checkpoint_callback
     path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
     return path or "none was saved yet"
+
+
+def _move_link(link: Path, target: Path) -> None:
+    """In one step: killed in between, a run would find no checkpoint and start anew."""
+    aside = link.with_name(".last.tmp")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(os.path.relpath(target, link.parent))
+    aside.replace(link)
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -46,13 +56,12 @@ class RunCheckpoint(ModelCheckpoint):
 
     @staticmethod
     def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
-        """Moves the link in one step: killed in between, a run would find no checkpoint and start anew."""
-        if trainer.is_global_zero:
-            target, aside = Path(linkpath), Path(linkpath).with_name(".last.tmp")
-            aside.unlink(missing_ok=True)
-            aside.symlink_to(os.path.relpath(filepath, target.parent))
-            aside.replace(target)
-        trainer.strategy.barrier()
+        """Lets the link point to the checkpoint once that is complete."""
+        move = partial(_move_link, Path(linkpath), Path(filepath))
+        if isinstance(trainer.strategy, Sharded):
+            trainer.strategy.saver.afterwards(move)
+        elif trainer.is_global_zero:
+            move()
 
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
         """What --ckpt_path last means: the newest complete one, wherever the link points."""

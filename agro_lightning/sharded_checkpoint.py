@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from agro_lightning.data.durable import disk_full_error, is_disk_full, sync_directory
+from agro_lightning.loading import fill
 from agro_lightning.plain_shards import read_everything, read_tensors
 from agro_lightning.sharding import DataRank
 
@@ -84,7 +85,9 @@ class ShardedSaver:
         self._group = group
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._removals: list[Path] = []
+        self._lock = threading.Lock()
+        self._writing = False
+        self._later: list[Callable[[], None]] = []
 
     def save(self, tensors: dict[str, Any], rest: dict[str, Any], path: Path) -> None:
         """Saves tensors (sharded) and this rank's other state.
@@ -96,6 +99,7 @@ class ShardedSaver:
         if self._asynchronous:
             tensors = tree_map_only(Tensor, _copy_to_cpu, tensors)
             rest = tree_map_only(Tensor, _copy_to_cpu, rest)
+        self._writing = True
         self._thread = threading.Thread(
             target=self._run, args=(tensors, rest, path), daemon=True, name="checkpoint"
         )
@@ -112,22 +116,28 @@ class ShardedSaver:
         if error is not None:
             raise error
 
-    def remove(self, path: Path) -> None:
-        """Removes a checkpoint, but never before the one that is being written is complete."""
+    def afterwards(self, action: Callable[[], None]) -> None:
+        """Runs on rank 0 once the checkpoint that is being written is complete; never where that fails."""
         if self._rank != 0:
             return
-        if self._thread is not None and self._thread.is_alive():
-            self._removals.append(path)
-        else:
-            remove_folder(path)
+        with self._lock:
+            if self._writing:
+                self._later.append(action)
+            else:
+                action()
 
     def _run(self, tensors: dict[str, Any], rest: dict[str, Any], path: Path) -> None:
         try:
             self._write(tensors, rest, path)
-            while self._removals:
-                remove_folder(self._removals.pop())
         except BaseException as error:  # handed to the main thread by wait()
             self._error = _explained(error, path, tensors)
+        with self._lock:
+            later, self._later, self._writing = self._later, [], False
+            try:
+                for action in later if self._error is None else ():
+                    action()
+            except OSError as error:
+                self._error = error
 
     def _write(self, tensors: dict[str, Any], rest: dict[str, Any], path: Path) -> None:
         aside = path.with_name(f".{path.name}.partial")
@@ -235,6 +245,32 @@ def load(path: Path, model: nn.Module, optimizers: list[Optimizer], place: DataR
     if ranks == dist.get_world_size():
         return read_rank(path, dist.get_rank())
     return merge_ranks([read_rank(path, rank) for rank in range(ranks)], place)
+
+
+@torch.no_grad()
+def load_single(
+    single: dict[str, Any], model: nn.Module, optimizers: list[Optimizer], place: DataRank
+) -> dict[str, Any]:
+    """Copies this rank's part of what one process saved into model and optimisers; returns the rest.
+
+    Args:
+        single: the checkpoint, its tensors mapped from the file: only the parts are read.
+    """
+    state: dict[str, Any] = get_model_state_dict(model)
+    for name, parameter in state.items():
+        fill(parameter, single["state_dict"][name].__getitem__)
+    set_model_state_dict(model, state)
+    for optimizer, saved in zip(optimizers, single["optimizer_states"], strict=True):
+        entry: Any = get_optimizer_state_dict(model, optimizer)
+        names = [name for group in entry["param_groups"] for name in group["params"]]
+        for position, values in saved["state"].items():
+            for key, value in values.items():
+                fill(entry["state"][names[position]][key], value.__getitem__)
+        for group, old in zip(entry["param_groups"], saved["param_groups"], strict=True):
+            group |= {key: value for key, value in old.items() if key != "params"}
+        set_optimizer_state_dict(model, optimizer, optim_state_dict=entry)
+    rest = {key: value for key, value in single.items() if key not in ("state_dict", "optimizer_states")}
+    return merge_ranks([{**rest, "data_rank": 0, "first": True}], place)
 
 
 def load_whole(path: Path) -> dict[str, Any]:

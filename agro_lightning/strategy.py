@@ -3,6 +3,7 @@ checkpoints."""
 
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,15 +99,14 @@ class Sharded(ModelParallelStrategy):
         if not path.is_file():
             return sharded_checkpoint.load(path, self.model, self.optimizers, place)
         with plain_values_only(path):
-            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        single = super().load_checkpoint(path, weights_only=True)
-        return sharded_checkpoint.merge_ranks([{**single, "data_rank": 0, "first": True}], place)
+            single = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return sharded_checkpoint.load_single(single, self.model, self.optimizers, place)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Nothing: load_checkpoint did it."""
 
     def remove_checkpoint(self, filepath: Any) -> None:
-        self.saver.remove(Path(filepath))
+        self.saver.afterwards(partial(sharded_checkpoint.remove_folder, Path(filepath)))
 
     def teardown(self) -> None:
         """Waits for the last checkpoint."""

@@ -5,6 +5,8 @@ import csv
 import json
 import logging
 import os
+import re
+import resource
 import signal
 import sys
 import warnings
@@ -45,9 +47,13 @@ data:
 """
 
 
-def fit(rank, world, config, folder, options, kill=None):
-    """The command line on one rank; `kill` is (rank, step, signal): that rank gets the signal before the
-    step."""
+def fit(rank, world, config, folder, options, kill=None, room=None):
+    """The command line on one rank.
+
+    Args:
+        kill: (rank, step, signal); that rank gets the signal before the step.
+        room: (rank, step, bytes); from that step on the rank cannot write larger files.
+    """
     import lightning as L
 
     from agro_lightning import cli
@@ -56,19 +62,21 @@ def fit(rank, world, config, folder, options, kill=None):
     warnings.simplefilter("ignore")
     os.dup2(os.open(f"{folder}.rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)
-    if kill is not None:
+    if kill is not None or room is not None:
 
-        class Kill(L.Callback):
+        class Misfortune(L.Callback):
             def on_train_batch_start(self, trainer, *args):
-                if trainer.global_step == kill[1] and rank == kill[0]:
+                if kill is not None and (rank, trainer.global_step) == kill[:2]:
                     os.kill(os.getpid(), kill[2])
+                if room is not None and (rank, trainer.global_step) == room[:2]:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (room[2], resource.RLIM_INFINITY))
 
         original = cli.AgroCLI._instantiate_trainer
 
-        def with_kill(self, config, callbacks):
-            return original(self, config, [*callbacks, Kill()])
+        def with_misfortune(self, config, callbacks):
+            return original(self, config, [*callbacks, Misfortune()])
 
-        cli.AgroCLI._instantiate_trainer = with_kill
+        cli.AgroCLI._instantiate_trainer = with_misfortune
     try:
         cli.main(["fit", "--config", config, "--run_dir", folder, "--trainer.devices", str(world), *options])
     except SystemExit as leave:
@@ -113,11 +121,18 @@ def assert_same(one, other, exact=True):
             torch.testing.assert_close(value, other[name], rtol=2e-4, atol=2e-6, msg=name)
 
 
-def rewards(folder):
+def logged(folder):
+    """What is logged of every step but seconds and memory, by step."""
+    other = ("train/seconds", "train/tokens_per_second", "train/peak_memory")
     with open(f"{folder}/metrics.csv", newline="") as handle:
-        return [
-            (row["step"], row["train/reward"], row["train/gradient_norm"]) for row in csv.DictReader(handle)
-        ]
+        return {
+            row["step"]: {
+                name: float(value)
+                for name, value in row.items()
+                if name.startswith("train/") and not name.startswith(other) and value
+            }
+            for row in csv.DictReader(handle)
+        }
 
 
 def test_killed_and_resumed_on_two_ranks_is_bitwise_the_uninterrupted_run(tmp_path, config):
@@ -133,7 +148,7 @@ def test_killed_and_resumed_on_two_ranks_is_bitwise_the_uninterrupted_run(tmp_pa
         tensors_of(f"{whole}/checkpoints/step-00000007.ckpt"),
         tensors_of(f"{broken}/checkpoints/step-00000007.ckpt"),
     )
-    assert rewards(whole) == rewards(broken)
+    assert logged(whole) == logged(broken)
     names = sorted(os.listdir(f"{whole}/checkpoints"))
     assert [name for name in names if name.startswith("step") and not name.endswith("whole")] == [
         "step-00000006.ckpt",
@@ -160,15 +175,17 @@ def test_other_numbers_of_ranks_go_on_with_the_same_weights_and_data(tmp_path, c
         return newest_checkpoint(tmp_path / name / "checkpoints")
 
     one = torch.load(run("one", 1), weights_only=True)
-    run("moving", 2, 2)
+    run("moving", 1, 1)
+    run("moving", 2, 3, "--ckpt_path", "last")
     four = tensors_of(run("moving", 4, 4, "--ckpt_path", "last"))
     assert next(iter(four["optimizer_0"]["state"].values()))["step"] == 4
-    last = tensors_of(run("moving", 2, None, "--ckpt_path", "last"))
-    ours, theirs = rewards(tmp_path / "one"), rewards(tmp_path / "moving")
-    assert [row[0] for row in ours] == [row[0] for row in theirs] == list("012345")
-    # the same groups at every step
-    assert [float(row[2]) for row in ours] == pytest.approx([float(row[2]) for row in theirs], rel=1e-4)
+    last = torch.load(run("moving", 1, None, "--ckpt_path", "last"), weights_only=True)
+    ours, theirs = logged(tmp_path / "one"), logged(tmp_path / "moving")
+    assert list(ours) == list(theirs) == list("012345")
+    for step, metrics in ours.items():  # the same groups at every step
+        assert theirs[step] == pytest.approx(metrics, rel=1e-3, abs=1e-6)
     assert_same(one["state_dict"], last["state_dict"], exact=False)
+    assert_same(one["optimizer_states"], last["optimizer_states"], exact=False)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -179,6 +196,85 @@ def test_a_signal_to_one_rank_saves_and_ends_all_with_0(tmp_path, config, number
     newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newest is not None and newest.name == "stopped-step-00000004.ckpt"
     assert f"{number.name}: stopped after step 4" in Path(f"{folder}.rank0.log").read_text()
+
+
+def test_no_room_for_a_checkpoint_leaves_the_last_one_and_says_what_was_needed(tmp_path, config):
+    folder = str(tmp_path / "run")
+    options = ["--data.batch_size", "2", "--trainer.max_steps", "8"]
+    run_ranks(fit, 2, config(OFFLINE), folder, options, None, (1, 3, 100_000))
+    for rank in (0, 1):
+        assert re.search(
+            r"no room to write step-00000004.ckpt: [\d,]{9,} bytes are needed, [\d,]+ are free",
+            Path(f"{folder}.rank{rank}.log").read_text(),
+        )
+    checkpoints = tmp_path / "run" / "checkpoints"
+    newest = newest_checkpoint(checkpoints)
+    assert newest == checkpoints / "step-00000002.ckpt" and (checkpoints / "last.ckpt").resolve() == newest
+    assert run_ranks(fit, 2, config(OFFLINE), folder, [*options, "--ckpt_path", "last"]) == [None, None]
+    assert list(logged(folder)) == list("01234567")
+
+
+LIVE = """
+trainer:
+  accelerator: cpu
+  val_check_interval: 1
+  enable_progress_bar: false
+  callbacks:
+  - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+    init_args:
+      dirpath: {folder}/best
+      monitor: val/sampled_accuracy
+      mode: max
+      save_top_k: 2
+      filename: "{{step}}"
+  - class_path: agro_lightning.faults.SlowRanks
+    init_args: {{every: 2, least_seconds: 0.5}}
+model: {{optimizer: {{learning_rate: 1.0e-3, warmup_steps: 0}}}}
+data:
+  validation: {{path: quickstart-val, limit: 12}}
+  batch_size: 4
+  group_size: 3
+  validation_samples: 2
+  pass_at: [2]
+  rewards:
+  - class_path: agro_lightning.rewards.PythonReward
+    init_args: {{function: "{folder}/slow.py:slow"}}
+  sources: [{{weight: 1, name: live}}]
+"""
+SLOW = """
+import os
+import time
+
+def slow(completions, answers):
+    if len(completions) == 12:  # in training
+        time.sleep(1.5 * int(os.environ["RANK"]))
+    return [float(text[:1] == answer[:1]) for text, answer in zip(completions, answers)]
+"""
+
+
+def test_a_slow_rank_is_named_and_the_best_checkpoints_are_kept(tmp_path, config):
+    (tmp_path / "slow.py").write_text(SLOW)
+    folder = str(tmp_path / "run")
+    run_ranks(fit, 2, config(LIVE.format(folder=tmp_path)), folder, ["--trainer.max_steps", "4"], timeout=120)
+    words = Path(f"{folder}.rank0.log").read_text()
+    assert re.search(r"step [24]: rank 1 is slow at drawing: [\d.]+ s, the median of the ranks is", words)
+    assert "rank 0 is slow at drawing" not in words
+    with open(f"{folder}/metrics.csv", newline="") as handle:
+        rows = [row["val/sampled_accuracy"] for row in csv.DictReader(handle)]
+    accuracies = [float(value) for value in rows if value]
+    kept = sorted((tmp_path / "best").iterdir())
+    assert len(accuracies) == 4 and len(kept) == 2
+    assert all(read_marker(path)["ranks"] == 2 for path in kept)
+    steps = [int(path.stem.partition("=")[2]) for path in kept]
+    least = min(accuracies[step - 1] for step in steps)
+    assert sum(value > least for value in accuracies) <= 1
+
+
+def test_other_strategies_are_refused_on_several_ranks(tmp_path, config):
+    folder = str(tmp_path / "run")
+    run_ranks(fit, 2, config(OFFLINE), folder, ["--trainer.strategy", "ddp", "--trainer.max_steps", "1"])
+    words = Path(f"{folder}.rank1.log").read_text()
+    assert "2 ranks under DDPStrategy" in words and "agro_lightning.strategy.Sharded" in words
 
 
 def test_half_written_checkpoints_are_never_picked_up(tmp_path):
