@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -122,7 +123,7 @@ def doctor(args: list[str]) -> None:
     """Runs the command with its arguments; exits with 1 where a check failed."""
     with _quiet():
         cli = load(args)
-        checks = Checks(quiet=int(os.environ.get("RANK", "0")) > 0)
+        checks = Checks(rank())
         if cli.get("simulate_ranks") is not None:
             checks.run("memory", lambda: _simulated(cli, cli.get("simulate_ranks")))
         else:
@@ -138,6 +139,11 @@ def _with_underscores(arg: str) -> str:
     name, equals, value = arg.partition("=")
     own = ("--simulate-ranks", "--model-config", "--prompt-tokens", "--gpu-memory-gib")
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if name in own else arg
+
+
+def rank() -> int:
+    """This process's rank, as torchrun or srun says."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 @contextlib.contextmanager
@@ -180,10 +186,14 @@ def _examine(cli: DoctorCLI, checks: Checks) -> None:
         )
     folder = Path(run_folder(cli.get("run_dir"))) / "doctor" if launched else Path(tempfile.mkdtemp())
     try:
-        check_all(cli, checks, folder, launched=launched, memory=lambda longest: _here(cli, ranks, longest))
+        estimate = _apart if launched else _here
+        check_all(cli, checks, folder, launched=launched, memory=lambda most: estimate(cli, ranks, most))
     finally:
-        if not launched or int(os.environ.get("RANK", "0")) == 0:
+        if not launched or rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
+            if launched:
+                with contextlib.suppress(OSError):  # a folder that holds more stays
+                    folder.parent.rmdir()
 
 
 # ---------------------------------------------------------------------- memory
@@ -207,6 +217,30 @@ def _here(cli: DoctorCLI, ranks: int, longest: int) -> str:
     if estimate.peak > has:
         raise Problem(f"{words}. {_advice(estimate)}", table)
     return f"{words}\n{table}"
+
+
+def _apart(cli: DoctorCLI, ranks: int, longest: int) -> str:
+    """The memory table from a process of its own: torch remembers the meshes of simulated ranks.
+
+    Raises:
+        Problem: the estimate is above the GPU's memory, or could not be made.
+    """
+    if rank() > 0:
+        return "estimated by the first rank"
+    ours = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC", "SLURM_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    command = [sys.executable, "-m", "agro_lightning", "doctor", *sys.argv[1:]]
+    command += ["--simulate_ranks", str(ranks), "--prompt_tokens", str(longest)]
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+        command += ["--gpu_memory_gib", str(memory / GIB)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    lines = done.stdout.rstrip().splitlines()
+    said = [line[22 if line.startswith(("ok ", "FAILED ")) else 9 :] for line in lines[:-2]]
+    words, *table = said or [""]
+    if done.returncode:
+        raise Problem(words or done.stderr.strip()[-400:], "\n".join(table))
+    return "\n".join([words, *table])
 
 
 def _simulated(cli: DoctorCLI, ranks: int) -> str:

@@ -20,10 +20,10 @@ class Problem(ValueError):
 class Checks:
     """Runs checks one by one and prints a line for each; one that fails does not stop those after it."""
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, rank: int = 0) -> None:
         self.passed: set[str] = set()
         self.failed: list[str] = []
-        self._quiet = quiet
+        self.rank = rank
 
     def run(
         self, name: str, action: Callable[[], str], *, needs: Sequence[str] = (), advice: str = ""
@@ -59,7 +59,9 @@ class Checks:
         self.failed.append(name)
         kind = "" if isinstance(error, ValueError | OSError | RuntimeError) else f"{type(error).__name__}: "
         words = " ".join(str(error).split()) or type(error).__name__
-        self.say(f"FAILED   {name:<12} {kind}{words}{f'. {advice}' if advice else ''}")
+        where = f"rank {self.rank}: " if self.rank else ""
+        line = f"FAILED   {name:<12} {where}{kind}{words}{f'. {advice}' if advice else ''}"
+        self._print(line)
         self._below(error.details if isinstance(error, Problem) else "")
 
     def skip(self, name: str, words: str) -> None:
@@ -71,10 +73,13 @@ class Checks:
             self.say("\n".join(f"         {line}".rstrip() for line in lines.splitlines()))
 
     def say(self, text: str) -> None:
-        """Prints on the first rank."""
-        if not self._quiet:
-            sys.stdout.write(text + "\n")
-            sys.stdout.flush()
+        """Prints on the first rank; failures are printed on all."""
+        if self.rank == 0:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
 
 
 def memory_table(estimate: Estimate) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +28,7 @@ from agro_lightning.rollout.gap import check_logprob_gap, logprob_gap
 from agro_lightning.run_checkpoints import RunCheckpoint
 from agro_lightning.self_check import check_logprobs
 from agro_lightning.sharded_checkpoint import newest_checkpoint
+from agro_lightning.sharding import reshard
 from agro_lightning.strategy import Sharded
 from agro_lightning.types import Completion, PromptGroup, TokenBatch
 
@@ -101,7 +101,7 @@ class Runs:
 
     def _export(self) -> str:
         assert self._first is not None and self._first.ids is not None and self._first.logits is not None
-        if int(os.environ.get("RANK", "0")) > 0:
+        if self._checks.rank:
             return "done by the first rank"
         out = self._folder / "model"
         with contextlib.redirect_stdout(None):
@@ -304,8 +304,10 @@ def digest(policy: Policy, optimizer: torch.optim.Optimizer | None) -> str:
     def add(tensors: Iterator[Tensor]) -> None:
         for tensor in tensors:
             local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-            found.update(local.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            plain = local.detach().cpu().contiguous().clone()  # numpy would forbid FSDP to resize it
+            found.update(plain.view(-1).view(torch.uint8).numpy().tobytes())
 
+    reshard(policy)
     add(policy.parameters())
     if optimizer is not None:
         for state in optimizer.state.values():

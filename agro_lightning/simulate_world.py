@@ -28,6 +28,7 @@ def fake_ranks(ranks: int, tensor: int) -> Iterator[DeviceMesh]:
         RuntimeError: this process belongs to a job of several ranks already.
         ValueError: `tensor` does not divide `ranks`.
     """
+    import torch.distributed._tools.fake_collectives  # noqa: F401 - registers shapes, in older versions
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
     if dist.is_initialized():
