@@ -119,6 +119,17 @@ def test_a_killed_run_resumes_bitwise(config, whole_run, tmp_path, step):
     assert any(row.get("train/share/replay", "0") not in ("", "0.0") for row in metrics(folder))
 
 
+def test_a_rollout_that_is_used_again_has_its_reference_log_probs(config, tmp_path):
+    run("fit", "--config", config, "--run_dir", tmp_path, "--trainer.max_steps", 3)
+    saved = torch.load(tmp_path / "checkpoints" / "step-00000003.ckpt", weights_only=True)
+    pending = saved["AgroDataModule"]["feed"]["pending"]  # two updates a rollout: the second is still to come
+    completions = [completion for group in pending for completion in group["completions"]]
+    assert {"live", "offline"} <= {completion["source"] for completion in completions}
+    for completion in completions:
+        assert completion["reference_id"] == saved["agro_lightning"]["reference_id"]
+        assert len(completion["ref_logprobs"]) == len(completion["completion_ids"])
+
+
 def test_a_run_leaves_what_the_readme_promises(whole_run):
     folder, output = whole_run
     summary = json.loads((folder / "summary.json").read_text())
