@@ -121,7 +121,7 @@ def load(args: list[str]) -> DoctorCLI:
 
 def doctor(args: list[str]) -> None:
     """Runs the command with its arguments; exits with 1 where a check failed."""
-    with _quiet():
+    with quiet():
         cli = load(args)
         checks = Checks(rank())
         if cli.get("simulate_ranks") is not None:
@@ -147,7 +147,7 @@ def rank() -> int:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps the trainer's own chatter out of the report; what is wrong is raised."""
     names = ("lightning", "lightning.pytorch", "lightning.fabric", "torch.distributed.tensor")
     loggers = [logging.getLogger(name) for name in names]

@@ -18,7 +18,7 @@ Real ranks (a Llama of 25M parameters with random weights, fp32, FSDP2) take two
   `estimate_over_resident` is their ratio.
 
 Simulated ranks (`doctor --simulate-ranks`): the configurations of `configs/`, every prompt and completion at
-full length; cases such as `llama3_70b/128`. `--quick` simulates one of them.
+full length; cases such as `llama3_70b/128`. `--quick` simulates one of them, and leaves the replicas out.
 """
 
 import json
@@ -27,13 +27,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from agro_lightning.doctor import load
+from agro_lightning.doctor import load, quiet
 from agro_lightning.doctor_report import memory_table, traffic_table
 from agro_lightning.simulate import ROLLOUT, Estimate, Workload, simulate
 from agro_lightning.simulate_tracker import KV_CACHE
@@ -51,7 +52,8 @@ SIMULATED: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "llama3_70b/128": ("llama3_70b_fsdp.yaml", 128, ()),
 }
 """Configuration, ranks, and what is changed."""
-QUICK = ("llama3_8b/8",)
+QUICK = ("1", "2", "4", "llama3_8b/8")
+"""What --quick runs of both."""
 SIZES = {"tiny": (64, 2), "small": (512, 6)}
 """Hidden size and layers."""
 
@@ -126,13 +128,14 @@ def formula(path: str, ranks: int, replicate: int) -> float:
     return ring * (2 * whole + layers + whole) + 2 * (replicate - 1) / replicate * whole / shards
 
 
-def of_real_ranks(folder: Path) -> list[dict[str, Any]]:
-    """Records of the real runs."""
+def of_real_ranks(folder: Path, cases: Iterable[str]) -> list[dict[str, Any]]:
+    """Records of the real runs; the first one is that of a single rank."""
     records, one = [], 0
     for size in SIZES:
         write_model(folder, size)
     path = str(folder / "small")
-    for case, (ranks, replicate) in REAL.items():
+    for case in cases:
+        ranks, replicate = REAL[case]
         found = real_ranks(ranks, replicate, folder)
         state = max(rank["parameters"] + rank["optimiser"] for rank in found)
         one = one or state
@@ -187,13 +190,15 @@ def activations(estimate: Estimate) -> int:
 
 def main() -> None:
     arguments = parser(__doc__).parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        records = of_real_ranks(Path(folder))
-    shown = [table(records)]
-    for case in QUICK if arguments.quick else SIMULATED:
-        simulated, text = of_simulated_ranks(case)
-        records += simulated
-        shown.append(text)
+    wanted = QUICK if arguments.quick else (*REAL, *SIMULATED)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        records = of_real_ranks(Path(folder), [case for case in wanted if case in REAL])
+        shown = [table(records)]
+        for case in wanted:
+            if case in SIMULATED:
+                simulated, text = of_simulated_ranks(case)
+                records += simulated
+                shown.append(text)
     emit(records, arguments.json, "\n\n".join(shown))
 
 
