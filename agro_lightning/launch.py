@@ -1,13 +1,16 @@
 """Starting on several processes: which strategy, which run folder, and SLURM."""
 
+import logging
 import os
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+log = logging.getLogger(__name__)
 
 RUN_DIR = "AGRO_RUN_DIR"
 """Environment variable that processes started by Lightning inherit."""
@@ -57,6 +60,32 @@ def run_folder(given: str | None) -> Path:
         return Path("runs") / f"slurm-{os.environ['SLURM_JOB_ID']}"
     os.environ[RUN_DIR] = name
     return Path(name)
+
+
+def store_after_restart(timeout: timedelta) -> PrefixStore | None:
+    """Where the processes of a job that torchrun has started again on one node meet; None in other jobs.
+
+    torchrun keeps one store over restarts and torch 2.13 reads it without a prefix, so that the processes
+    would find the addresses of dead ones. Agents of several nodes count restarts differently, and need
+    another remedy.
+    """
+    environment = os.environ
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    own_stores = environment.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
+    if environment.get("GROUP_WORLD_SIZE") != "1":
+        if int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0")) and not own_stores:
+            log.warning(
+                "torchrun may restart this job on several nodes: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
+                "for its agents, or the processes of a restart may look for those of the start before"
+            )
+        return None
+    restarts = int(environment["TORCHELASTIC_RESTART_COUNT"])
+    if not restarts or own_stores:
+        return None
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, timeout=timeout)
+    return PrefixStore(f"agro_lightning/restart-{restarts}", store)
 
 
 def slurm_plugins() -> list[Any]:

@@ -364,7 +364,8 @@ class AgroModule(L.LightningModule):
         answers, self._answers = self._answers, []
         summary = self.trainer.datamodule.summarize(answers)  # type: ignore[attr-defined]
         metrics = {f"val/{name}": value for name, value in summary.items() if not math.isnan(value)}
-        self.log_dict(metrics, batch_size=1, rank_zero_only=True)
+        # the metrics are of all ranks already: sync_dist does nothing but keep Lightning from warning
+        self.log_dict(metrics, batch_size=1, rank_zero_only=True, sync_dist=True)
         # for callbacks that monitor one, which must decide alike on all ranks
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         self.log(

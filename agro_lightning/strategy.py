@@ -1,6 +1,7 @@
 """The Lightning strategy for several ranks: FSDP and tensor parallelism with explicit sizes, atomic
 checkpoints."""
 
+import os
 from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
@@ -8,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from agro_lightning import sharded_checkpoint
 from agro_lightning.checkpoint import plain_values_only
+from agro_lightning.launch import store_after_restart
 from agro_lightning.sharding import data_rank
 
 
@@ -71,8 +74,18 @@ class Sharded(ModelParallelStrategy):
                 f"data_parallel_size {self._data_parallel_size} times tensor_parallel_size {tensor} is "
                 f"not the number of ranks, {ranks}; leave data_parallel_size out, or change devices"
             )
-        super().setup_environment()
         assert self._timeout is not None
+        store = store_after_restart(self._timeout)
+        if store is not None:
+            dist.init_process_group(
+                self._get_process_group_backend(),
+                store=store,
+                rank=int(os.environ["RANK"]),
+                world_size=int(os.environ["WORLD_SIZE"]),
+                timeout=self._timeout,
+                device_id=None if self.root_device.type == "cpu" else self.root_device,
+            )
+        super().setup_environment()
         self._saver = sharded_checkpoint.ShardedSaver(
             data_rank(self.device_mesh), asynchronous=self._asynchronous, timeout=self._timeout
         )

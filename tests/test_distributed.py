@@ -156,6 +156,7 @@ CASES = {
     "2 ranks of tensor parallelism": (2, {"tensor": 2}),
     "2 x 2 ranks, accumulation, above the budget": (4, {"tensor": 2, "accumulate": 2, "max_tokens": 20}),
     "2 x 2 replicas": (4, {"replicate": 2}),
+    "2 whole replicas": (2, {"replicate": 2, "max_tokens": 20}),
 }
 
 

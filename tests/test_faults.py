@@ -1,9 +1,13 @@
-"""Slow ranks are named; launchers are recognised."""
+"""Slow ranks are named, killed ones too, and torchrun starts the job again; launchers are recognised."""
 
 import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from test_checkpoint_sharded import logged
 
 from agro_lightning.faults import SlowRanks, probe_seconds
 from agro_lightning.launch import RUN_DIR, number_of_ranks, run_folder
@@ -75,3 +79,57 @@ def test_processes_agree_on_the_run_folder(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", str(store.port))
     first = run_folder(None)
     assert run_folder(None) == first and store.get("agro_lightning/run_dir").decode() == str(first)
+
+
+LIVE = """
+trainer: {{accelerator: cpu, devices: 2, val_check_interval: 1000, enable_progress_bar: false}}
+checkpoint_every: 2
+model: {{optimizer: {{learning_rate: 1.0e-4, warmup_steps: 2}}}}
+data:
+  validation: {{path: quickstart-val, limit: 2}}
+  batch_size: 2
+  group_size: 3
+  validation_samples: 2
+  pass_at: [2]
+  rewards:
+  - class_path: agro_lightning.rewards.PythonReward
+    init_args: {{function: "{folder}/deadly.py:deadly"}}
+  sources: [{{weight: 1, name: live}}]
+"""
+DEADLY = """
+import os
+import signal
+from pathlib import Path
+
+calls = Path("{folder}/calls")
+
+def deadly(completions, answers):
+    if os.environ["RANK"] == "1" and len(completions) == 6:  # in training
+        count = len(calls.read_text()) if calls.exists() else 0
+        calls.write_text("." * (count + 1))
+        if count == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return [float(text[:1] == answer[:1]) for text, answer in zip(completions, answers)]
+"""
+
+
+def test_torchrun_starts_a_job_again_whose_rank_was_killed_in_a_step(tmp_path):
+    (tmp_path / "config.yaml").write_text(LIVE.format(folder=tmp_path))
+    (tmp_path / "deadly.py").write_text(DEADLY.format(folder=tmp_path))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    run = ["-m", "agro_lightning", "fit", "--config", str(tmp_path / "config.yaml")]
+    run += ["--run_dir", str(tmp_path / "run"), "--trainer.max_steps", "6", "--ckpt_path", "last"]
+    job = subprocess.run(
+        [sys.executable, *torchrun, *run],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+    )
+    assert job.returncode == 0, job.stdout
+    assert re.search(r"failed \(exitcode: -9\) local_rank: 1 ", job.stdout), job.stdout
+    assert "because of rank 1, which gave no sign of life" in job.stdout, job.stdout
+    assert "Restored all states from the checkpoint" in job.stdout
+    assert len((tmp_path / "calls").read_text()) == 8  # steps 0 to 3, and 2 to 5 once more
+    assert list(logged(tmp_path / "run")) == list("012345")

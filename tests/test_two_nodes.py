@@ -40,7 +40,7 @@ def arguments(folder, config, batch_size):
 
 
 def worker(folder, rank):
-    """The process id of a rank of the job with this run folder; None before it runs."""
+    """The process id of a rank of the job with this run folder, one rank a node; None before it runs."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             command, environment = (
