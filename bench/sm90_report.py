@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # compiled kernels are what this is about
@@ -22,8 +22,14 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from agro_kernels import _tiles
-from agro_kernels._triton_combine import ROWS, combine_kernel
+from agro_kernels import (
+    _tiles,
+    _triton_combine,
+    _triton_group_coefficients,
+    _triton_sequence_sums,
+    _triton_tile_grads,
+    _triton_tile_stats,
+)
 from agro_kernels._triton_dlogits import dlogits_kernel
 from agro_kernels._triton_stats import stats_kernel
 from bench._records import emit, parser, record
@@ -38,10 +44,15 @@ VARIANTS: dict[str, dict[str, bool]] = {
     "softcap_bias_entropy": {"SOFTCAP": True, "BIAS": True, "ENTROPY": True},
     "pointers": {"DESCRIPTOR": False},
 }
-TYPES = {"targets": "*i64"} | {name: "fp32" for name in ("inner", "outer", "factor")}
+TYPES = {name: "*i64" for name in ("targets", "order", "bounds", "begins", "ends")}
+TYPES |= {name: "fp32" for name in ("inner", "outer", "factor")}
 TYPES |= {name: "i32" for name in ("row_count", "column_count", "tile_count")}
 ALIGNED = ("hidden_stride", "weight_stride", "out_stride")
 TYPES |= {name: "i32" for name in ALIGNED}
+
+
+DOUBLES = {name: "*fp64" for name in ("log_ratios", "beta", "num_groups", "coefficients", "half_variances")}
+"""What the loss's two kernels keep in fp64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +65,8 @@ class Case:
     constants: dict[str, Any]
     warps: int
     stages: int
+    types: dict[str, str] = field(default_factory=dict)
+    """Types of arguments that differ from TYPES."""
 
     @property
     def needs_wgmma(self) -> bool:
@@ -94,10 +107,45 @@ def cases(quick: bool) -> Iterator[Case]:
                     wanted = first if quick else first or variant == "plain"
                     if wanted and not (quick and dtype == "fp32" and variant != "plain"):
                         yield head_case(kernel, kind, table, dtype, size, variant)
+    yield from small_cases()
+
+
+def small_cases() -> Iterator[Case]:
+    """The kernels without products: they have one shape each."""
+    flags = {"plain": (False, False), "softcap_bias_entropy": (True, True)}
     for entropy in (False, True):
-        constants = {"ENTROPY": entropy, "ROWS": ROWS}
+        constants = {"ENTROPY": entropy, "ROWS": _triton_combine.ROWS}
         name = f"combine:entropy={entropy}"
-        yield Case(name=name, kernel=combine_kernel, dtype="fp32", constants=constants, warps=4, stages=3)
+        kernel = _triton_combine.combine_kernel
+        yield Case(name=name, kernel=kernel, dtype="fp32", constants=constants, warps=4, stages=3)
+    for variant, (capped, entropy) in flags.items():
+        shared = {"BIAS": capped, "SOFTCAP": capped, "ENTROPY": entropy}
+        for kind, module in (("tile_stats", _triton_tile_stats), ("tile_grads", _triton_tile_grads)):
+            shape = {"ROWS": module.ROWS, "COLUMNS": module.COLUMNS}
+            for out in ("bf16", "fp32") if kind == "tile_grads" else ("fp32",):
+                yield Case(
+                    name=f"{kind}:{out}:{variant}:{module.ROWS}x{module.COLUMNS}",
+                    kernel=getattr(module, f"{kind}_kernel"),
+                    dtype="fp32",
+                    constants=shared | shape,
+                    warps=4,
+                    stages=3,
+                    types={"out": f"*{out}"},
+                )
+    for kind, module, warps in (
+        ("sequence_sums", _triton_sequence_sums, 4),
+        ("group_coefficients", _triton_group_coefficients, 2),
+    ):
+        kernel = getattr(module, f"{kind}_kernel")
+        yield Case(
+            name=f"{kind}:{module.BLOCK}",
+            kernel=kernel,
+            dtype="fp32",
+            constants={"BLOCK": module.BLOCK},
+            warps=warps,
+            stages=3,
+            types=DOUBLES,
+        )
 
 
 def signature(case: Case) -> dict[str, str]:
@@ -106,6 +154,8 @@ def signature(case: Case) -> dict[str, str]:
     for name in case.kernel.arg_names:
         if name in constants:
             kinds[name] = "constexpr"
+        elif name in case.types:
+            kinds[name] = case.types[name]
         elif name in ("hidden", "weight") and constants.get("DESCRIPTOR"):
             rows = constants["ROWS"] if name == "hidden" else constants["COLUMNS"]
             kinds[name] = f"tensordesc<{case.dtype}[{rows}, {constants['DEPTH']}]>"

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from agro_kernels._dispatch import runs_small_kernels
+
 
 def segment_sums(values: Tensor, segments: Tensor, count: int) -> Tensor:
     """Sums of `values` (N,) by segment id in [0, count), in fp64 and in the rows' order. -> (count,)"""
@@ -45,15 +47,55 @@ def group_coefficients(
     """
     groups, member, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
     if bool((sizes < 2).any()):
-        lonely = int(groups[(sizes < 2).nonzero()[0, 0]])
-        raise ValueError(
-            f"group {lonely} has 1 completion; AGRO needs at least 2 of each prompt: raise group_size, "
-            "or drop the group"
-        )
+        raise _lonely(int(groups[(sizes < 2).nonzero()[0, 0]]))
     residual = rewards.double() - beta * log_ratios.double()
     deviation = residual - (segment_sums(residual, member, groups.numel()) / sizes)[member]
     divisor = (sizes - 1)[member] * (num_groups or float(groups.numel()))
     return -deviation / divisor, 0.5 * (deviation.square() / divisor).sum()
+
+
+def _lonely(group: int) -> ValueError:
+    return ValueError(
+        f"group {group} has 1 completion; AGRO needs at least 2 of each prompt: raise group_size, "
+        "or drop the group"
+    )
+
+
+def _outside(smallest: int, largest: int, count: int) -> ValueError:
+    wrong = smallest if smallest < 0 else largest
+    return ValueError(f"sequence id {wrong} is outside [0, {count}); rewards has {count} completions")
+
+
+def _by_torch(ratios, sequences, rewards, group_ids, beta, num_groups) -> tuple[Tensor, Tensor, Tensor]:
+    count = rewards.numel()
+    if sequences.numel() and not 0 <= int(sequences.min()) <= int(sequences.max()) < count:
+        raise _outside(int(sequences.min()), int(sequences.max()), count)
+    log_ratios = segment_sums(ratios, sequences, count)
+    return log_ratios, *group_coefficients(log_ratios, rewards, group_ids, beta, num_groups)
+
+
+def _by_kernels(
+    logprobs, ref_logprobs, active, sequences, rewards, group_ids, beta, num_groups
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-ratios, coefficients and objective in fp64 by two Triton kernels; the device is waited for once."""
+    from agro_kernels._triton_group_coefficients import launch_group_coefficients
+    from agro_kernels._triton_sequence_sums import launch_sequence_sums
+
+    count = rewards.numel()
+    groups, order = group_ids.to(torch.int64).sort(stable=True)
+    begins = torch.searchsorted(groups, groups)
+    ends = torch.searchsorted(groups, groups, right=True)
+    facts = list(sequences.aminmax()) if sequences.numel() else []
+    if count:
+        lonely = (ends - begins < 2).to(torch.int64)
+        facts += [lonely.amax(), groups[lonely.argmax()]]
+    found = torch.stack(facts).tolist() if facts else []
+    if sequences.numel() and not 0 <= found[0] <= found[1] < count:
+        raise _outside(found[0], found[1], count)
+    if count and found[-2]:
+        raise _lonely(found[-1])
+    log_ratios = launch_sequence_sums(logprobs, ref_logprobs, torch.where(active, sequences, count), count)
+    return log_ratios, *launch_group_coefficients(log_ratios, rewards, order, begins, ends, beta, num_groups)
 
 
 @torch.library.custom_op("agro_kernels::agro_coefficients", mutates_args=())
@@ -67,6 +109,7 @@ def agro_coefficients(
     group_ids: Tensor,
     beta: float,
     num_groups: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-ratios (B,), coefficients (B,), rows' coefficients (N,), and the objective (), in logprobs' dtype.
 
@@ -80,25 +123,39 @@ def agro_coefficients(
         group_ids: (B,).
         beta: the regulariser's temperature.
         num_groups: the normaliser; 0.0 stands for the number of groups here.
+        backend: `triton` takes the Triton kernels, `chunked` where they run, `reference` plain torch.
 
     Raises:
         ValueError: a sequence id outside [0, B), or a group of one completion.
     """
-    count = rewards.numel()
     active = targets != ignore_index
     sequences = torch.where(active, sequence_ids.to(torch.int64), 0)
-    if sequences.numel() and not 0 <= int(sequences.min()) <= int(sequences.max()) < count:
-        wrong = int(sequences.min()) if int(sequences.min()) < 0 else int(sequences.max())
-        raise ValueError(f"sequence id {wrong} is outside [0, {count}); rewards has {count} completions")
-    ratios = torch.where(active, logprobs.double() - ref_logprobs.double(), 0.0)
-    log_ratios = segment_sums(ratios, sequences, count)
-    coefficients, objective = group_coefficients(log_ratios, rewards, group_ids, beta, num_groups)
-    rows = torch.where(active, coefficients[sequences] if count else 0.0, 0.0)
+    if backend == "triton" or (backend == "chunked" and runs_small_kernels(logprobs)):
+        log_ratios, coefficients, objective = _by_kernels(
+            logprobs, ref_logprobs, active, sequences, rewards, group_ids, beta, num_groups
+        )
+    else:
+        ratios = torch.where(active, logprobs.double() - ref_logprobs.double(), 0.0)
+        log_ratios, coefficients, objective = _by_torch(
+            ratios, sequences, rewards, group_ids, beta, num_groups
+        )
+    rows = torch.where(active, coefficients[sequences] if rewards.numel() else 0.0, 0.0)
     dtype = logprobs.dtype
     return log_ratios.to(dtype), coefficients.to(dtype), rows.to(dtype), objective.to(dtype)
 
 
 @agro_coefficients.register_fake
-def _(logprobs, ref_logprobs, targets, ignore_index, sequence_ids, rewards, group_ids, beta, num_groups):
+def _(
+    logprobs,
+    ref_logprobs,
+    targets,
+    ignore_index,
+    sequence_ids,
+    rewards,
+    group_ids,
+    beta,
+    num_groups,
+    backend,
+):
     completions = logprobs.new_empty(rewards.shape[0])
     return completions, torch.empty_like(completions), torch.empty_like(logprobs), logprobs.new_empty(())

@@ -7,7 +7,7 @@ loop, so a slice of W is read (and cast) once per pass, and one of dW is finishe
 import torch
 from torch import Tensor
 
-from agro_kernels import _epilogue
+from agro_kernels._epilogue import choose_epilogue
 from agro_kernels._head import (
     SPARSE_TILE,
     Head,
@@ -39,13 +39,10 @@ def _matmul_dtype(tensor: Tensor) -> torch.dtype:
     return stats_dtype(tensor.dtype) if tensor.device.type == "cpu" else tensor.dtype
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, buffer: Tensor) -> Tensor:
-    """One tile of logits in `buffer`. (n, H), (v, H) -> (n, v)"""
+def _products(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    """One tile of X Wᵀ in `buffer`. (n, H), (v, H) -> (n, v)"""
     tile = buffer[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
-    product(hidden, weight.T, out=tile)
-    if bias is not None:
-        tile += bias
-    return head.logits_(tile)
+    return product(hidden, weight.T, out=tile)
 
 
 def chunked_stats(
@@ -70,6 +67,7 @@ def chunked_stats(
     """
     rows, columns = hidden.shape[0], weight.shape[0]
     dtype = stats_dtype(hidden.dtype)
+    epilogue = choose_epilogue(hidden)
     hidden = hidden.to(_matmul_dtype(hidden))
     height, width = tile_shape(rows, columns, hidden.device)
     if tiles:
@@ -83,9 +81,11 @@ def chunked_stats(
         weight_slice = weight[left:right].to(hidden.dtype)
         bias_slice = None if bias is None else bias[left:right].to(dtype)
         for top, bottom in spans(rows, height):
-            tile = _logits(hidden[top:bottom], weight_slice, bias_slice, head, buffer)
+            tile = _products(hidden[top:bottom], weight_slice, buffer)
             local = targets[top:bottom] - left
-            tile_lse, tile_entropy = _epilogue.tile_stats_(tile, local, target_logit[top:bottom], entropy)
+            tile_lse, tile_entropy = epilogue.stats(
+                tile, bias_slice, head, local, target_logit[top:bottom], entropy
+            )
             if tile_logsumexp is not None:
                 tile_logsumexp[top:bottom, left // SPARSE_TILE] = tile_lse
             total = torch.logaddexp(logsumexp[top:bottom], tile_lse)
@@ -123,6 +123,7 @@ def chunked_grads(
     """
     rows, columns = hidden.shape[0], weight.shape[0]
     dtype = stats_dtype(hidden.dtype)
+    epilogue = choose_epilogue(hidden)
     operands = hidden.to(_matmul_dtype(hidden))
     height, width = tile_shape(rows, columns, hidden.device)
     if upstream.keep is not None:
@@ -139,9 +140,9 @@ def chunked_grads(
         for top, bottom in spans(rows if kept is None else kept.numel(), height):
             chosen: slice | Tensor = slice(top, bottom) if kept is None else kept[top:bottom]
             block = operands[chosen]
-            tile = _logits(block, part, part_bias, head, buffer)
-            grad = _epilogue.tile_grads_(
-                tile, targets[chosen] - left, head, upstream.rows(chosen), operands.dtype
+            tile = _products(block, part, buffer)
+            grad = epilogue.grads(
+                tile, part_bias, head, targets[chosen] - left, upstream.rows(chosen), operands.dtype
             )
             if weight_sum is not None:
                 accumulate(weight_sum, grad.T, block)

@@ -54,6 +54,16 @@ def choose_backend(backend: str, hidden: Tensor, weight: Tensor) -> str:
     return backend
 
 
+def runs_small_kernels(tensor: Tensor) -> bool:
+    """Whether the small Triton kernels (sums, epilogues) take the tensor: on a GPU of compute capability 8.0
+    or later, or under Triton's interpreter; not fp64."""
+    if tensor.dtype == torch.float64 or not triton_available():
+        return False
+    if tensor.device.type == "cpu":
+        return _interpreted()
+    return tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+
+
 def _interpreted() -> bool:
     from triton import knobs
 

@@ -1,22 +1,61 @@
-"""What `chunked` does with one tile of logits: statistics in the forward, dL/du in the backward."""
+"""What `chunked` does with one tile of raw products: statistics in the forward, dL/du in the backward.
+
+The forms here are plain torch, for CPUs, for fp64 and where Triton is missing; a GPU takes Triton kernels,
+which pass over a tile once.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from agro_kernels._dispatch import runs_small_kernels
 from agro_kernels._head import Head, Upstream
 
 
+class Epilogue(NamedTuple):
+    """The two functions of one form; arguments as of tile_stats_ and tile_grads_."""
+
+    stats: Callable[[Tensor, Tensor | None, Head, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+    grads: Callable[[Tensor, Tensor | None, Head, Tensor, Upstream, torch.dtype], Tensor]
+
+
+def choose_epilogue(hidden: Tensor) -> Epilogue:
+    """The form for this device and dtype."""
+    if not runs_small_kernels(hidden):
+        return Epilogue(tile_stats_, tile_grads_)
+    from agro_kernels._triton_tile_grads import launch_tile_grads
+    from agro_kernels._triton_tile_stats import launch_tile_stats
+
+    return Epilogue(launch_tile_stats, launch_tile_grads)
+
+
+def _logits_(tile: Tensor, bias: Tensor | None, head: Head) -> Tensor:
+    if bias is not None:
+        tile += bias
+    return head.logits_(tile)
+
+
 def tile_stats_(
-    tile: Tensor, local_targets: Tensor, target_logit: Tensor, entropy: bool
+    tile: Tensor,
+    bias: Tensor | None,
+    head: Head,
+    local_targets: Tensor,
+    target_logit: Tensor,
+    entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The tile's logsumexp (n,) and, on request, its entropy (n,); overwrites the tile.
 
     Args:
-        tile: (n, v) logits.
+        tile: (n, v): X Wᵀ.
+        bias: (v,) or None.
+        head: the logit transform.
         local_targets: (n,) targets counted from the tile's first column; outside [0, v) means elsewhere.
         target_logit: (n,); the targets in this tile get their logit written.
         entropy: whether the tile's own entropy is wanted.
     """
+    _logits_(tile, bias, head)
     owned = (local_targets >= 0) & (local_targets < tile.shape[1])
     column = torch.where(owned, local_targets, 0)[:, None]
     target_logit.copy_(torch.where(owned, tile.gather(1, column)[:, 0], target_logit))
@@ -34,8 +73,9 @@ def tile_stats_(
 
 def tile_grads_(
     tile: Tensor,
-    local_targets: Tensor,
+    bias: Tensor | None,
     head: Head,
+    local_targets: Tensor,
     upstream: Upstream,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -45,13 +85,14 @@ def tile_grads_(
     dL/dz = c * (onehot - p) - e * p * (log p + H), and dL/du = dL/dz * dz/du.
 
     Args:
-        tile: (n, v) logits.
-        local_targets: (n,) targets counted from the tile's first column; outside [0, v) means elsewhere.
+        tile: (n, v): X Wᵀ.
+        bias: (v,) or None.
         head: the logit transform.
+        local_targets: (n,) targets counted from the tile's first column; outside [0, v) means elsewhere.
         upstream: the figures of the tile's rows.
         dtype: of the result, the matmul's operand type; the arithmetic stays in the tile's.
     """
-    slope = head.slope(tile)
+    slope = head.slope(_logits_(tile, bias, head))
     log_p = tile.sub_(upstream.logsumexp[:, None])
     coefficient = upstream.coefficient[:, None]
     if upstream.entropy_coefficient is None or upstream.entropy is None:

@@ -69,6 +69,7 @@ class _AgroLoss(torch.autograd.Function):
             group_ids,
             beta,
             num_groups,
+            call.backend,
         )
         ctx.save_for_backward(hidden, weight, bias, targets, logsumexp, row_coefficients, keep)
         ctx.call = call
@@ -229,6 +230,7 @@ def _reference(
         group_ids,
         float(beta),
         float(num_groups or 0.0),
+        "reference",
     )
     surrogate = (row_coefficients * rows.logprobs).sum()
     return LinearAgroLoss(

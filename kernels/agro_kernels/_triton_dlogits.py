@@ -21,6 +21,48 @@ from agro_kernels._triton_tile import (
 )
 
 
+@triton.jit
+def gradient_tile(
+    logits,
+    targets,
+    logsumexp,
+    coefficient,
+    entropy,
+    entropy_coefficient,
+    row,
+    column,
+    row_count,
+    outer,
+    factor,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """dL/du of a tile from its logits in units of log 2; the rows' figures are read here. (ROWS, COLUMNS)"""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    LN2: tl.constexpr = 0.6931471805599453
+    rows = row + tl.arange(0, ROWS)
+    inside = rows < row_count
+    log2_p = logits - (tl.load(logsumexp + rows, mask=inside, other=0.0) * LOG2_E)[:, None]
+    c = tl.load(coefficient + rows, mask=inside, other=0.0)
+    if ENTROPY:
+        e = tl.load(entropy_coefficient + rows, mask=inside, other=0.0)
+        h = tl.load(entropy + rows, mask=inside, other=0.0)
+        # -inf logits have p = 0, and 0 * -inf would be NaN.
+        level = tl.maximum(log2_p, -1.0e30) * (e * LN2)[:, None] + (c + e * h)[:, None]
+        grad = -tl.exp2(log2_p) * level
+    else:
+        grad = -tl.exp2(log2_p) * c[:, None]
+    target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32) - column
+    hit = target[:, None] == tl.arange(0, COLUMNS)[None, :]
+    grad = tl.where(hit, grad + c[:, None], grad) * factor
+    if SOFTCAP:
+        bounded = logits * (1.0 / outer)  # tanh again, which costs fewer registers than keeping it
+        grad *= 1.0 - bounded * bounded
+    return grad
+
+
 @triton.jit(do_not_specialize=["row_count"])
 def dlogits_kernel(
     hidden,
@@ -52,8 +94,6 @@ def dlogits_kernel(
 ):
     """dL/du = (c (onehot - p) - e p (log p + entropy)) * factor * (1 - tanh²), written in out's dtype. (N,
     V)"""
-    LOG2_E: tl.constexpr = 1.4426950408889634
-    LN2: tl.constexpr = 0.6931471805599453
     row_blocks = tl.cdiv(row_count, ROWS)
     column_blocks = tl.cdiv(column_count, COLUMNS)
     row_block, column_block = tile_place(tl.program_id(0), row_blocks, column_blocks, GROUP)
@@ -75,24 +115,25 @@ def dlogits_kernel(
         DEPTH,
     )
     logits = logits_tile(products, bias, column, column_count, inner, outer, BIAS, SOFTCAP, COLUMNS)
+    grad = gradient_tile(
+        logits,
+        targets,
+        logsumexp,
+        coefficient,
+        entropy,
+        entropy_coefficient,
+        row,
+        column,
+        row_count,
+        outer,
+        factor,
+        SOFTCAP,
+        ENTROPY,
+        ROWS,
+        COLUMNS,
+    )
     rows = row + tl.arange(0, ROWS)
     inside = rows < row_count
-    log2_p = logits - (tl.load(logsumexp + rows, mask=inside, other=0.0) * LOG2_E)[:, None]
-    c = tl.load(coefficient + rows, mask=inside, other=0.0)
-    if ENTROPY:
-        e = tl.load(entropy_coefficient + rows, mask=inside, other=0.0)
-        h = tl.load(entropy + rows, mask=inside, other=0.0)
-        # -inf logits have p = 0, and 0 * -inf would be NaN.
-        level = tl.maximum(log2_p, -1.0e30) * (e * LN2)[:, None] + (c + e * h)[:, None]
-        grad = -tl.exp2(log2_p) * level
-    else:
-        grad = -tl.exp2(log2_p) * c[:, None]
-    target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32) - column
-    hit = target[:, None] == tl.arange(0, COLUMNS)[None, :]
-    grad = tl.where(hit, grad + c[:, None], grad) * factor
-    if SOFTCAP:
-        bounded = logits * (1.0 / outer)  # tanh again, which costs fewer registers than keeping it
-        grad *= 1.0 - bounded * bounded
     columns = column + tl.arange(0, COLUMNS)
     place = rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
     tl.store(

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+RUNS_TRITON = INTERPRETED or (DEVICE == "cuda" and torch.cuda.get_device_capability() >= (8, 0))
 BACKENDS = ("triton",) if INTERPRETED else ("chunked", "reference")
 FUSED = ("triton",) if INTERPRETED else ("chunked",)
 # Under Triton's interpreter bf16 products are wrong without a sign of it; on a GPU bf16 is tested.

@@ -57,7 +57,18 @@ def test_operators_are_registered_rightly(entropy):
     logits = (given.hidden, given.weight, given.bias, given.targets, 0, 40, -100, 0.7, 1.0, 0.0)
     torch.library.opcheck(none.target_logits, logits, test_utils=checks)
     ids = torch.arange(12) % 4
-    groups = (row, row, given.targets, -100, ids, torch.randn(4), torch.tensor([0, 0, 1, 1]), 0.1, 0.0)
+    groups = (
+        row,
+        row,
+        given.targets,
+        -100,
+        ids,
+        torch.randn(4),
+        torch.tensor([0, 0, 1, 1]),
+        0.1,
+        0.0,
+        "chunked",
+    )
     torch.library.opcheck(none.agro_coefficients, groups, test_utils=checks)
 
 

@@ -9,6 +9,9 @@ import torch
 from kernel_oracle import check_gradient, leaves, naive, naive_gradients, problem, relative_error
 
 from agro_kernels import linear_agro_loss, linear_logprobs, linear_logprobs_known
+from agro_kernels._agro_coefficients import agro_coefficients
+from agro_kernels._epilogue import choose_epilogue, tile_grads_, tile_stats_
+from agro_kernels._head import Head, Upstream
 
 pytestmark = [
     pytest.mark.gpu,
@@ -157,6 +160,54 @@ def test_loss_and_known_coefficients():
         ).backward()
         assert relative_error(known[0].grad, fused[0].grad) < 5e-3
         assert relative_error(known[1].grad, fused[1].grad) < 5e-3
+
+
+def test_the_loss_kernels_on_many_completions():
+    """One group of 4096 completions among many of two, 4 million rows in no order; fp64 against torch."""
+    make = torch.Generator("cuda").manual_seed(0)
+    rows, count = 4_000_000, 4096 + 20_000
+    logprobs, reference = torch.randn(2, rows, generator=make, device="cuda", dtype=torch.float64)
+    targets = torch.randint(10, (rows,), generator=make, device="cuda")
+    targets[targets == 3] = -100
+    ids = torch.randint(count, (rows,), generator=make, device="cuda")
+    rewards = torch.randn(count, generator=make, device="cuda", dtype=torch.float64)
+    groups = torch.arange(count, device="cuda").sub(4096).clamp(min=-2) // 2
+    parts = (logprobs, reference, targets, -100, ids, rewards, groups, 0.1, 0.0)
+    expected = agro_coefficients(*parts, "reference")
+    first = agro_coefficients(*parts, "triton")
+    for ours, theirs in zip(first, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    for _ in range(9):
+        again = agro_coefficients(*parts, "chunked")
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("columns", (1024, 16_384, 5003))
+def test_epilogues_of_chunked_in_bf16(columns):
+    """Tiles as large as `chunked` makes them, against the torch epilogue in fp64."""
+    make = torch.Generator("cuda").manual_seed(columns)
+    raw = torch.randn(4096, columns, generator=make, device="cuda") * 3
+    bias = torch.randn(columns, generator=make, device="cuda")
+    targets = torch.randint(-columns, columns, (4096,), generator=make, device="cuda")
+    head = Head(temperature=0.6, softcap=5.0)
+    exact_target = torch.zeros(4096, device="cuda", dtype=torch.float64)
+    exact = tile_stats_(raw.double(), bias.double(), head, targets, exact_target, True)
+    target_logit = torch.zeros(4096, device="cuda")
+    ours = choose_epilogue(raw.bfloat16())
+    assert ours.stats is not tile_stats_
+    logsumexp, entropy = ours.stats(raw, bias, head, targets, target_logit, True)
+    torch.testing.assert_close(logsumexp.double(), exact[0], rtol=1e-6, atol=5e-6)
+    torch.testing.assert_close(entropy.double(), exact[1], rtol=1e-5, atol=5e-5)
+    torch.testing.assert_close(target_logit.double(), exact_target, rtol=1e-5, atol=1e-5)
+    c, e = torch.randn(2, 4096, generator=make, device="cuda")
+    upstream = Upstream(logsumexp=logsumexp, coefficient=c, entropy=entropy, entropy_coefficient=e)
+    right = Upstream(
+        logsumexp=exact[0], coefficient=c.double(), entropy=exact[1], entropy_coefficient=e.double()
+    )
+    expected = tile_grads_(raw.double(), bias.double(), head, targets, right, torch.float64)
+    grad = ours.grads(raw, bias, head, targets, upstream, torch.bfloat16)
+    assert grad.dtype == torch.bfloat16 and float(expected.abs().max()) > 0.1
+    torch.testing.assert_close(grad.double(), expected, rtol=5e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("spread", (1.0, 8.0))

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process of its own")
-@pytest.mark.parametrize("part", ("forward", "gradients", "agro_loss", "sparse"))
+@pytest.mark.parametrize("part", ("forward", "gradients", "agro_loss", "coefficients", "epilogue", "sparse"))
 def test_triton_kernels_interpreted(part):
     folder = Path(__file__).parent
     command = [
