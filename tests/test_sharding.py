@@ -1,12 +1,18 @@
 """Sharded models on real gloo ranks: weights, buffers, log-probs, gradients and generation equal one
 process."""
 
+import re
+import sys
+import threading
+from pathlib import Path
+
 import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_lm
 from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from agro_lightning.data.packing import pack_groups
 from agro_lightning.loading import sharded_policy, sharded_reference
@@ -183,6 +189,58 @@ def test_bf16_compute_keeps_fp32_master_weights(model_folder):
         for name, weight in policy.lm.named_parameters():
             assert torch.equal(result["weights"][name], weight.detach())
         assert torch.equal(result["logprobs"], expected)
+
+
+def peak_of(function):
+    """Most bytes of its own, not of mapped files, that this process held meanwhile, above the start."""
+
+    def held():
+        return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+    start, samples, done = held(), [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.001):
+            samples.append(held())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    kept = function()
+    samples.append(held())
+    done.set()
+    thread.join()
+    del kept
+    return max(samples) - start
+
+
+def peaks_of_loading(rank, world, settings):
+    mesh = mesh_of(world)
+
+    def shards():
+        return sharded_policy(settings, ShardingSettings(), mesh, torch.device("cpu"), temperature=1.0)
+
+    def whole():
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(settings.path))
+
+    return peak_of(shards), peak_of(whole)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_rank_holds_the_whole_model_while_it_loads(tmp_path):
+    config = LlamaConfig(
+        vocab_size=16384,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    lm = AutoModelForCausalLM.from_config(config)
+    lm.save_pretrained(tmp_path / "large", max_shard_size="50MB")
+    size = sum(p.numel() for p in lm.parameters()) * 4
+    settings = PolicySettings(path=str(tmp_path / "large"))
+    for peak, whole in run_ranks(peaks_of_loading, 2, settings, timeout=120):
+        assert 0.4 * size < peak < 0.75 * size < 0.9 * size < whole
 
 
 def test_replicate_must_divide():
