@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
@@ -33,7 +33,6 @@ from agro_lightning.doctor_report import (
 from agro_lightning.launch import number_of_ranks, run_folder
 from agro_lightning.module import AgroModule
 from agro_lightning.quickstart.defaults import TRAINER_DEFAULTS
-from agro_lightning.rollout.transformers_engine import TransformersEngine
 from agro_lightning.simulate import Estimate, Workload, simulate
 
 DESCRIPTION = """Checks a configuration before a long run: batch arithmetic, rewards, memory, one sample with
@@ -265,6 +264,8 @@ def _simulated(cli: DoctorCLI, ranks: int) -> str:
         cli.datamodule.arithmetic(accumulate=workload.accumulate, ranks=data),
         f"every prompt has {workload.prompt_tokens} tokens{assumed}, every completion "
         f"{workload.completion_tokens}; a pass holds at most {cli.model.max_tokens or 'all'} tokens",
+        *([f"the reference's shards, {amount(estimate.offloaded)}, wait in CPU memory"]
+          if estimate.offloaded else []),
         "",
         memory_table(estimate),
         "",
@@ -292,9 +293,8 @@ def _advice(estimate: Estimate) -> str:
 
 def _workload(cli: DoctorCLI, ranks: int, *, gpu: bool, prompt_tokens: int, cache: int) -> Workload:
     config, data = cli.trainer_config, cli.datamodule
-    limit = cache
-    if isinstance(data.engine, TransformersEngine) or hasattr(data.engine, "memory_bytes"):
-        limit = cast(Any, data.engine).memory_bytes or cache
+    engine: Any = data.engine
+    limit = (engine.memory_bytes or cache) if hasattr(engine, "memory_bytes") else 0  # others have their own
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
     return Workload(
         ranks=ranks,

@@ -28,6 +28,7 @@ from agro_lightning.reference import (
 from agro_lightning.sharding import plan_meshes
 from agro_lightning.simulate_head import head_workspace
 from agro_lightning.simulate_tracker import (
+    ELSEWHERE,
     GATHERED,
     GRADIENTS,
     HEAD,
@@ -78,6 +79,8 @@ class Estimate:
     step_traffic: list[Traffic]
     parameters: int
     """Elements of the whole policy."""
+    offloaded: int
+    """Bytes of the reference's shards in CPU memory, which count nowhere else."""
 
     @property
     def peak(self) -> int:
@@ -239,7 +242,9 @@ class _Run:
         tracker.assign(PARAMETERS, [t for group in held for t in group])
         reference = module._outside[0]
         if isinstance(reference, FrozenReference):
-            tracker.assign(REFERENCE, [*reference.policy.parameters(), *reference.policy.buffers()])
+            offloaded = self.workload.gpu and module.sharding.offload_reference and module.device_mesh
+            tracker.assign(ELSEWHERE if offloaded else REFERENCE, reference.policy.parameters())
+            tracker.assign(REFERENCE, reference.policy.buffers())
         configured: Any = module.configure_optimizers()
         optimizer: torch.optim.Optimizer = configured["optimizer"]
         with tracker:
@@ -298,6 +303,7 @@ class _Run:
             state=self.state,
             phases=phases,
             head=self.tracker.highest(HEAD),
+            offloaded=self.tracker.now[ELSEWHERE],
             rollout_traffic=self.tracker.traffic([ROLLOUT]),
             step_traffic=self.tracker.traffic([FORWARD, BACKWARD, STEP]),
             parameters=sum(parameter.numel() for parameter in policy.parameters()),

@@ -24,6 +24,9 @@ PARTS = (PARAMETERS, GRADIENTS, OPTIMIZER, REFERENCE, GATHERED, ACTIVATIONS, MAS
 buffers of collectives. `activations`: all else that forward and backward make, gradients of activations
 included."""
 
+ELSEWHERE = "in CPU memory"
+"""Holds tensors that do not count: shards that wait outside of the GPU."""
+
 Workspace = Callable[[Any, tuple], None]
 """Told each operator of agro_kernels that is about to run; makes what that one makes inside."""
 
@@ -80,7 +83,7 @@ class _Phase:
     peak: int = -1
     parts: dict[str, int] = field(default_factory=dict)
     """At the peak."""
-    highest: dict[str, int] = field(default_factory=lambda: {part: 0 for part in PARTS})
+    highest: dict[str, int] = field(default_factory=lambda: {part: 0 for part in (*PARTS, ELSEWHERE)})
     """Of each part by itself."""
 
 
@@ -94,7 +97,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def __init__(self, workspace: Workspace | None = None) -> None:
         super().__init__()
-        self.now: dict[str, int] = dict.fromkeys(PARTS, 0)
+        self.now: dict[str, int] = dict.fromkeys((*PARTS, ELSEWHERE), 0)
         self.phases: dict[str, _Phase] = {}
         self._workspace = workspace
         self._known: dict[int, _Storage] = {}
@@ -107,7 +110,7 @@ class MemoryTracker(TorchDispatchMode):
     @property
     def total(self) -> int:
         """Bytes that are alive."""
-        return sum(self.now.values())
+        return sum(self.now.values()) - self.now[ELSEWHERE]
 
     def peak(self, phase: str) -> dict[str, int]:
         """Bytes by part when the phase held most."""
@@ -281,7 +284,7 @@ class MemoryTracker(TorchDispatchMode):
         phase = self._here
         total = self.total
         if total > phase.peak:
-            phase.peak, phase.parts = total, dict(self.now)
+            phase.peak, phase.parts = total, {part: self.now[part] for part in PARTS}
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:

@@ -126,6 +126,15 @@ def test_references_that_are_no_second_model_take_nothing(folder):
     assert 0 < lora.state["gradients"] < lora.state[PARAMETERS] / 4
 
 
+def test_an_offloaded_reference_waits_in_cpu_memory_where_there_is_a_gpu(folder):
+    sharding = ShardingSettings(offload_reference=True)
+    gpu = simulate(module_of(folder, sharding=sharding), load_of(ranks=2, gpu=True))
+    cpu = simulate(module_of(folder, sharding=sharding), load_of(ranks=2))
+    assert gpu.offloaded == cpu.state[REFERENCE] - gpu.state[REFERENCE] > 10 * gpu.state[REFERENCE]
+    assert cpu.offloaded == 0
+    assert sum(gpu.phases[STEP].values()) == sum(cpu.phases[STEP].values()) - gpu.offloaded
+
+
 def test_on_a_gpu_the_dense_masks_are_not_made(folder):
     loads = load_of(groups=16, group_size=4, prompt_tokens=30, completion_tokens=30)
     cpu = simulate(module_of(folder), loads)
