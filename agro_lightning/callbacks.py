@@ -150,8 +150,7 @@ def _peak_memory(device: torch.device) -> int:
 
 
 class NonFiniteGuard(Callback):
-    """Names and saves the prompts behind a skipped step; stops the run when too many steps in a row are
-    skipped."""
+    """Names and saves the prompts behind a skipped step; stops the run after too many in a row."""
 
     def __init__(self) -> None:
         self._batches: list[tuple[TokenBatch, Tensor]] = []
@@ -202,8 +201,7 @@ class NonFiniteGuard(Callback):
 
 
 def _suspects(batch: TokenBatch, log_ratios: Tensor) -> list[dict[str, Any]]:
-    """The batch's completions, with whether a log-prob of each (policy's or reference's) is NaN or
-    infinite."""
+    """The batch's completions, and whether a log-prob of each (policy's or reference's) is not finite."""
     bad = ~torch.isfinite(log_ratios)
     groups, lengths = batch.group_ids.tolist(), (batch.completion_lengths + 1).tolist()
     ids = [piece.tolist() for piece in batch.targets.split(lengths)]

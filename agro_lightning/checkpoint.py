@@ -17,8 +17,7 @@ from agro_lightning.data.durable import disk_full_error, sync_directory
 from agro_lightning.sharded_checkpoint import is_sharded, load_whole
 
 CHECKPOINT_KEY = "agro_lightning"
-"""Where a checkpoint keeps what is needed to use it without the run: settings, model config, random
-generators."""
+"""Where a checkpoint keeps what is needed to go on: settings, model config, random generators."""
 
 
 def rng_state() -> dict[str, Any]:
@@ -46,8 +45,7 @@ def gather_rng() -> list[dict[str, Any]]:
 
 
 def set_rng(states: list[dict[str, Any]]) -> None:
-    """Restores this rank's generators; at another number of ranks they are left as the run's seed made
-    them."""
+    """Restores this rank's generators; at another number of ranks they stay as the run's seed made them."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     if len(states) != world:
         return

@@ -1,5 +1,4 @@
-"""From a checkpoint to a folder that `AutoModelForCausalLM.from_pretrained` loads, one file's worth at a
-time."""
+"""From a checkpoint to a folder that `from_pretrained` loads, one file's worth at a time."""
 
 import json
 import logging

@@ -89,6 +89,5 @@ def store_after_restart(timeout: timedelta) -> PrefixStore | None:
 
 
 def slurm_plugins() -> list[Any]:
-    """Under srun: SLURM's ranks, without Lightning's own requeueing, which would save in the middle of a
-    step."""
+    """Under srun: SLURM's ranks, without Lightning's requeueing, which would save in the middle of a step."""
     return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []

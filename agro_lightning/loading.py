@@ -1,5 +1,4 @@
-"""Builds sharded policies: on the meta device, then each rank reads its own slices of the safetensors
-files."""
+"""Builds sharded policies on the meta device; each rank reads its own slices of the safetensors files."""
 
 import contextlib
 import json
@@ -175,8 +174,7 @@ def materialise(module: nn.Module, device: torch.device) -> None:
 
 
 def _find_weights(path: str, policy: Policy) -> dict[str, tuple[Path, str]] | None:
-    """Where each parameter stands, by its name in the base model: (file, name there); None where names
-    differ."""
+    """(file, name there) of each parameter, by its name in the base model; None where names differ."""
     files = safetensors_files(path)
     base = policy.base
     prefix = f"{base.base_model_prefix}."
@@ -273,8 +271,7 @@ def fill(parameter: Tensor, part: Callable[[tuple[slice, ...]], Tensor]) -> None
 
 
 def _broadcast_weights(settings: PolicySettings, policy: Policy) -> None:
-    """Rank 0 builds the model in CPU memory; every parameter goes to all ranks in turn, which keep their
-    part."""
+    """Rank 0 builds the model in CPU memory; parameters go to all ranks in turn, which keep their part."""
     whole: dict[str, Tensor] = {}
     if dist.get_rank() == 0:
         whole = dict(load_lm(settings).named_parameters())

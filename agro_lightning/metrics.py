@@ -32,8 +32,7 @@ class Tally(NamedTuple):
     count: Tensor | float
     """Completions, groups or tokens that were measured."""
     total: Tensor | float
-    """The sum of their values; the extreme of a minimum or maximum; of importance weights the log of the
-    sum."""
+    """The sum of their values; of a minimum or maximum the extreme; of importance weights log of the sum."""
     squares: Tensor | float = 0.0
     """The sum of squares, for a standard deviation; of importance weights the log of it."""
 

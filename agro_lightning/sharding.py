@@ -1,5 +1,4 @@
-"""Which modules are FSDP units, how a sharded policy generates, and how gradients over several meshes are
-measured."""
+"""Which modules are FSDP units, how a sharded policy generates, how gradients over meshes are measured."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -26,14 +25,13 @@ FORWARD_METHODS = ("logprobs", "agro_loss", "weighted_logprobs", "wake")
 
 @dataclass(kw_only=True)
 class ShardingSettings:
-    """How the policy and its frozen reference are spread over ranks, where the trainer's strategy shards at
-    all."""
+    """How the policy and its frozen reference are spread over ranks, under the strategy Sharded."""
 
     param_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type that parameters are gathered and computed in; None: that of policy.dtype. The shards, their
-    gradients
-    and the optimiser stay in policy.dtype: float32 there and bfloat16 here are fp32 master weights, bf16
-    compute."""
+    """Type that parameters are gathered and computed in; None: that of policy.dtype.
+
+    The shards, their gradients and the optimiser stay in policy.dtype: float32 there and bfloat16 here are
+    fp32 master weights and bf16 compute."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that gradients are summed over ranks in."""
     reshard_after_forward: bool = True
@@ -42,9 +40,9 @@ class ShardingSettings:
     offload_reference: bool = False
     """Keep the reference's shards in CPU memory and copy each layer to the GPU when it runs."""
     replicate: int = 1
-    """Groups of ranks that each hold the whole model (HSDP): gradients are summed over them too. With 8 GPUs
-    a
-    node, `replicate` = the number of nodes keeps the gathering of parameters within nodes."""
+    """Groups of ranks that each hold the whole model (HSDP): gradients are summed over them too.
+
+    The number of nodes here keeps the gathering of parameters within nodes."""
 
 
 class Meshes(NamedTuple):
@@ -163,8 +161,7 @@ def fsdp_units(policy: nn.Module) -> list[FSDPModule]:
 
 @contextlib.contextmanager
 def unsharded(policy: nn.Module) -> Iterator[None]:
-    """Holds whole parameters on every rank, gathered once: ranks may then run any number of forwards, or
-    none.
+    """Holds whole parameters on every rank, gathered once: ranks may then run any number of forwards.
 
     All ranks enter and leave together. Within it, entering again does nothing, on any subset of ranks.
     Without FSDP the model is left as it is.

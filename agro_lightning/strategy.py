@@ -1,5 +1,4 @@
-"""The Lightning strategy for several ranks: FSDP and tensor parallelism with explicit sizes, atomic
-checkpoints."""
+"""The Lightning strategy for several ranks: FSDP, tensor parallelism, atomic checkpoints."""
 
 import os
 from collections.abc import Mapping

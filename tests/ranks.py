@@ -1,5 +1,4 @@
-"""Runs a function on several real processes with gloo, started from a fork server that has the imports
-done."""
+"""Runs a function on several real processes with gloo, started from a fork server with imports done."""
 
 import io
 import multiprocessing

@@ -1,5 +1,4 @@
-"""Sharded checkpoints of real runs on gloo ranks: whole or absent, resumed bitwise, at other numbers of
-ranks too."""
+"""Checkpoints of real runs on gloo ranks: whole or absent, resumed bitwise, on other numbers of ranks too."""
 
 import csv
 import json

@@ -1,5 +1,4 @@
-"""The real trainer on gloo ranks: gradients, clipping, skipped steps and generation equal those of one
-process."""
+"""The real trainer on gloo ranks: gradients, clipping, skipped steps and generation as on one process."""
 
 import logging
 import os
@@ -62,8 +61,7 @@ class Batches:
 
 
 def batches_of(rank, ranks, accumulate, steps, poison=None):
-    """This rank's micro-batches: of different sizes over ranks and micro-batches, covering every group
-    once."""
+    """This rank's micro-batches: of different sizes over ranks and micro-batches, every group once."""
     out = []
     for step in range(steps):
         groups = make_groups(GROUPS, seed=step)

@@ -1,5 +1,4 @@
-"""Exports load in transformers and give the policy's logits: from files and shards, whole, merged,
-adapters."""
+"""Exports load in transformers and give the policy's logits: from files and shards, whole and LoRA."""
 
 import logging
 import pickle

@@ -1,5 +1,4 @@
-"""Sharded models on real gloo ranks: weights, buffers, log-probs, gradients and generation equal one
-process."""
+"""Sharded models on real gloo ranks: weights, buffers, log-probs and gradients equal one process."""
 
 import re
 import sys

@@ -1,5 +1,4 @@
-"""Two torchrun agents in network namespaces (else on loopback) train what one process trains, also over a
-kill -9."""
+"""Two torchrun agents, in network namespaces, train what one process trains, also over a kill -9."""
 
 import csv
 import os
