@@ -21,7 +21,7 @@ ROWS, COLUMNS = 4, 512
 """Products that a program turns. Unmeasured."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_count"])
 def tile_grads_kernel(
     products,
     bias,

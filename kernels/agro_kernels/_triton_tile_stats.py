@@ -20,7 +20,7 @@ ROWS, COLUMNS = 1, 2048
 """Products that a program holds at a time. Unmeasured."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_count"])
 def tile_stats_kernel(
     products,
     bias,

@@ -44,7 +44,6 @@ def both(parts, beta=0.3, num_groups=0.0):
 GROUPS = {
     "pairs": torch.arange(60) % 30,
     "uneven": torch.tensor([5, -3, 5, 2**40, 7, 7, -3, 2**40, 5, 7, 7]),
-    "one": torch.full((300,), -1),
     "int16": torch.tensor([3, 3, -2, -2, -2], dtype=torch.int16),
 }
 
