@@ -100,7 +100,16 @@ def empty_policy(
     temperature: float,
     frozen: bool,
 ) -> Policy:
-    """A sharded policy with uninitialised parameters and true buffers."""
+    """A sharded policy with uninitialised parameters and true buffers.
+
+    Raises:
+        ValueError: LoRA under tensor parallelism, or a model that cannot be sharded while it loads.
+    """
+    if meshes.tensor is not None and settings.lora is not None:
+        raise ValueError(
+            f"tensor_parallel_size is {meshes.tensor.size()} with model.policy.lora; adapters are not split. "
+            "Set tensor_parallel_size: 1, so that FSDP alone spreads the frozen base"
+        )
     policy = Policy(settings, temperature=temperature, lm=empty_lm(settings))
     if frozen:
         policy.requires_grad_(False)

@@ -152,6 +152,13 @@ def test_adapters_under_fsdp_equal_one_process(model_folder):
     check_equal(results, *one_process(settings))
 
 
+def test_adapters_under_tensor_parallelism_are_refused(model_folder):
+    pytest.importorskip("peft")
+    settings = PolicySettings(path=model_folder("llama"), lora=LoraSettings(rank=4))
+    with pytest.raises(AssertionError, match="tensor_parallel_size is 2 with model.policy.lora"):
+        run_ranks(load_and_measure, 2, settings, ShardingSettings(), 2)
+
+
 def test_other_names_in_the_files_are_handed_out_by_rank_0(model_folder):
     folder = model_folder("llama")
     file = f"{folder}/model.safetensors"
