@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
@@ -168,14 +169,14 @@ def quiet() -> Iterator[None]:
 
 def _examine(cli: DoctorCLI, checks: Checks) -> None:
     """The checks of this machine."""
-    launched = "WORLD_SIZE" in os.environ or "SLURM_NTASKS" in os.environ
+    launched = "WORLD_SIZE" in os.environ or SLURMEnvironment.detect()
     ranks = number_of_ranks(cli.trainer_config)
     data = cli.datamodule
     checks.ok(
         "arithmetic",
         data.arithmetic(
             accumulate=cli.trainer_config.get("accumulate_grad_batches") or 1,
-            ranks=ranks // _tensor_parallel(cli.trainer_config),
+            ranks=max(1, ranks // _tensor_parallel(cli.trainer_config)),
         ),
     )
     if ranks > 1 and not launched:
