@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from agro_lightning.run_checkpoints import RunCheckpoint
 from agro_lightning.strategy import Sharded
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ class StopOnSignal(Callback):
     @staticmethod
     def _save(trainer: L.Trainer) -> str:
         callback = trainer.checkpoint_callback
+        if isinstance(callback, RunCheckpoint):
+            return callback.save_now(trainer)
         folder = getattr(callback, "dirpath", None) or f"{trainer.default_root_dir}/checkpoints"
         if isinstance(callback, ModelCheckpoint) and callback._last_global_step_saved == trainer.global_step:
             return str(callback.last_model_path or callback.best_model_path)

@@ -45,6 +45,7 @@ class RunCheckpoint(ModelCheckpoint):
             monitor="step",
             mode="max",
             save_last="link",
+            enable_version_counter=False,  # a run that goes on would leave last.ckpt where it was
         )
 
     def on_train_batch_end(
@@ -70,7 +71,12 @@ class RunCheckpoint(ModelCheckpoint):
         return set() if newest is None else {str(newest)}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.save_now(trainer)
+
+    def save_now(self, trainer: L.Trainer) -> str:
+        """Saves the present step unless it is saved already; returns the checkpoint's path."""
         if not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
+        return self._last_checkpoint_saved

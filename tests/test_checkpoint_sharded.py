@@ -171,7 +171,10 @@ def test_other_numbers_of_ranks_go_on_with_the_same_weights_and_data(tmp_path, c
             ["--data.batch_size", str(4 // world), "--trainer.max_steps", "6", *options],
             kill,
         )
-        return newest_checkpoint(tmp_path / name / "checkpoints")
+        folder = tmp_path / name / "checkpoints"
+        newest = newest_checkpoint(folder)
+        assert [link.resolve() for link in folder.glob("last*")] == [newest]
+        return newest
 
     one = torch.load(run("one", 1), weights_only=True)
     run("moving", 1, 1)
@@ -193,7 +196,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all_with_0(tmp_path, config, number
     options = ["--data.batch_size", "2", "--trainer.max_steps", "50"]
     assert run_ranks(fit, 2, config(OFFLINE), folder, options, (1, 3, number)) == [0, 0]
     newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
-    assert newest is not None and newest.name == "stopped-step-00000004.ckpt"
+    assert newest is not None and newest.name == "step-00000004.ckpt"
     assert f"{number.name}: stopped after step 4" in Path(f"{folder}.rank0.log").read_text()
 
 
