@@ -4,13 +4,14 @@ import os
 import re
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
 from test_checkpoint_sharded import logged
 
 from agro_lightning.faults import SlowRanks, probe_seconds
-from agro_lightning.launch import RUN_DIR, number_of_ranks, run_folder
+from agro_lightning.launch import RUN_DIR, number_of_ranks, run_folder, store_after_restart
 
 LAUNCHERS = (
     "WORLD_SIZE",
@@ -18,6 +19,7 @@ LAUNCHERS = (
     "SLURM_NTASKS",
     "SLURM_JOB_NAME",
     "TORCHELASTIC_USE_AGENT_STORE",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
     RUN_DIR,
 )
 
@@ -79,6 +81,28 @@ def test_processes_agree_on_the_run_folder(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", str(store.port))
     first = run_folder(None)
     assert run_folder(None) == first and store.get("agro_lightning/run_dir").decode() == str(first)
+
+
+def test_where_the_processes_of_a_restart_meet(monkeypatch, caplog):
+    def meet(**environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return store_after_restart(timedelta(seconds=20))
+
+    assert meet() is None
+    main = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(main.port))
+    torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "1"}
+    assert meet(**torchrun, TORCHELASTIC_RESTART_COUNT="0", TORCHELASTIC_MAX_RESTARTS="3") is None
+    main.set("address", "of a dead process")
+    store = meet(TORCHELASTIC_RESTART_COUNT="1")
+    assert store is not None and not store.check(["address"])
+    assert not caplog.text
+    assert meet(GROUP_WORLD_SIZE="2") is None
+    assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text
+    caplog.clear()
+    assert meet(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") is None and not caplog.text
 
 
 LIVE = """

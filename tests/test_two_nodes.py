@@ -15,7 +15,7 @@ from test_checkpoint_sharded import OFFLINE, assert_same, tensors_of
 
 from agro_lightning.sharded_checkpoint import newest_checkpoint
 
-STEPS = 40
+STEPS = 24
 
 
 def arguments(folder, config, batch_size):
