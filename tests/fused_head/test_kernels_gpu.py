@@ -176,7 +176,7 @@ def test_the_loss_kernels_on_many_completions():
     expected = agro_coefficients(*parts, "reference")
     first = agro_coefficients(*parts, "triton")
     for ours, theirs in zip(first, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+        assert float((ours - theirs).abs().max()) <= 1e-12 * float(theirs.abs().max())
     for _ in range(9):
         again = agro_coefficients(*parts, "chunked")
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
