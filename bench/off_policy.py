@@ -101,7 +101,7 @@ class Plan:
 
 FULL = Plan()
 QUICK = Plan(
-    scale=Scale(supervised_steps=300, weak_steps=150),
+    scale=Scale(supervised_steps=300, weak_steps=150, train_prompts=1024),
     objectives=("ours", "rloo_frozen_kl", "grpo"),
     data=("live", "stale16", "offline_other"),
     seeds=2,

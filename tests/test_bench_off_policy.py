@@ -1,6 +1,8 @@
 """bench.off_policy: a tiny plan through the trainer, the staleness, the statistics, the committed figures."""
 
 import importlib
+import itertools
+import json
 import random
 import statistics
 import subprocess
@@ -184,6 +186,54 @@ def test_intervals_by_hand() -> None:
     assert mean == 3.0 and half == pytest.approx(2.776 * 2.5**0.5 / 5**0.5)
     with pytest.raises(ValueError, match="11 seeds came"):
         off_policy.mean_and_interval([0.0] * 11)
+
+
+@pytest.fixture(scope="module")
+def committed() -> list[dict]:
+    return json.loads(RESULTS.read_text())
+
+
+def test_the_committed_means_and_intervals_are_those_of_their_seeds(committed: list[dict]) -> None:
+    assert all(set(FIELDS) <= set(item) for item in committed)
+    assert len(by_key(committed)) == len(committed)
+    check_means(committed)
+    seeds = [r["note"].split()[1:] for r in committed if r.get("note", "").startswith("seeds: ")]
+    assert {len(values) for values in seeds} == {5}
+
+
+def test_the_committed_figures_are_of_every_objective_and_data(committed: list[dict]) -> None:
+    found = by_key(committed)
+    for data, objective in itertools.product(off_policy_run.DATA, off_policy_run.OBJECTIVES):
+        for metric in off_policy.METRICS:
+            assert (f"{data}/step100", objective, metric) in found
+    for data, lag in off_policy_run.LAGS.items():
+        if lag:
+            assert found[data, "ours", "staleness_min"] == found[data, "ours", "staleness_max"] == lag
+    assert RESULTS.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_committed_settings_are_the_best_of_the_committed_search(committed: list[dict]) -> None:
+    found = by_key(committed)
+    for data, objective in itertools.product(off_policy_run.DATA, off_policy_run.OBJECTIVES):
+        searched = off_policy.SAME_GRADIENT.get(objective, objective)
+        prefix = f"search/{off_policy.SEARCHED[data]}/"
+        tried = {
+            case.removeprefix(prefix): value
+            for (case, provider, metric), value in found.items()
+            if case.startswith(prefix) and provider == searched and metric == "sampled_accuracy"
+        }
+        assert len(tried) == 9
+        rate, beta = (found[f"chosen/{data}", objective, name] for name in ("learning_rate", "beta"))
+        assert tried[f"lr{rate:g}_beta{beta:g}"] == max(tried.values())
+
+
+def test_rloo_with_the_current_kl_makes_agros_run(task: Path) -> None:
+    ours, rloo, other = (
+        off_policy_run.train(a_run(objective=name, data="offline_other", steps=4, measure_at=(4,)), task)
+        for name in ("ours", "rloo", "rloo_frozen_kl")
+    )
+    kl, its, frozen = (result["points"][0]["kl_to_reference"] for result in (ours, rloo, other))
+    assert its == pytest.approx(kl, rel=1e-3) and frozen != pytest.approx(kl, rel=1e-2)
 
 
 def test_data_of_no_kind_is_refused(task: Path) -> None:
