@@ -30,6 +30,7 @@ TITLES = {
     "offline_other": "offline, from a weaker policy",
     "half": "half live, half offline",
 }
+COLUMNS = 5
 Figures = dict[tuple[str, str, str], Any]
 """(case, provider, metric) -> value."""
 
@@ -48,11 +49,11 @@ def draw_curves(axes: Axes, found: Figures, data: str) -> None:
         wide = 2.2 if provider == "ours" else 1.4
         style = "--" if provider == "rloo" else "-"
         axes.plot([0, *steps], middle, style, color=COLORS[provider], linewidth=wide, label=LABELS[provider])
-    axes.set(title=TITLES[data], xlabel="steps", ylabel="sampled accuracy", ylim=(0, 1))
+    axes.set(title=TITLES[data], xlabel="steps", ylim=(0.25, 0.75))
 
 
 def draw_frontier(axes: Axes, found: Figures, data: str) -> None:
-    """Every setting of the search: accuracy against KL; the best accuracy that a KL buys as a line."""
+    """Every setting of the search: accuracy against KL. The line is the best accuracy that a KL buys."""
     for provider, color in COLORS.items():
         cases = {case for case, name, _ in found if name == provider and case.startswith(f"search/{data}/")}
         points = sorted(
@@ -61,14 +62,13 @@ def draw_frontier(axes: Axes, found: Figures, data: str) -> None:
         )
         if not points:
             continue
-        axes.plot(*zip(*points, strict=True), "o", color=color, markersize=4, alpha=0.7)
-        best = [(kl, max(value for other, value in points if other <= kl)) for kl, _ in points]
-        axes.plot(*zip(*best, strict=True), "-", color=color, linewidth=1.2, drawstyle="steps-post")
+        axes.plot(*zip(*points, strict=True), "o", color=color, markersize=4, alpha=0.8)
+        rising = [point for i, point in enumerate(points) if point[1] >= max(y for _, y in points[: i + 1])]
+        axes.plot(*zip(*rising, strict=True), "-", color=color, linewidth=1.2)
     start = found["start", "start", "sampled_accuracy"]
     axes.axhline(start, color="#999999", linewidth=0.8, linestyle=":")
-    axes.set(
-        title=f"frontier: {TITLES[data]}", xlabel="KL to the reference (nats)", xscale="symlog", ylim=(0, 1)
-    )
+    axes.set(title=f"search: {TITLES[data]}", xlabel="KL to the reference (nats)", xscale="log")
+    axes.set(xlim=(0.02, 12), ylim=(0, 0.8))
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
@@ -80,9 +80,9 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     count = len(kinds) + len(frontiers)
     style: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context({**style, "axes.titlesize": 10, "axes.axisbelow": True}):
-        rows = -(-count // 3)
-        canvas = Figure(figsize=(11, 3.1 * rows + 0.4), layout="constrained")
-        panels = canvas.subplots(rows, 3, squeeze=False).flat
+        rows = -(-count // COLUMNS)
+        canvas = Figure(figsize=(14, 2.9 * rows + 0.4), layout="constrained")
+        panels = canvas.subplots(rows, COLUMNS, squeeze=False).flat
         for axes, data in zip(panels, kinds, strict=False):
             draw_curves(axes, found, data)
         lines, labels = panels[0].get_legend_handles_labels()
@@ -92,5 +92,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
             axes.remove()
         for axes in panels[:count]:
             axes.grid(color="#e6e6e6", linewidth=0.6)
+        for axes in panels[::COLUMNS]:
+            axes.set(ylabel="sampled accuracy")
         canvas.legend(lines, labels, frameon=False, ncols=5, loc="outside lower center")
         canvas.savefig(path, dpi=110)
