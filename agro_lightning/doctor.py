@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from agro_lightning.cli import AgroCLI
 from agro_lightning.cli_errors import explained
 from agro_lightning.data.datamodule import AgroDataModule
-from agro_lightning.doctor_checks import check_all
+from agro_lightning.doctor_checks import ASSUMED_PROMPT_TOKENS, check_all
 from agro_lightning.doctor_report import (
     GIB,
     Checks,
@@ -40,8 +40,6 @@ DESCRIPTION = """Checks a configuration before a long run: batch arithmetic, rew
 its mask, the engine's log-probs, and one real step with save, resume and export in a scratch folder. Takes
 what `fit` takes. Exit status 0 when all is well. With --simulate_ranks, memory and communication of so many
 ranks instead, on this machine alone and without weights."""
-
-ASSUMED_PROMPT_TOKENS = 512
 
 
 class DoctorCLI(AgroCLI):
@@ -323,6 +321,7 @@ def architecture(cli: DoctorCLI) -> Iterator[str]:
 
     Raises:
         FileNotFoundError: --model_config has no config.json.
+        Problem: the model's config.json is out of reach.
     """
     settings = cli.model.policy_settings
     path, given = settings.path, cli.get("model_config")
@@ -336,6 +335,12 @@ def architecture(cli: DoctorCLI) -> Iterator[str]:
         settings.path = str(found)
     try:
         yield settings.path if settings.path == path else f"{settings.path}/config.json, for {path}"
+    except OSError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise Problem(
+            f"{reason}. Give --model_config, a folder with the config.json of {path}, or put it into "
+            f"models/{path} beside the config file"
+        ) from error
     finally:
         settings.path = path
 

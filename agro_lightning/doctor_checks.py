@@ -17,6 +17,8 @@ from agro_lightning.pretrained import load_tokenizer
 from agro_lightning.rewards import RewardSet
 
 REWARDED_PROMPTS = 8
+ASSUMED_PROMPT_TOKENS = 512
+"""Of the longest prompt, where neither the prompts nor data.train.max_prompt_tokens tell."""
 GOLD = ("{answer}", "\\boxed{{{answer}}}", "#### {answer}", "<answer>{answer}</answer>",
         "The answer is {answer}.\n#### {answer}")  # fmt: skip
 """Ways to state a reference answer; the one that the rewards like best counts."""
@@ -50,7 +52,12 @@ def check_all(
         advice="Look at data.rewards",
     )
     data.rewards.close()
-    checks.run("memory", lambda: memory(found["prompts"].longest), needs=["prompts"])
+    def longest() -> int:
+        if "prompts" in found:
+            return found["prompts"].longest
+        return data.train_settings.max_prompt_tokens or ASSUMED_PROMPT_TOKENS
+
+    checks.run("memory", lambda: memory(longest()))
     runs = Runs(cli, checks, folder, launched, found.get("prompts"))
     runs.first()
     runs.second()

@@ -56,7 +56,9 @@ class Runs:
         """Policy, sample, log-probs, step, save."""
         checks = self._checks
         if self._prompts is None:
-            for name in ("policy", "sample", "log-probs", "step", "save"):
+            if not self._launched:
+                checks.run("policy", self._policy_alone, advice="Look at model.policy")
+            for name in ("sample", "log-probs", "step", "save"):
                 checks.skip(name, "needs: prompts")
             return
         module, data, config = self._cli.build()
@@ -70,6 +72,10 @@ class Runs:
                 checks.skip(name, f"needs: {probe.stage}")
             return
         checks.run("save", self._find_saved, needs=["step"])
+
+    def _policy_alone(self) -> str:
+        module, _, _ = self._cli.build()
+        return _describe(Policy(module.policy_settings, temperature=module.temperature))
 
     def _find_saved(self) -> str:
         saved = newest_checkpoint(self._folder / "checkpoints")
@@ -171,15 +177,7 @@ class _First(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, AgroModule) and pl_module.policy is not None
         policy, checks = pl_module.policy, self._checks
-        gap = check_logprobs(policy)
-        count = sum(parameter.numel() for parameter in policy.parameters())
-        trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-        packing = "prompts computed once" if policy.shared_prompts else "prompts repeated"
-        checks.ok(
-            "policy",
-            f"{count:,} parameters, {trained:,} trained, {policy.settings.dtype} on {pl_module.device}; "
-            f"fused log-probs are within {gap:.1g} nats of the model's logits, {packing}",
-        )
+        checks.ok("policy", _describe(policy))
         self.stage, self.advice = "step", "Look at data.sources and the step's settings"
         checks.run("sample", lambda: self._sample(policy), advice="Look at data.engine and data.sampling")
         checks.run("log-probs", lambda: self._compare(pl_module, policy), needs=["sample"])
@@ -274,6 +272,19 @@ class _First(Callback):
         with policy.generating() as lm:
             logits = lm(input_ids=self.ids.to(policy.head.weight.device), use_cache=False).logits
         self.logits = logits.float().cpu()
+
+
+def _describe(policy: Policy) -> str:
+    """What the policy is, once its fused log-probs were compared with its own logits; raises where they
+    differ."""
+    gap = check_logprobs(policy)
+    count = sum(parameter.numel() for parameter in policy.parameters())
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    packing = "prompts computed once" if policy.shared_prompts else "prompts repeated"
+    return (
+        f"{count:,} parameters, {trained:,} trained, {policy.settings.dtype} on {policy.head.weight.device}; "
+        f"fused log-probs are within {gap:.1g} nats of the model's logits, {packing}"
+    )
 
 
 class _Second(Callback):

@@ -112,11 +112,16 @@ def test_a_limit_that_the_engine_misses_fails_with_the_limit():
     assert verdicts["export"] == "ok"
 
 
-def test_prompts_that_are_missing_leave_only_the_arithmetic():
+def test_prompts_that_are_missing_leave_what_needs_none():
     verdicts, text, code = examine(*SMALL, "--data.train.path", "no/such/file.jsonl")
     assert code == 1
     assert verdicts["prompts"] == "FAILED" and "no/such/file.jsonl" in text
-    assert {verdicts[name] for name in CHECKS[2:]} == {"not run"}
+    assert {name for name, verdict in verdicts.items() if verdict == "ok"} == {
+        "arithmetic",
+        "memory",
+        "policy",
+    }
+    assert set(verdicts.values()) == {"ok", "FAILED", "not run"} and list(verdicts) == CHECKS
 
 
 def test_a_mistyped_key_ends_as_it_does_with_fit():
