@@ -44,7 +44,7 @@ BENCH = "off_policy"
 ROOT = Path(__file__).parents[1]
 METRICS = {"greedy_accuracy": "ratio", "sampled_accuracy": "ratio", "kl_to_reference": "nat"}
 LEARNING_RATES = (1e-4, 2.5e-4, 6e-4)
-BETAS = {name: (0.02, 0.1, 0.5) for name in OBJECTIVES} | {"grpo": (0.04, 0.2, 1.0)}
+BETAS = {name: (0.02, 0.1, 0.5, 2.0) for name in OBJECTIVES} | {"grpo": (0.04, 0.2, 1.0, 4.0)}
 """GRPO's is per nat of normalised advantage, and its rewards' standard deviation is about 1/2."""
 SEARCHED = {data: "offline_other" for data in DATA} | {"live": "live", "stale4": "live"}
 SEARCHED |= {"stale16": "stale16", "stale64": "stale16"}
@@ -109,7 +109,7 @@ QUICK = Plan(
     measure_at=(15, 30),
     search=False,
 )
-UNSEARCHED = (2.5e-4, 0.1)
+UNSEARCHED = (1e-4, 0.2)
 """Learning rate and beta of all objectives with --quick."""
 
 

@@ -222,7 +222,7 @@ def test_the_committed_settings_are_the_best_of_the_committed_search(committed: 
             for (case, provider, metric), value in found.items()
             if case.startswith(prefix) and provider == searched and metric == "sampled_accuracy"
         }
-        assert len(tried) == 9
+        assert len(tried) == 12
         rate, beta = (found[f"chosen/{data}", objective, name] for name in ("learning_rate", "beta"))
         assert tried[f"lr{rate:g}_beta{beta:g}"] == max(tried.values())
 
