@@ -1,25 +1,26 @@
 """Attention over packed prompt groups: each completion sees its group's prompt and itself, nothing else.
 
 transformers looks its attention functions up by name; the one registered here, `packed_prompt_groups`, takes
-a
-`packed_layout` that the policy passes through the model's forward. A group's prompt is thus computed once,
-however
-many completions it has, and no padding enters any linear layer.
+a `packed_layout` that the policy passes through the model's forward. A group's prompt is thus computed once,
+however many completions it has, and no padding enters any linear layer.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from agro_lightning.types import TokenBatch
 
 NAME = "packed_prompt_groups"
+FLEX_BLOCK = 128
+"""Tokens of one side of a block of flex_attention's masks."""
 _PASSIVE_OPTIONS = {
     "position_ids",
     "use_cache",
@@ -183,6 +184,40 @@ def _dense_attention(
     return torch.cat(outputs)[layout.inverse][None]
 
 
+def block_mask(sees: Callable[..., Tensor], size: int, device: torch.device) -> BlockMask:
+    """What flex's create_block_mask gives for one row of `size` tokens, in a strip of queries at a time.
+
+    That function, uncompiled, makes (T, T) tensors of integers: 10 GiB at 32,768 tokens.
+
+    Args:
+        sees: (batch, head, query, key) -> whether the query sees the key; takes index tensors.
+        size: T.
+        device: of the tensors that `sees` reads.
+    """
+    blocks, strip = -(-size // FLEX_BLOCK), 4 * FLEX_BLOCK
+    keys = torch.arange(size, device=device)[None]
+    counts = []
+    for start in range(0, size, strip):
+        queries = keys[0, start : start + strip, None]
+        visible = sees(0, 0, queries, keys)
+        rows = -(-visible.shape[0] // FLEX_BLOCK)
+        padding = (0, blocks * FLEX_BLOCK - size, 0, rows * FLEX_BLOCK - visible.shape[0])
+        padded = torch.nn.functional.pad(visible, padding)
+        counts.append(padded.view(rows, FLEX_BLOCK, blocks, FLEX_BLOCK).sum((1, 3), dtype=torch.int32))
+    pairs = torch.cat(counts)  # (blocks, blocks) pairs of tokens that see each other
+    full = pairs == FLEX_BLOCK**2
+    tables = [_listed(kind) for kind in ((pairs > 0) & ~full, full)]
+    return BlockMask.from_kv_blocks(
+        *tables[0], *tables[1], BLOCK_SIZE=FLEX_BLOCK, mask_mod=sees, seq_lengths=(size, size)
+    )
+
+
+def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """How many key blocks are chosen for each query block, and which: they come first in its row."""
+    indices = chosen.to(torch.int32).argsort(dim=1, descending=True, stable=True)
+    return chosen.sum(1, dtype=torch.int32)[None, None], indices.to(torch.int32)[None, None]
+
+
 @functools.cache
 def _compiled_flex():
     return torch.compile(flex_attention, dynamic=True)
@@ -205,8 +240,7 @@ def _flex_attention(
             gap = positions[q] - positions[k]
             return mine & (gap >= 0) if window is None else mine & (gap >= 0) & (gap < window)
 
-        size = query.shape[2]
-        layout.masks[window] = create_block_mask(sees, None, None, size, size, device=str(query.device))
+        layout.masks[window] = block_mask(sees, query.shape[2], query.device)
 
     def cap(score, batch, head, q, k):
         assert softcap is not None

@@ -82,12 +82,12 @@ def fake_tensors(tracker: MemoryTracker, tensor_parallel: int) -> Iterator[FakeT
         tracker.assign(MASKS, _tensors(layout))
         return layout
 
-    block_mask = attention.create_block_mask
+    make_mask = attention.block_mask
 
-    @functools.wraps(block_mask)
-    def create_block_mask(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(make_mask)
+    def block_mask(*args: Any, **kwargs: Any) -> Any:
         with tracker.making(MASKS):
-            return block_mask(*args, **kwargs)
+            return make_mask(*args, **kwargs)
 
     def slice_bounds(columns: int, device: torch.device, group: Any) -> tuple[int, int]:
         return 0, columns * (1 if group is None else tensor_parallel)
@@ -99,7 +99,7 @@ def fake_tensors(tracker: MemoryTracker, tensor_parallel: int) -> Iterator[FakeT
             setattr(owner, name, value)
 
         replace(attention, "plan_layout", plan_layout)
-        replace(attention, "create_block_mask", create_block_mask)
+        replace(attention, "block_mask", block_mask)
         replace(attention, "flex_attention", _flex_attention)
         replace(module, "split_batch", really(module.split_batch))
         replace(reference, "split_batch", really(reference.split_batch))
