@@ -31,6 +31,8 @@ TITLES = {
     "half": "half live, half offline",
 }
 COLUMNS = 5
+LEAST_KL = 0.005
+"""The left end of the frontiers, in nats: smaller ones are drawn there."""
 Figures = dict[tuple[str, str, str], Any]
 """(case, provider, metric) -> value."""
 
@@ -57,8 +59,9 @@ def draw_frontier(axes: Axes, found: Figures, data: str) -> None:
     for provider, color in COLORS.items():
         cases = {case for case, name, _ in found if name == provider and case.startswith(f"search/{data}/")}
         points = sorted(
-            (found[case, provider, "kl_to_reference"], found[case, provider, "sampled_accuracy"])
+            (max(kl, LEAST_KL), found[case, provider, "sampled_accuracy"])
             for case in cases
+            for kl in [found[case, provider, "kl_to_reference"]]
         )
         if not points:
             continue
@@ -68,7 +71,7 @@ def draw_frontier(axes: Axes, found: Figures, data: str) -> None:
     start = found["start", "start", "sampled_accuracy"]
     axes.axhline(start, color="#999999", linewidth=0.8, linestyle=":")
     axes.set(title=f"search: {TITLES[data]}", xlabel="KL to the reference (nats)", xscale="log")
-    axes.set(xlim=(0.02, 12), ylim=(0, 0.8))
+    axes.set(xlim=(LEAST_KL, 12), ylim=(0, 0.8))
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:

@@ -162,6 +162,26 @@ def data_of(run: Run, task: Path) -> AgroDataModule:
     )
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """One thread, and nothing on the screen but what is wrong; afterwards everything is as it was."""
+    names = "lightning.pytorch", "lightning.fabric", "agro_lightning"
+    loggers = [logging.getLogger(name) for name in names]
+    levels, threads = [logger.level for logger in loggers], torch.get_num_threads()
+    torch.set_num_threads(1)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@quietly()
 def train(run: Run, task: Path) -> dict[str, Any]:
     """Makes the run.
 
@@ -170,7 +190,6 @@ def train(run: Run, task: Path) -> dict[str, Any]:
         `staleness_max` that the trainer logged of each step; `seconds`; and `stopped`, why it ended early.
     """
     started = time.perf_counter()
-    quiet()
     L.seed_everything(run.seed, verbose=False)
     module = AgroModule(
         policy=PolicySettings(path=str(task / "policy")),
@@ -210,11 +229,3 @@ def train(run: Run, task: Path) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "stopped": stopped,
     }
-
-
-def quiet() -> None:
-    """One thread, and nothing on the screen but what is wrong."""
-    torch.set_num_threads(1)
-    for name in ("lightning.pytorch", "lightning.fabric", "agro_lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
