@@ -59,7 +59,9 @@ class StepMetrics(Callback):
             return
         self._skipped += int(pl_module.step_skipped)
         now = time.perf_counter()
-        amounts = trainer.datamodule.take_rollout_metrics() | pl_module.phases.take()  # type: ignore[attr-defined]
+        amounts = trainer.datamodule.take_rollout_metrics()  # type: ignore[attr-defined]
+        for name, seconds in pl_module.phases.take().items():  # the reference runs while drawing, too
+            amounts[name] = amounts.get(name, 0.0) + seconds
         amounts |= {
             "tokens": float(self._tokens),
             "seconds/step": now - self._started,

@@ -207,3 +207,35 @@ def with_ref_logprobs(
         )
         for group in groups
     ]
+
+
+def fill_ref_logprobs(
+    groups: Sequence[PromptGroup],
+    reference: Reference,
+    *,
+    at_once: int,
+    device: torch.device,
+    max_tokens: int | None,
+) -> list[PromptGroup]:
+    """The groups, those with reference log-probs as they are; see with_ref_logprobs for the others.
+
+    Args:
+        groups: of 2 or more completions each.
+        reference: log-probs count only where they have its reference_id.
+        at_once: groups packed into one batch.
+        device: of the reference.
+        max_tokens: most input tokens of one pass.
+    """
+    known, filled = reference.reference_id, list(groups)
+    lacking = [
+        place
+        for place, group in enumerate(groups)
+        if any(c.ref_logprobs is None or c.reference_id != known for c in group.completions)
+    ]
+    for start in range(0, len(lacking), at_once):
+        places = lacking[start : start + at_once]
+        part = [groups[place] for place in places]
+        made = with_ref_logprobs(part, reference, device=device, max_tokens=max_tokens)
+        for place, group in zip(places, made, strict=True):
+            filled[place] = group
+    return filled

@@ -15,7 +15,16 @@ from lightning.pytorch.utilities import rank_zero_info
 from agro_lightning.data.buffer import RolloutBuffer
 from agro_lightning.data.discover import offline_paths
 from agro_lightning.data.feed import FeedSettings, TrainFeed
-from agro_lightning.data.mixing import Live, Mixing, Offline, Replay, Source, Stream, check_sources
+from agro_lightning.data.mixing import (
+    Live,
+    Mixing,
+    Offline,
+    Replay,
+    Source,
+    Stream,
+    check_sources,
+    check_streams,
+)
 from agro_lightning.data.prompts import PromptDataset, PromptSettings
 from agro_lightning.data.replay import ReplayFolder
 from agro_lightning.data.schema import tokenizer_id
@@ -24,7 +33,7 @@ from agro_lightning.data.use_log import UseLog
 from agro_lightning.evaluation import PromptResult, answer_prompts, summarize
 from agro_lightning.policy import Policy
 from agro_lightning.pretrained import load_tokenizer
-from agro_lightning.reference import with_ref_logprobs
+from agro_lightning.reference import fill_ref_logprobs
 from agro_lightning.rewards import ExactMatch, Reward, RewardSet
 from agro_lightning.rollout import AutoEngine, RolloutEngine, Sampling
 from agro_lightning.rollout.collect import rollout_groups
@@ -95,16 +104,7 @@ class AgroDataModule(L.LightningDataModule):
         ):
             if value < least:
                 raise ValueError(f"data.{name} is {value}; it must be at least {least}")
-        for source in sources:
-            if isinstance(source, Stream) and mixing == "within_group":
-                raise ValueError(
-                    f"source {source.name} gives whole groups; data.mixing must be per_group with it"
-                )
-            if isinstance(source, Stream) and source.max_uses % updates_per_rollout:
-                raise ValueError(
-                    f"source {source.name} has max_uses {source.max_uses}, which updates_per_rollout "
-                    f"{updates_per_rollout} does not divide; its groups could not be used exactly so often"
-                )
+        check_streams(sources, mixing, updates_per_rollout)
         if bad := [k for k in pass_at if not 1 <= k <= validation_samples]:
             raise ValueError(
                 f"data.pass_at has {bad}; pass@k needs 1 <= k <= validation_samples = {validation_samples}"
@@ -317,27 +317,16 @@ class AgroDataModule(L.LightningDataModule):
 
     def _annotate(self, groups: list[PromptGroup]) -> list[PromptGroup]:
         """Adds reference log-probs to groups that lack them, where they are needed more than once."""
-        module = self._module
-        known = module.reference.reference_id
-        lacking = [
-            place
-            for place, group in enumerate(groups)
-            if any(c.ref_logprobs is None or c.reference_id != known for c in group.completions)
-        ]
-        if not self._reused or not lacking:
+        if not self._reused:
             return groups
-        started = time.perf_counter()
-        groups = list(groups)
-        for start in range(0, len(lacking), self.batch_size):
-            places = lacking[start : start + self.batch_size]
-            part = with_ref_logprobs(
-                [groups[place] for place in places],
-                module.reference,
-                device=module.device,
-                max_tokens=module.max_tokens,
-            )
-            for place, group in zip(places, part, strict=True):
-                groups[place] = group
+        module, started = self._module, time.perf_counter()
+        groups = fill_ref_logprobs(
+            groups,
+            module.reference,
+            at_once=self.batch_size,
+            device=module.device,
+            max_tokens=module.max_tokens,
+        )
         self._record({"seconds/reference": time.perf_counter() - started})
         return groups
 

@@ -106,6 +106,20 @@ def check_sources(sources: Sequence[Source]) -> None:
         raise ValueError("data.sources has Replay only, which nothing fills; add a Live source")
 
 
+def check_streams(sources: Sequence[Source], mixing: Mixing, updates_per_rollout: int) -> None:
+    """Raises ValueError where a Stream's groups could not be used whole, and exactly max_uses times."""
+    for source in sources:
+        if isinstance(source, Stream) and mixing == "within_group":
+            raise ValueError(
+                f"source {source.name} gives whole groups; data.mixing must be per_group with it"
+            )
+        if isinstance(source, Stream) and source.max_uses % updates_per_rollout:
+            raise ValueError(
+                f"source {source.name} has max_uses {source.max_uses}, which updates_per_rollout "
+                f"{updates_per_rollout} does not divide; its groups could not be used exactly so often"
+            )
+
+
 def share_out(weights: Sequence[float], count: int, rng: np.random.Generator) -> np.ndarray:
     """Assigns `count` places to sources in proportion to their weights, in random order.
 
