@@ -30,9 +30,7 @@ from agro_lightning.run_checkpoints import RunCheckpoint
 from agro_lightning.run_report import SampleTable, Summary
 from agro_lightning.strategy import Sharded
 
-set_parsing_settings(
-    docstring_parse_style=DocstringStyle.GOOGLE, docstring_parse_attribute_docstrings=True
-)
+set_parsing_settings(docstring_parse_style=DocstringStyle.GOOGLE, docstring_parse_attribute_docstrings=True)
 
 TRAINING_COMMANDS = {
     "fit": "Train. Without --config it trains the quick start that ships with the package.",
@@ -59,9 +57,7 @@ class AgroCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = AgroParser(**{"dump_header": [], **kwargs})
-        parser.add_argument(
-            "-c", "--config", action="config", help="A YAML file with any of these keys."
-        )
+        parser.add_argument("-c", "--config", action="config", help="A YAML file with any of these keys.")
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -210,9 +206,7 @@ def _run_command(function: Callable[..., Any], args: list[str]) -> None:
     """Calls a plain function with what the command line and config files say."""
     summary = (function.__doc__ or "").partition("\n\n    Args:")[0]
     parser = AgroParser(description=" ".join(summary.split()))
-    parser.add_argument(
-        "-c", "--config", action="config", help="A YAML file with any of these keys."
-    )
+    parser.add_argument("-c", "--config", action="config", help="A YAML file with any of these keys.")
     parser.add_function_arguments(function, as_group=False, fail_untyped=True)
     config = parser.parse_args(args)
     with explained(building=True):

@@ -95,9 +95,7 @@ class DoctorCLI(AgroCLI):
         gpu = self.trainer_config.get("accelerator") != "cpu"
         prompt = self.get("prompt_tokens") or self.datamodule.train_settings.max_prompt_tokens
         cache = int(self.get("gpu_memory_gib") * GIB) // 4 if gpu else 2 << 30
-        workload = _workload(
-            self, ranks, gpu=gpu, prompt_tokens=prompt or ASSUMED_PROMPT_TOKENS, cache=cache
-        )
+        workload = _workload(self, ranks, gpu=gpu, prompt_tokens=prompt or ASSUMED_PROMPT_TOKENS, cache=cache)
         with architecture(self):
             return workload, simulate(self.model, workload)
 
@@ -263,8 +261,11 @@ def _simulated(cli: DoctorCLI, ranks: int) -> str:
         cli.datamodule.arithmetic(accumulate=workload.accumulate, ranks=data),
         f"every prompt has {workload.prompt_tokens} tokens{assumed}, every completion "
         f"{workload.completion_tokens}; a pass holds at most {cli.model.max_tokens or 'all'} tokens",
-        *([f"the reference's shards, {amount(estimate.offloaded)}, wait in CPU memory"]
-          if estimate.offloaded else []),
+        *(
+            [f"the reference's shards, {amount(estimate.offloaded)}, wait in CPU memory"]
+            if estimate.offloaded
+            else []
+        ),
         "",
         memory_table(estimate),
         "",

@@ -52,6 +52,7 @@ def check_all(
         advice="Look at data.rewards",
     )
     data.rewards.close()
+
     def longest() -> int:
         if "prompts" in found:
             return found["prompts"].longest

@@ -324,4 +324,3 @@ def digest(policy: Policy, optimizer: torch.optim.Optimizer | None) -> str:
         for state in optimizer.state.values():
             add(value for value in state.values() if isinstance(value, Tensor))
     return found.hexdigest()
-

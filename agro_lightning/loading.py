@@ -67,9 +67,7 @@ def sharded_reference(
     """A frozen instance with the policy's present weights, held in the type that is computed in."""
     settings = reference_settings(policy.settings, sharding)
     meshes = plan_meshes(mesh, sharding.replicate)
-    reference = empty_policy(
-        settings, sharding, meshes, device, temperature=policy.temperature, frozen=True
-    )
+    reference = empty_policy(settings, sharding, meshes, device, temperature=policy.temperature, frozen=True)
     copy_shards(policy, reference)
     return reference
 

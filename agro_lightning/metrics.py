@@ -123,9 +123,7 @@ def batch_metrics(batch: TokenBatch, result: StepResult, sources: tuple[str, ...
         "regularized_reward_spread": _mean(
             _group_spread(result.regularized_rewards, batch.group_ids, groups)
         ),
-        "advantage_spread": Tally(
-            completions, result.advantages.sum(), result.advantages.square().sum()
-        ),
+        "advantage_spread": Tally(completions, result.advantages.sum(), result.advantages.square().sum()),
         "completion_length": _mean(lengths),
         "truncated_fraction": _mean(batch.truncated.float()),
         "equal_reward_fraction": Tally(groups, (reward_spread == 0).sum()),
@@ -188,9 +186,7 @@ def _of_source(
     """What is measured of one source's completions."""
     mine = torch.tensor([name == source for name in batch.sources], device=batch.rewards.device)
     weights = log_weights[mine]
-    spread = _group_spread(
-        result.regularized_rewards[mine], batch.group_ids[mine], len(batch.prompt_ids)
-    )
+    spread = _group_spread(result.regularized_rewards[mine], batch.group_ids[mine], len(batch.prompt_ids))
     return {
         f"share/{source}": Tally(len(mine), mine.sum()),
         f"reward/{source}": _mean(batch.rewards[mine]),

@@ -163,9 +163,7 @@ class Policy(nn.Module):
             )
             return out.last_hidden_state[0].index_select(0, batch.predictors)
         rows = repeat_prompts(batch, one_row="flash" in self.plain_attention)
-        out = decoder(
-            input_ids=batch.input_ids[rows.places], position_ids=rows.position_ids, use_cache=False
-        )
+        out = decoder(input_ids=batch.input_ids[rows.places], position_ids=rows.position_ids, use_cache=False)
         return out.last_hidden_state.flatten(0, 1).index_select(0, rows.predictors)
 
     def _head(self, hidden: Tensor) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:

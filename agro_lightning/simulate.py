@@ -272,9 +272,7 @@ class _Run:
                 parameter.grad = torch.empty_like(parameter)
             optimizer.step()
             self.tracker.assign(GRADIENTS, [p.grad for p in parameters if p.grad is not None])
-        self.state = {
-            part: self.tracker.now[part] for part in (PARAMETERS, GRADIENTS, OPTIMIZER, REFERENCE)
-        }
+        self.state = {part: self.tracker.now[part] for part in (PARAMETERS, GRADIENTS, OPTIMIZER, REFERENCE)}
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         dtype = self.workload.autocast

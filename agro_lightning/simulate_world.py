@@ -128,6 +128,7 @@ def _tensors(record: Any) -> list[Tensor]:
 
 def _map_tensors(record: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """A frozen record with its tensors mapped, those of records inside it included."""
+
     def mapped(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(mapped(inner) for inner in value)

@@ -13,6 +13,7 @@ from agro_lightning.records import Completion, FinishReason, Prompt, PromptGroup
 
 __all__ = ["Completion", "FinishReason", "Prompt", "PromptGroup", "TokenBatch"]
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch:
     """Whole prompt groups, packed into one row of tokens without padding; each prompt's tokens stand once.

@@ -161,9 +161,7 @@ def test_many_ranks_are_simulated_without_weights_or_data(tmp_path):
 
 def test_a_model_that_does_not_fit_fails_with_what_to_do(tmp_path):
     config = write_config(tmp_path)
-    verdicts, text, code = examine(
-        "--config", config, "--simulate_ranks=16", "--gpu_memory_gib", "0.00001"
-    )
+    verdicts, text, code = examine("--config", config, "--simulate_ranks=16", "--gpu_memory_gib", "0.00001")
     assert code == 1 and verdicts["memory"] == "FAILED"
     assert "holds most" in text and "one rank's memory" in text
 

@@ -110,9 +110,7 @@ def part_of(result, batch, completions, objective):
 def test_unequal_batches_of_ranks_and_micro_batches_give_what_one_batch_gives():
     def make(name, size, source="live"):
         versions = [3, 10, 10, 10, 4, 10]
-        members = [
-            completion(i * 1.5 + len(name), source, versions[i], -1.0 - i / 4) for i in range(size)
-        ]
+        members = [completion(i * 1.5 + len(name), source, versions[i], -1.0 - i / 4) for i in range(size)]
         return group(name, *members)
 
     groups = [make("a", 6), make("bb", 2), make("ccc", 3, "offline"), make("dddd", 5)]

@@ -59,8 +59,14 @@ def stored_weights(folder):
 
 def test_sizes():
     assert (POLICY / "model.safetensors").stat().st_size <= 2_500_000
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()
-               and path.suffix not in (".py", ".pyc")) <= 3_000_000
+    assert (
+        sum(
+            path.stat().st_size
+            for path in FOLDER.rglob("*")
+            if path.is_file() and path.suffix not in (".py", ".pyc")
+        )
+        <= 3_000_000
+    )
 
 
 def test_the_policy_loads_in_float32_and_its_tied_head_is_the_embedding():
@@ -96,7 +102,10 @@ def test_one_token_a_character_and_back(tokenizer, text):
 def test_an_unknown_character_is_one_unknown_token(tokenizer):
     unknown = tokenizer.unk_token_id
     assert tokenizer("1×\n2", add_special_tokens=False)["input_ids"] == [
-        VOCABULARY["1"], unknown, unknown, VOCABULARY["2"],
+        VOCABULARY["1"],
+        unknown,
+        unknown,
+        VOCABULARY["2"],
     ]
 
 
@@ -178,7 +187,7 @@ def test_greedy_answers_equal_transformers_own_generation(tokenizer, splits):
     ours = make.sample(model, prompts, n=1, temperature=0.0)
     ids = torch.tensor([prompt.prompt_ids for prompt in prompts])
     theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=4)
-    assert torch.equal(ours.ids[:, 0], theirs[:, ids.shape[1]:])
+    assert torch.equal(ours.ids[:, 0], theirs[:, ids.shape[1] :])
 
 
 def test_log_probs_are_those_of_the_sampled_tokens(tokenizer, splits):
@@ -226,8 +235,11 @@ def test_training_is_reproducible_and_learns(tokenizer, splits):
         answers = make.answer_ids(tokenizer, [prompt.answer for prompt in prompts])
         with torch.no_grad():
             logits = model(torch.cat([ids, answers], 1)).logits[:, ids.shape[1] - 1 : -1]
-        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten(),
-                                                        ignore_index=make.PAD_ID).item())
+        losses.append(
+            torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), answers.flatten(), ignore_index=make.PAD_ID
+            ).item()
+        )
     torch.set_num_threads(threads)
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert all(torch.equal(snapshots[0][name], snapshots[1][name]) for name in snapshots[0])

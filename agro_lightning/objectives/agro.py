@@ -91,8 +91,10 @@ def agro_coefficients(
     check_beta(beta)
     groups = Groups.of(group_ids, rewards, num_groups)
     if log_ratios.shape != rewards.shape:
-        raise ValueError(f"log_ratios {tuple(log_ratios.shape)} and rewards {tuple(rewards.shape)} must "
-                         "be of one length, an entry per completion")
+        raise ValueError(
+            f"log_ratios {tuple(log_ratios.shape)} and rewards {tuple(rewards.shape)} must "
+            "be of one length, an entry per completion"
+        )
     return _coefficients(rewards - beta * log_ratios.detach(), groups)
 
 

@@ -36,8 +36,10 @@ class Groups:
                 num_groups is not positive.
         """
         if group_ids.dim() != 1 or group_ids.shape != rewards.shape:
-            raise ValueError(f"rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)} must "
-                             "be 1-D and of one length, an entry per completion")
+            raise ValueError(
+                f"rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)} must "
+                "be 1-D and of one length, an entry per completion"
+            )
         if group_ids.numel() == 0 and num_groups is None:
             raise ValueError("the batch has no completions; give num_groups where a part may be empty")
         if num_groups is not None and not 0 < num_groups < math.inf:
@@ -48,8 +50,10 @@ class Groups:
         if bool((sizes < 2).any()):
             group = int((sizes < 2).nonzero()[0])
             came = "1 completion" if int(sizes[group]) == 1 else f"{int(sizes[group])} completions"
-            raise ValueError(f"group {group} has {came}; AGRO needs at least 2 of the same prompt to "
-                             "compare: raise group_size, or drop the group and renumber the others")
+            raise ValueError(
+                f"group {group} has {came}; AGRO needs at least 2 of the same prompt to "
+                "compare: raise group_size, or drop the group and renumber the others"
+            )
         return cls(ids=group_ids, sizes=sizes, divisor=sizes.numel() if num_groups is None else num_groups)
 
     @property
@@ -99,17 +103,23 @@ def sequence_log_ratios(
         ValueError: shapes disagree, an id is out of range, or a completion has no token.
     """
     if not logprobs.shape == ref_logprobs.shape == sequence_ids.shape or logprobs.dim() != 1:
-        raise ValueError(f"logprobs {tuple(logprobs.shape)}, ref_logprobs {tuple(ref_logprobs.shape)} and "
-                         f"sequence_ids {tuple(sequence_ids.shape)} must be 1-D and of one length, an entry "
-                         "per completion token")
+        raise ValueError(
+            f"logprobs {tuple(logprobs.shape)}, ref_logprobs {tuple(ref_logprobs.shape)} and "
+            f"sequence_ids {tuple(sequence_ids.shape)} must be 1-D and of one length, an entry "
+            "per completion token"
+        )
     if sequence_ids.numel() and not 0 <= int(sequence_ids.min()) <= int(sequence_ids.max()) < num_sequences:
-        raise ValueError(f"sequence_ids lie in {int(sequence_ids.min())}..{int(sequence_ids.max())}; with "
-                         f"{num_sequences} completions they must lie in 0..{num_sequences - 1}")
+        raise ValueError(
+            f"sequence_ids lie in {int(sequence_ids.min())}..{int(sequence_ids.max())}; with "
+            f"{num_sequences} completions they must lie in 0..{num_sequences - 1}"
+        )
     lengths = torch.bincount(sequence_ids, minlength=num_sequences)
     if bool((lengths == 0).any()):
         empty = int((lengths == 0).nonzero()[0])
-        raise ValueError(f"completion {empty} has no token in sequence_ids; a completion has at least its "
-                         "EOS: drop empty ones before they form a group")
+        raise ValueError(
+            f"completion {empty} has no token in sequence_ids; a completion has at least its "
+            "EOS: drop empty ones before they form a group"
+        )
     widest = torch.promote_types(torch.promote_types(logprobs.dtype, ref_logprobs.dtype), torch.float32)
     log_ratios = logprobs.to(widest) - ref_logprobs.detach().to(widest)
     return sum_by_sequence(log_ratios, sequence_ids, num_sequences)

@@ -38,8 +38,10 @@ class Grpo(Objective):
     def __post_init__(self) -> None:
         check_beta(self.beta)
         if not (0 < self.clip_low <= 1 and self.clip_high > 0):
-            raise ValueError(f"clip_low is {self.clip_low} and clip_high {self.clip_high}; clip_low must lie "
-                             "in (0, 1] and clip_high be positive")
+            raise ValueError(
+                f"clip_low is {self.clip_low} and clip_high {self.clip_high}; clip_low must lie "
+                "in (0, 1] and clip_high be positive"
+            )
 
     def __call__(
         self,
@@ -60,8 +62,10 @@ class Grpo(Objective):
         if self.scale_rewards:
             advantages = advantages / (groups.variance(rewards).sqrt()[groups.ids] + 1e-4)
 
-        behavior = logprobs.detach() if behavior_logprobs is None else torch.where(
-            behavior_logprobs.isnan(), logprobs.detach(), behavior_logprobs
+        behavior = (
+            logprobs.detach()
+            if behavior_logprobs is None
+            else torch.where(behavior_logprobs.isnan(), logprobs.detach(), behavior_logprobs)
         )
         ratios = (logprobs - behavior).exp()
         per_token = advantages[sequence_ids]

@@ -84,11 +84,15 @@ class RlooFrozenKL(Objective):
             ValueError: besides, a token has no behavior_logprobs.
         """
         if behavior_logprobs is None or bool(behavior_logprobs.isnan().any()):
-            missing = "none was given" if behavior_logprobs is None else (
-                f"{int(behavior_logprobs.isnan().sum())} of {behavior_logprobs.numel()} are NaN"
+            missing = (
+                "none was given"
+                if behavior_logprobs is None
+                else (f"{int(behavior_logprobs.isnan().sum())} of {behavior_logprobs.numel()} are NaN")
             )
-            raise ValueError(f"RlooFrozenKL needs the behavior_logprobs of every token, {missing}; record "
-                             "them at rollout, or use Rloo or Agro, which do not need them")
+            raise ValueError(
+                f"RlooFrozenKL needs the behavior_logprobs of every token, {missing}; record "
+                "them at rollout, or use Rloo or Agro, which do not need them"
+            )
         groups = Groups.of(group_ids, rewards, num_groups)
         log_ratios = sequence_log_ratios(logprobs, ref_logprobs, sequence_ids, len(rewards))
         frozen = sequence_log_ratios(behavior_logprobs.detach(), ref_logprobs, sequence_ids, len(rewards))

@@ -55,10 +55,18 @@ CREATED_AT = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 def build_model() -> LlamaForCausalLM:
     """A Llama of 0.9M parameters with random weights: 2 layers, hidden size 192, tied embeddings."""
     config = LlamaConfig(
-        vocab_size=len(VOCABULARY), hidden_size=192, intermediate_size=512, num_hidden_layers=2,
-        num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=CONTEXT,
+        vocab_size=len(VOCABULARY),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
-        bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, dtype="float32",
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+        dtype="float32",
     )
     return LlamaForCausalLM(config)
 
@@ -70,9 +78,15 @@ def answer_ids(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> Te
 
 
 def train(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt], *, steps: int,
-    snapshot_at: int, pupil: Callable[[Prompt, random.Random], str] = careless_answer,
-    batch_size: int = BATCH_SIZE, learning_rate: float = LEARNING_RATE,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Prompt],
+    *,
+    steps: int,
+    snapshot_at: int,
+    pupil: Callable[[Prompt, random.Random], str] = careless_answer,
+    batch_size: int = BATCH_SIZE,
+    learning_rate: float = LEARNING_RATE,
 ) -> dict[str, Tensor]:
     """Supervised training on a careless pupil's answers, written anew each time a prompt is drawn.
 
@@ -139,8 +153,11 @@ def sample(model: LlamaForCausalLM, prompts: Sequence[Prompt], *, n: int, temper
     for _ in range(MAX_NEW_TOKENS):
         logits = model(sequences, use_cache=False, logits_to_keep=1).logits[:, -1]
         distribution = (logits / (temperature or 1.0)).log_softmax(-1)
-        token = (torch.multinomial(distribution.exp(), 1, generator=generator) if temperature
-                 else distribution.argmax(-1, keepdim=True))
+        token = (
+            torch.multinomial(distribution.exp(), 1, generator=generator)
+            if temperature
+            else distribution.argmax(-1, keepdim=True)
+        )
         token = token.masked_fill(ended[:, None], PAD_ID)
         logprobs.append(distribution.gather(1, token).masked_fill(ended[:, None], 0.0))
         ended |= token[:, 0] == EOS_ID
@@ -150,7 +167,11 @@ def sample(model: LlamaForCausalLM, prompts: Sequence[Prompt], *, n: int, temper
 
 
 def accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt], *, n: int,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Prompt],
+    *,
+    n: int,
     temperature: float,
 ) -> float:
     """The fraction of completions that equal their prompt's answer, <eos> included."""
@@ -166,8 +187,12 @@ def weak_completions(
     sampled = sample(model, prompts, n=n, temperature=1.0)
     groups = []
     for prompt, rows, logprobs in zip(prompts, sampled.ids.tolist(), sampled.logprobs.tolist(), strict=True):
-        groups.append([_scored(tokenizer, prompt, ids, tuple(values))
-                       for ids, values in zip(rows, logprobs, strict=True)])
+        groups.append(
+            [
+                _scored(tokenizer, prompt, ids, tuple(values))
+                for ids, values in zip(rows, logprobs, strict=True)
+            ]
+        )
     return groups
 
 
@@ -179,9 +204,13 @@ def _scored(
     text = str(tokenizer.decode(ids[:length], skip_special_tokens=True))
     reward = float(text == prompt.answer)
     return Completion(
-        completion=text, completion_ids=tuple(ids[:length]), reward=reward,
-        reward_parts={"exact_match": reward}, finish_reason="stop" if stopped else "length",
-        source="weak_policy", behavior_logprobs=logprobs[:length],
+        completion=text,
+        completion_ids=tuple(ids[:length]),
+        reward=reward,
+        reward_parts={"exact_match": reward},
+        finish_reason="stop" if stopped else "length",
+        source="weak_policy",
+        behavior_logprobs=logprobs[:length],
     )
 
 
@@ -189,8 +218,13 @@ def correct_completion(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> Co
     """The right answer, as a person would write it: no policy's log-probs."""
     answer = prompt.answer or ""
     ids = (*tokenizer(answer, add_special_tokens=False)["input_ids"], EOS_ID)
-    return Completion(completion=answer, completion_ids=ids, reward=1.0, reward_parts={"exact_match": 1.0},
-                      source="answer_key")
+    return Completion(
+        completion=answer,
+        completion_ids=ids,
+        reward=1.0,
+        reward_parts={"exact_match": 1.0},
+        source="answer_key",
+    )
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
@@ -205,12 +239,19 @@ def write_policy(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTok
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     GenerationConfig(
-        bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, max_new_tokens=MAX_NEW_TOKENS,
-        do_sample=True, temperature=1.0,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=True,
+        temperature=1.0,
     ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()
-               if name != "lm_head.weight"}
+    weights = {
+        name: value.to(torch.bfloat16)
+        for name, value in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
 
@@ -242,9 +283,7 @@ def make(out: Path) -> dict[str, float]:
         for prompt, completions in zip(chosen, sampled, strict=True)
     ]
     (out / "offline.parquet").unlink(missing_ok=True)
-    append_rollouts(
-        out, groups, name="offline", tokenizer_id=tokenizer_id(tokenizer), created_at=CREATED_AT
-    )
+    append_rollouts(out, groups, name="offline", tokenizer_id=tokenizer_id(tokenizer), created_at=CREATED_AT)
     return report
 
 
