@@ -123,15 +123,18 @@ data:
 DEADLY = """
 import os
 import signal
+import time
 from pathlib import Path
 
-calls = Path("{folder}/calls")
+calls, checkpoints = Path("{folder}/calls"), Path("{folder}/run/checkpoints")
 
 def deadly(completions, answers):
     if os.environ["RANK"] == "1" and len(completions) == 6:  # in training
         count = len(calls.read_text()) if calls.exists() else 0
         calls.write_text("." * (count + 1))
         if count == 3:
+            while not list(checkpoints.glob("[!.]*/complete.json")):  # it is written in the background
+                time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGKILL)
     return [float(text[:1] == answer[:1]) for text, answer in zip(completions, answers)]
 """
