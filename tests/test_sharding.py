@@ -197,6 +197,43 @@ def test_bf16_compute_keeps_fp32_master_weights(model_folder):
         assert torch.equal(result["logprobs"], expected)
 
 
+def bf16_step(rank, world, path, reduce_dtype):
+    """Gradients of a batch that differs by rank, and what a step too small for bf16 makes of the weights."""
+    mesh = mesh_of(world)
+    sharding = ShardingSettings(param_dtype="bfloat16", reduce_dtype=reduce_dtype)
+    policy = sharded_policy(PolicySettings(path=path), sharding, mesh, torch.device("cpu"), temperature=0.7)
+    before = {name: full(p) for name, p in policy.lm.named_parameters()}
+    policy.logprobs(pack_groups(make_groups(2, seed=rank), num_groups=2)).logprobs.sum().backward()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
+    optimizer.step()
+    return {
+        "gradients": {name: full(p.grad) for name, p in policy.lm.named_parameters()},
+        "moved": {name: full(p) - before[name] for name, p in policy.lm.named_parameters()},
+        "moments": {state["exp_avg_sq"].dtype for state in optimizer.state.values()},
+    }
+
+
+@pytest.mark.parametrize("reduce_dtype", ["float32", "bfloat16"])
+def test_bf16_gradients_are_averaged_in_reduce_dtype_and_step_fp32_weights(model_folder, reduce_dtype):
+    path = model_folder("llama")
+    mean: dict[str, torch.Tensor] = {}
+    for rank in range(2):
+        policy = Policy(PolicySettings(path=path, dtype="bfloat16"), temperature=0.7)
+        policy.logprobs(pack_groups(make_groups(2, seed=rank), num_groups=2)).logprobs.sum().backward()
+        for name, p in policy.lm.named_parameters():
+            assert p.grad is not None and p.grad.dtype == torch.bfloat16
+            mean[name] = mean.get(name, torch.zeros(())) + p.grad.float() / 2
+    for result in run_ranks(bf16_step, 2, path, reduce_dtype):
+        for name, exact in mean.items():
+            rounded = exact.bfloat16().float()
+            assert not torch.equal(rounded, exact), name  # or the two types could not be told apart
+            wanted = exact if reduce_dtype == "float32" else rounded
+            torch.testing.assert_close(result["gradients"][name], wanted, rtol=0, atol=0, msg=name)
+            moved = result["moved"][name][exact != 0].abs()
+            assert moved.min() > 0 and moved.max() < 1.1e-6  # bf16 weights would stay where they are
+        assert result["moments"] == {torch.float32}
+
+
 def peak_of(function):
     """Most bytes of its own, not of mapped files, that this process held meanwhile, above the start."""
 
