@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from agro_lightning.data.durable import disk_full_error, sync_directory
-from agro_lightning.sharded_checkpoint import is_sharded, load_whole
+from agro_lightning.sharded_checkpoint import is_sharded, load_whole, missing_checkpoint
 
 CHECKPOINT_KEY = "agro_lightning"
 """Where a checkpoint keeps what is needed to go on: settings, model config, random generators."""
@@ -120,6 +120,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
         """
         if is_sharded(Path(path)):
             return load_whole(Path(path))
+        if not Path(path).exists():
+            raise FileNotFoundError(missing_checkpoint(Path(path)))
         with plain_values_only(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
 

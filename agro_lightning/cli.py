@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from agro_lightning.callbacks import NonFiniteGuard, StepMetrics
 from agro_lightning.checkpoint import DurableCheckpointIO
 from agro_lightning.cli_errors import explain, explained, unknown_section
+from agro_lightning.cli_values import replace_whole_values
 from agro_lightning.data.datamodule import AgroDataModule
 from agro_lightning.faults import NameLostRank, SlowRanks, StopOnSignal
 from agro_lightning.launch import number_of_ranks, run_folder, slurm_plugins
@@ -63,6 +64,7 @@ class AgroCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         if wrong := unknown_section(parser, sys.argv[1:]):
             parser.error(wrong)
+        replace_whole_values(parser)
         super().parse_arguments(parser, args)
 
     @staticmethod
@@ -208,6 +210,7 @@ def _run_command(function: Callable[..., Any], args: list[str]) -> None:
     parser = AgroParser(description=" ".join(summary.split()))
     parser.add_argument("-c", "--config", action="config", help="A YAML file with any of these keys.")
     parser.add_function_arguments(function, as_group=False, fail_untyped=True)
+    replace_whole_values(parser)
     config = parser.parse_args(args)
     with explained(building=True):
         arguments = parser.instantiate_classes(config)

@@ -2,9 +2,9 @@
 
 import contextlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -20,6 +20,7 @@ from agro_lightning.loading import sharded_policy, sharded_reference
 from agro_lightning.metrics import StepResult, batch_metrics
 from agro_lightning.objectives import Agro
 from agro_lightning.objectives.base import Objective
+from agro_lightning.optimizer_settings import OptimizerSettings
 from agro_lightning.phases import Phases
 from agro_lightning.policy import Policy
 from agro_lightning.policy_settings import PolicySettings
@@ -35,33 +36,6 @@ from agro_lightning.self_check import check_logprobs
 from agro_lightning.sharding import ShardingSettings, clip_by_norm, data_rank, reshard, total_norm, unsharded
 from agro_lightning.strategy import refuse_unsharded
 from agro_lightning.types import Prompt, TokenBatch
-
-
-@dataclass(kw_only=True)
-class OptimizerSettings:
-    """AdamW and its schedule."""
-
-    learning_rate: float = 3e-4
-    """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates of the gradient's mean and square."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay."""
-    warmup_steps: int = 10
-    """Optimiser steps over which the rate rises linearly."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """After the warm-up: stay, or fall to final_fraction of the peak at trainer.max_steps."""
-    final_fraction: float = 0.1
-    """Where the cosine ends, as a fraction of the peak."""
-
-    def factor(self, step: int, total: int) -> float:
-        """The learning rate at `step`, as a fraction of the peak."""
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        if self.schedule == "constant":
-            return 1.0
-        done = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
-        return self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class AgroModule(L.LightningModule):
@@ -96,6 +70,13 @@ class AgroModule(L.LightningModule):
         sharding: ShardingSettings = ShardingSettings(),  # noqa: B008
     ):
         super().__init__()
+        for name, value, least in (
+            ("reference_reset_every", reference_reset_every, 0),
+            ("max_tokens", 1 if max_tokens is None else max_tokens, 1),
+            ("max_skipped_steps", max_skipped_steps, 1),
+        ):
+            if value < least:
+                raise ValueError(f"model.{name} is {value}; it must be at least {least}")
         self.policy_settings, self.objective, self.optimizer_settings = policy, objective, optimizer
         self.reference_kind, self.cached_reference_id = reference, reference_id
         self.reference_reset_every, self.max_tokens = reference_reset_every, max_tokens
@@ -114,6 +95,10 @@ class AgroModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         refuse_unsharded(self.trainer.strategy, self.trainer.world_size)
+        if (limit := self.trainer.gradient_clip_val) is not None and limit < 0:
+            raise ValueError(
+                f"trainer.gradient_clip_val is {limit}; it must be positive, or 0 or null for no clipping"
+            )
 
     def configure_model(self) -> None:
         """Builds policy and reference once; called by Lightning inside the strategy's context."""

@@ -25,6 +25,11 @@ def hide_advice() -> None:
 class StepBar(TQDMProgressBar):
     """Counts the steps of the whole run, which has no epochs."""
 
+    @property
+    def total_train_batches(self) -> int:
+        """Micro-batches of the whole run; Lightning knows no number in a run that goes on."""
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         super().on_train_epoch_start(trainer)
         self.train_progress_bar.set_description("training")

@@ -47,6 +47,11 @@ def rank_file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.pt"
 
 
+def missing_checkpoint(path: Path) -> str:
+    """What to say of a checkpoint that is not there."""
+    return f"checkpoint {path} does not exist; look into the run's folder checkpoints/"
+
+
 def read_marker(folder: Path) -> dict[str, Any]:
     """What the marker says: the number of ranks.
 
@@ -55,9 +60,7 @@ def read_marker(folder: Path) -> dict[str, Any]:
         ValueError: it is not complete.
     """
     if not folder.exists():
-        raise FileNotFoundError(
-            f"checkpoint {folder} does not exist; look into the run's folder checkpoints/"
-        )
+        raise FileNotFoundError(missing_checkpoint(folder))
     try:
         return json.loads((folder / MARKER).read_text())
     except FileNotFoundError:

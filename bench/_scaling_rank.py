@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from agro_lightning.module import AgroModule, OptimizerSettings
+from agro_lightning.module import AgroModule
+from agro_lightning.optimizer_settings import OptimizerSettings
 from agro_lightning.policy_settings import PolicySettings
 from agro_lightning.sharding import ShardingSettings
 from agro_lightning.simulate import Workload, full_batch

@@ -20,8 +20,9 @@ from agro_lightning.callbacks import NonFiniteError, NonFiniteGuard, StepMetrics
 from agro_lightning.data.datamodule import AgroDataModule
 from agro_lightning.data.mixing import Live, Offline, Source
 from agro_lightning.data.prompts import PromptSettings
-from agro_lightning.module import AgroModule, OptimizerSettings
+from agro_lightning.module import AgroModule
 from agro_lightning.objectives import Agro, Grpo, Objective, RegularizedPG, Rloo, RlooFrozenKL
+from agro_lightning.optimizer_settings import OptimizerSettings
 from agro_lightning.policy_settings import PolicySettings
 from agro_lightning.rollout import AutoEngine, Generation, RolloutEngine, Sampling
 from bench.off_policy_task import SAMPLING, measure

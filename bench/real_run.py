@@ -32,8 +32,9 @@ from agro_lightning.data.datamodule import AgroDataModule
 from agro_lightning.data.mixing import Live
 from agro_lightning.data.prompts import PromptSettings
 from agro_lightning.metrics_file import MetricsFile
-from agro_lightning.module import AgroModule, OptimizerSettings
+from agro_lightning.module import AgroModule
 from agro_lightning.objectives import Agro
+from agro_lightning.optimizer_settings import OptimizerSettings
 from agro_lightning.policy_settings import PolicySettings
 from agro_lightning.rewards import PythonReward
 from agro_lightning.rollout import ContinuousBatching, Sampling

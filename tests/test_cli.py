@@ -178,6 +178,80 @@ def test_help_lists_every_command():
         assert f"  {command}" in out
 
 
+REWARD = "agro_lightning.rewards"
+OBJECTIVE = "agro_lightning.objectives"
+
+
+def test_a_list_takes_nothing_from_the_list_it_replaces(tmp_path):
+    path = tmp_path / "run.yaml"
+    data = {
+        "rewards": [{"class_path": f"{REWARD}.NumericMatch", "init_args": {"marker": "A:"}}],
+        "sources": [{"paths": ["a.jsonl"]}, {"max_uses": 1}],
+    }
+    path.write_text(yaml.safe_dump({"data": data}))
+    made = printed_config("--config", path)["data"]
+    (reward,) = made["rewards"]
+    assert (reward["init_args"]["name"], reward["init_args"]["extract"]) == ("numeric_match", "auto")
+    assert reward["init_args"]["marker"] == "A:"
+    assert [(s["name"], s["weight"]) for s in made["sources"]] == [("offline", 1.0), ("stream", 1.0)]
+
+    (reward,) = printed_config("--config", path, "--data.rewards", f"[{{class_path: {REWARD}.ExactMatch}}]")[
+        "data"
+    ]["rewards"]
+    assert reward["init_args"] == printed_config()["data"]["rewards"][0]["init_args"]
+    both = printed_config("--config", path, "--data.rewards+", f"{{class_path: {REWARD}.ExactMatch}}")
+    assert [reward["init_args"]["name"] for reward in both["data"]["rewards"]] == [
+        "numeric_match",
+        "exact_match",
+    ]
+
+
+def test_another_class_takes_nothing_from_the_former_one(tmp_path):
+    def objective(*args):
+        return printed_config(*args)["model"]["objective"]["init_args"]
+
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: {{objective: {{class_path: {OBJECTIVE}.Grpo, init_args: {{clip_low: 0.1, beta: 0.3}}}}}}"
+    )
+    own = {"beta": 0.0, "clip_low": 0.2, "clip_high": 0.2, "scale_rewards": True}
+    assert objective("--model.objective", "Grpo") == own
+    assert objective("--model.objective.class_path", "Grpo", "--model.objective.clip_high", 0.4) == own | {
+        "clip_high": 0.4
+    }
+    assert objective("--config", path) == own | {"clip_low": 0.1, "beta": 0.3}
+    assert objective("--config", path, "--model.objective.clip_low", 0.3)["beta"] == 0.3  # the same class
+    path.write_text(f"model: {{objective: {{class_path: {OBJECTIVE}.Grpo}}}}")
+    assert objective("--config", path) == own
+    path.write_text(f"model: {{objective: {{class_path: {OBJECTIVE}.Rloo}}}}")
+    _, err, code = output_of("fit", "--config", path)
+    assert code == 2 and "required: beta" in err and err.count("\n") == 1
+    assert objective("--model.objective.beta", 0.5) == {"beta": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("model.optimizer.learning_rate", -1.0, "positive and finite"),
+        ("model.optimizer.betas", [0.9, 1.0], "below 1"),
+        ("model.optimizer.warmup_steps", -1, "at least 0"),
+        ("model.max_tokens", 0, "at least 1"),
+        ("model.reference_reset_every", -1, "at least 0"),
+        ("data.seed", -1, "at least 0"),
+        ("trainer.max_steps", -1, "give the number of optimiser steps"),
+        ("trainer.accumulate_grad_batches", 0, "at least 1 micro-batch"),
+        ("trainer.gradient_clip_val", -0.5, "must be positive"),
+        ("ckpt_path", "no/such.ckpt", "no/such.ckpt does not exist"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_in_one_line(key, value, said, tmp_path):
+    options = ["--run_dir", tmp_path, "--trainer.accelerator", "cpu", "--data.batch_size", 2]
+    _, err, code = output_of("fit", *options, f"--{key}", json.dumps(value).strip('"'))
+    last = err.strip().splitlines()[-1]
+    assert code in (1, 2) and last.startswith("error: ") and key.rpartition(".")[2] in last + "ckpt_path"
+    assert said in last
+
+
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [

@@ -14,9 +14,10 @@ from tiny_models import tiny_lm
 
 from agro_lightning.data.packing import pack_groups
 from agro_lightning.loading import sharded_policy, sharded_reference
-from agro_lightning.module import AgroModule, OptimizerSettings
+from agro_lightning.module import AgroModule
 from agro_lightning.objectives import Agro
 from agro_lightning.objectives.rloo import Rloo
+from agro_lightning.optimizer_settings import OptimizerSettings
 from agro_lightning.policy_settings import PolicySettings
 from agro_lightning.reference import FrozenReference
 from agro_lightning.rollout.base import Sampling

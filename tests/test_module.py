@@ -10,8 +10,9 @@ from tiny_models import tiny_lm
 
 from agro_lightning.callbacks import NonFiniteError, NonFiniteGuard
 from agro_lightning.data.packing import pack_groups
-from agro_lightning.module import AgroModule, OptimizerSettings
+from agro_lightning.module import AgroModule
 from agro_lightning.objectives import Agro, AgroScoreTerm, Grpo, RegularizedPG, Rloo
+from agro_lightning.optimizer_settings import OptimizerSettings
 from agro_lightning.policy import Policy
 from agro_lightning.policy_settings import PolicySettings
 from agro_lightning.reference import frozen_copy

@@ -101,6 +101,7 @@ class AgroDataModule(L.LightningDataModule):
             ("group_size", group_size, 2),
             ("updates_per_rollout", updates_per_rollout, 1),
             ("validation_samples", validation_samples, 1),
+            ("seed", seed, 0),
         ):
             if value < least:
                 raise ValueError(f"data.{name} is {value}; it must be at least {least}")
@@ -163,6 +164,8 @@ class AgroDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Loads tokenizer and prompts; called on every rank."""
+        if stage == "fit":
+            self._check_steps()
         settings = self._module.policy_settings
         self.tokenizer = load_tokenizer(settings.path, trust_remote_code=settings.trust_remote_code)
         self.tokenizer_id = tokenizer_id(self.tokenizer)
@@ -196,10 +199,6 @@ class AgroDataModule(L.LightningDataModule):
     def train_dataloader(self) -> TrainFeed:
         trainer = self.trainer
         assert trainer is not None
-        if trainer.max_steps < 1:
-            raise ValueError(
-                f"trainer.max_steps is {trainer.max_steps}; give the number of optimiser steps of the run"
-            )
         self._check_lengths()
         folder = self._replay_folder = ReplayFolder(Path(trainer.default_root_dir) / "replay")
         if self._replay_source is not None and trainer.is_global_zero:
@@ -252,6 +251,16 @@ class AgroDataModule(L.LightningDataModule):
             log=UseLog(log) if self.trainer.is_global_zero else None,
             agree=self._from_rank_zero,
         )
+
+    def _check_steps(self) -> None:
+        assert self.trainer is not None
+        steps, accumulate = self.trainer.max_steps, self.trainer.accumulate_grad_batches
+        if steps < 1:
+            raise ValueError(f"trainer.max_steps is {steps}; give the number of optimiser steps of the run")
+        if accumulate < 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches is {accumulate}; it must be at least 1 micro-batch a step"
+            )
 
     def _check_lengths(self) -> None:
         limit, new = self.policy.max_positions, self.sampling.max_new_tokens

@@ -1,0 +1,69 @@
+"""What a value given by the user replaces: a list, or another class, takes nothing from what stood before.
+
+By itself the parser would keep every option of the former value that the new one also has: a default's, say,
+or a config file's. A reward would get the name of another, and its way to find the answer.
+"""
+
+import argparse
+import copy
+import functools
+import inspect
+import pydoc
+from typing import Any
+
+
+def replace_whole_values(parser: argparse.ArgumentParser) -> None:
+    """Lets lists, and classes of another path, replace former values of the same key.
+
+    `--key+ VALUE` still appends, and `--key.option VALUE` or a value without another class_path still changes
+    single options.
+
+    Args:
+        parser: its actions, and those of its subcommands, are changed.
+    """
+    for action in parser._actions:
+        if hasattr(action, "_check_type"):
+            action._check_type = _replacing(action, action._check_type)  # type: ignore[attr-defined]
+        choices = getattr(action, "choices", None)
+        for inner in choices.values() if isinstance(choices, dict) else ():
+            if isinstance(inner, argparse.ArgumentParser):
+                replace_whole_values(inner)
+
+
+def _replacing(action: argparse.Action, check: Any) -> Any:
+    """The action's check, which fills a value up from `cfg`, where the former one stands."""
+
+    @functools.wraps(check)
+    def checked(value: Any, **known: Any) -> Any:
+        cfg = known.get("cfg")
+        former = cfg.get(action.dest) if cfg else None
+        if cfg is None or former is None or known.get("append"):
+            return check(value, **known)
+        if isinstance(former, list):
+            if type(value).__name__ == "NestedArg":  # one option of the last entry
+                return check(value, **known)
+            return check(value, **{**known, "cfg": None})
+        found = check(copy.deepcopy(value), **known)
+        if _class_path(found) in (None, _class_path(former)) or _class_path(former) is None:
+            return found
+        cfg.pop(action.dest)
+        found = check(value, **{**known, "cfg": None})
+        _fill_up(found, former)
+        return found
+
+    return checked
+
+
+def _fill_up(found: Any, former: Any) -> None:
+    """Gives options that the former class had, too, their own default: the parser may yet merge the two."""
+    own = inspect.signature(pydoc.locate(found.class_path)).parameters  # type: ignore[arg-type]
+    options = found.get("init_args") or type(found)()
+    for name in (former.get("init_args") or options).keys():
+        if name in own and name not in options:
+            default = own[name].default
+            options[name] = None if default is inspect.Parameter.empty else default
+    found.init_args = options
+
+
+def _class_path(value: Any) -> str | None:
+    return value.get("class_path") if hasattr(value, "get") else None
