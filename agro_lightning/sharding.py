@@ -133,6 +133,7 @@ def shard(
     offload = frozen and settings.offload_reference and mesh.device_type != "cpu"
     offload_policy = CPUOffloadPolicy() if offload else OffloadPolicy()
     reshard = settings.reshard_after_forward or frozen
+    layers = list(layers)
     for layer in layers:
         fully_shard(
             layer,
@@ -152,6 +153,11 @@ def shard(
     )
     for method in FORWARD_METHODS:
         register_fsdp_forward_method(policy, method)
+    # FSDP's own choice is the module that ran before in any forward, generation included, which may differ by
+    # rank: then ranks wait for each other in different collectives
+    for module, ahead in zip([policy, *reversed(layers)], [*reversed(layers), layers[0]], strict=True):
+        assert isinstance(module, FSDPModule) and isinstance(ahead, FSDPModule)
+        module.set_modules_to_backward_prefetch([ahead])
 
 
 def fsdp_units(policy: nn.Module) -> list[FSDPModule]:

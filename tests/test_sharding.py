@@ -17,7 +17,7 @@ from agro_lightning.data.packing import pack_groups
 from agro_lightning.loading import sharded_policy, sharded_reference
 from agro_lightning.policy import Policy
 from agro_lightning.policy_settings import LoraSettings, PolicySettings
-from agro_lightning.sharding import ShardingSettings
+from agro_lightning.sharding import ShardingSettings, unsharded
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
 
@@ -137,6 +137,27 @@ def test_four_ranks_in_two_replicas_with_checkpointing(model_folder):
     check_equal(results, policy, logprobs)
     whole = sum(p.numel() for p in policy.parameters())
     assert sum(result["local"] for result in results) == 2 * whole  # two replicas of two shards
+
+
+def generation_on_one_rank_and_backward_on_all(rank, world, settings):
+    mesh = mesh_of(world)
+    policy = sharded_policy(settings, ShardingSettings(), mesh, torch.device("cpu"), temperature=0.7)
+    groups = make_groups(4)
+    mine = pack_groups(groups[rank::world], num_groups=len(groups))
+    with unsharded(policy), torch.no_grad():
+        if rank == 0:
+            with policy.generating() as lm:
+                lm(input_ids=mine.input_ids[None])
+    (policy.logprobs(mine).logprobs.sum() * world).backward()
+    return {name: full(p.grad) for name, p in policy.lm.named_parameters()}
+
+
+def test_a_rank_may_generate_when_the_others_do_not(model_folder):
+    settings = PolicySettings(path=model_folder("llama"))
+    policy, _ = one_process(settings)
+    for gradients in run_ranks(generation_on_one_rank_and_backward_on_all, 2, settings):
+        for name, parameter in policy.lm.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_random_weights_are_those_of_one_process():
