@@ -289,16 +289,16 @@ class AgroModule(L.LightningModule):
         elif gradient_clip_val:
             clip_by_norm(parameters, gradient_clip_val, norm)
 
-    def on_train_batch_end(self, outputs: Any, batch: TokenBatch, batch_idx: int) -> None:
-        every = self.reference_reset_every
-        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        if every and stepped and self.trainer.global_step % every == 0:
-            self._reset_reference()
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The step, and the reset that is due after it: before callbacks save a checkpoint of the step."""
+        super().optimizer_step(*args, **kwargs)
+        every, step = self.reference_reset_every, self.trainer.global_step + 1  # the step counts from here on
+        if every and step % every == 0:
+            self._reset_reference(step)
 
-    def _reset_reference(self) -> None:
+    def _reset_reference(self, step: int) -> None:
         assert self.policy is not None
         self.reference.reset_to(self.policy)
-        step = self.trainer.global_step
         rank_zero_info(f"step {step}: the reference is now the policy (id {self.reference.reference_id})")
         if isinstance(self.reference, FrozenReference):  # checkpoints leave the reference out
             path = Path(self.trainer.default_root_dir) / f"reference-step-{step:08d}.safetensors"
@@ -327,13 +327,34 @@ class AgroModule(L.LightningModule):
         about = checkpoint[CHECKPOINT_KEY]
         self._reference_file = about["reference_file"]
         if self._reference_file and isinstance(self.reference, FrozenReference):
-            self.reference.load(Path(self.trainer.default_root_dir) / self._reference_file)
+            found = self._find_reference_file(self._reference_file)
+            self.reference.load(found)
+            here = Path(self.trainer.default_root_dir) / found.name
+            if self.trainer.state.fn == "fit" and found != here:  # a new run goes on from another one's
+                here.parent.mkdir(parents=True, exist_ok=True)
+                self.reference.save(here)
         if self.reference.reference_id != about["reference_id"]:
             raise ValueError(
                 f"the checkpoint was trained against reference {about['reference_id']}, this run has "
                 f"{self.reference.reference_id}: model.policy.path or the temperature has changed"
             )
         set_rng(about["rng"])
+
+    def _find_reference_file(self, name: str) -> Path:
+        """What a reset wrote: in this run's folder, or in that of the run that the checkpoint is from.
+
+        Raises:
+            FileNotFoundError: it is in neither.
+        """
+        checkpoint = Path(self.trainer.ckpt_path or "")
+        folders = [Path(self.trainer.default_root_dir), checkpoint.parent.parent, checkpoint.parent]
+        found = next((folder / name for folder in folders if (folder / name).is_file()), None)
+        if found is None:
+            raise FileNotFoundError(
+                f"the checkpoint was trained against a reset reference, and {name} is in none of "
+                f"{', '.join(dict.fromkeys(map(str, folders)))}; copy it there from the folder of its run"
+            )
+        return found
 
     # ------------------------------------------------------------------ validation
 

@@ -3,6 +3,7 @@ log-probs."""
 
 import copy
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from agro_lightning.data.durable import sync_directory
 from agro_lightning.data.packing import pack_groups, split_batch
 from agro_lightning.loading import copy_shards, fill
 from agro_lightning.policy import Policy
@@ -115,7 +117,10 @@ class FrozenReference:
         if writes:
             aside = path.with_name(f".{path.name}.partial")
             save_file(weights, aside)
+            with aside.open("rb") as handle:
+                os.fsync(handle.fileno())
             aside.replace(path)
+            sync_directory(path.parent)
         if dist.is_initialized():
             dist.barrier()
 

@@ -18,6 +18,7 @@ trainer: {max_steps: 8, accumulate_grad_batches: 2, val_check_interval: 1000, en
 checkpoint_every: 3
 model:
   optimizer: {learning_rate: 1.0e-3, warmup_steps: 2}
+  reference_reset_every: 3
 data:
   validation: {path: quickstart-val, limit: 6}
   batch_size: 2
@@ -120,7 +121,8 @@ def test_a_killed_run_resumes_bitwise(config, whole_run, tmp_path, step):
 
 
 def test_a_rollout_that_is_used_again_has_its_reference_log_probs(config, tmp_path):
-    run("fit", "--config", config, "--run_dir", tmp_path, "--trainer.max_steps", 3)
+    options = ["--trainer.max_steps", 3, "--model.reference_reset_every", 0]
+    run("fit", "--config", config, "--run_dir", tmp_path, *options)
     saved = torch.load(tmp_path / "checkpoints" / "step-00000003.ckpt", weights_only=True)
     pending = saved["AgroDataModule"]["feed"]["pending"]  # two updates a rollout: the second is still to come
     completions = [completion for group in pending for completion in group["completions"]]
@@ -155,6 +157,20 @@ def test_export_gives_equal_logits(whole_run, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer("12+34=").input_ids
     assert "holds a model already" in run("export", "--ckpt", ckpt, "--out", tmp_path / "model", code=1)
+
+
+def test_another_run_goes_on_from_a_checkpoint_with_its_reset_reference(config, whole_run, tmp_path):
+    ckpt, folder = whole_run[0] / "checkpoints" / "step-00000008.ckpt", tmp_path / "run"
+    run("validate", "--config", config, "--run_dir", tmp_path / "validated", "--ckpt_path", ckpt)
+    options = ["--config", config, "--run_dir", folder, "--model.reference_reset_every", 0]
+    options.append("--trainer.max_steps")
+    run("fit", *options, 9, "--ckpt_path", ckpt)
+    name = "reference-step-00000006.safetensors"
+    assert (folder / name).read_bytes() == (whole_run[0] / name).read_bytes()
+    (folder / name).unlink()
+    assert f"reset reference, and {name} is in none of" in run(
+        "fit", *options, 10, "--ckpt_path", "last", code=1
+    )
 
 
 def test_a_finished_run_goes_on_with_more_steps(config, whole_run, tmp_path):
