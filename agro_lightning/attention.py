@@ -8,6 +8,7 @@ however many completions it has, and no padding enters any linear layer.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -242,11 +243,16 @@ def _flex_attention(
 
         layout.masks[window] = block_mask(sees, query.shape[2], query.device)
 
+    # A tensor: the compiler makes a symbol of a float, and then cannot make the backward of `cap`.
+    limit = None if softcap is None else torch.full((), softcap, device=query.device)
+
     def cap(score, batch, head, q, k):
-        assert softcap is not None
-        return softcap * torch.tanh(score / softcap)
+        assert limit is not None
+        return limit * torch.tanh(score / limit)
 
     attend = _compiled_flex() if query.is_cuda else flex_attention
+    # The compiler's other kernel, for short rows, has no tile for 128 / heads per key head tokens and more.
+    options: Any = {"FORCE_USE_FLEX_ATTENTION": True} if query.is_cuda else None
     out = attend(
         query,
         key,
@@ -255,6 +261,7 @@ def _flex_attention(
         block_mask=layout.masks[window],
         scale=scaling,
         enable_gqa=key.shape[1] != query.shape[1],
+        kernel_options=options,
     )
     return out.transpose(1, 2)
 

@@ -81,6 +81,9 @@ class Policy(nn.Module):
                 f"the sampling temperature is {temperature}; log-probs need a positive, finite one"
             )
         base = load_lm(settings) if lm is None else lm
+        # cuDNN's attention builds a plan for each new shape, in tenths of a second; rollouts and packed
+        # batches have new shapes all the time. For good, as recomputation must choose alike.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.settings, self.temperature = settings, temperature
         self.tensor_group: ProcessGroup | None = (
             None  # ranks that hold slices of each weight, set by the sharding

@@ -13,8 +13,9 @@ from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_
 from agro_lightning.rollout.base import Generation, Sampling
 from agro_lightning.rollout.transformers_engine import TransformersEngine, failed, generation
 
-_DENSE_KEYS = 4096
-"""Without flash attention every query meets the keys of all requests in flight: so many keys."""
+_DENSE_KEYS = {"cpu": 4096, "cuda": 1 << 17}
+"""Without flash attention every query meets the keys of all requests in flight: so many keys. A decoding step
+on a GPU is bound by launches, so that few requests at once would waste it. Unmeasured there."""
 
 
 def flash_attention(lm: Any) -> bool:
@@ -41,9 +42,10 @@ class ContinuousBatching(TransformersEngine):
     ) -> ContinuousBatchingConfig:
         """Blocks, page and token budget for these prompts."""
         flash = flash_attention(lm)
+        keys = _DENSE_KEYS["cuda" if lm.device.type == "cuda" else "cpu"]
         longest = max(map(len, prompts)) + sampling.max_new_tokens
         total = len(prompts) * n
-        at_once = min(total, 1024 if flash else min(max(_DENSE_KEYS // longest, 8), 64))
+        at_once = min(total, 1024 if flash else min(max(keys // longest, 8), 64))
         page = 256 if flash else 16
         blocks_each = ceil(longest / page) + 1
         wanted = blocks_each * min(total, at_once + n)  # all completions of a prompt start at once

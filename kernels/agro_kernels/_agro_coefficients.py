@@ -7,9 +7,9 @@ from agro_kernels._dispatch import runs_small_kernels
 
 
 def segment_sums(values: Tensor, segments: Tensor, count: int) -> Tensor:
-    """Sums of `values` (N,) by segment id in [0, count), in fp64 and in the rows' order. -> (count,)"""
+    """Sums of `values` (N,) by segment id in fp64, in the rows' order, without id `count`. -> (count,)"""
     if values.device.type == "cpu":  # sequential there, hence repeatable
-        return torch.zeros(count, dtype=torch.float64).index_add_(0, segments, values.double())
+        return torch.zeros(count + 1, dtype=torch.float64).index_add_(0, segments, values.double())[:count]
     return padded_segment_sums(values, segments, count)
 
 
@@ -66,11 +66,14 @@ def _outside(smallest: int, largest: int, count: int) -> ValueError:
     return ValueError(f"sequence id {wrong} is outside [0, {count}); rewards has {count} completions")
 
 
-def _by_torch(ratios, sequences, rewards, group_ids, beta, num_groups) -> tuple[Tensor, Tensor, Tensor]:
+def _by_torch(
+    ratios, active, sequences, rewards, group_ids, beta, num_groups
+) -> tuple[Tensor, Tensor, Tensor]:
     count = rewards.numel()
     if sequences.numel() and not 0 <= int(sequences.min()) <= int(sequences.max()) < count:
         raise _outside(int(sequences.min()), int(sequences.max()), count)
-    log_ratios = segment_sums(ratios, sequences, count)
+    # Left-out rows would all lie in the first completion, whose length is the width of the padded sums.
+    log_ratios = segment_sums(ratios, torch.where(active, sequences, count), count)
     return log_ratios, *group_coefficients(log_ratios, rewards, group_ids, beta, num_groups)
 
 
@@ -88,7 +91,7 @@ def _by_kernels(
     facts = list(sequences.aminmax()) if sequences.numel() else []
     if count:
         lonely = (ends - begins < 2).to(torch.int64)
-        facts += [lonely.amax(), groups[lonely.argmax()]]
+        facts += [lonely.amax(), groups[lonely.argmax()[None]][0]]
     found = torch.stack(facts).tolist() if facts else []
     if sequences.numel() and not 0 <= found[0] <= found[1] < count:
         raise _outside(found[0], found[1], count)
@@ -137,7 +140,7 @@ def agro_coefficients(
     else:
         ratios = torch.where(active, logprobs.double() - ref_logprobs.double(), 0.0)
         log_ratios, coefficients, objective = _by_torch(
-            ratios, sequences, rewards, group_ids, beta, num_groups
+            ratios, active, sequences, rewards, group_ids, beta, num_groups
         )
     rows = torch.where(active, coefficients[sequences] if rewards.numel() else 0.0, 0.0)
     dtype = logprobs.dtype

@@ -7,11 +7,12 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+_TRITON = find_spec("triton") is not None  # a constant: torch.compile cannot trace the search
 
-@cache
+
 def triton_available() -> bool:
     """Whether Triton can be imported."""
-    return find_spec("triton") is not None
+    return _TRITON
 
 
 @cache

@@ -48,7 +48,7 @@ def triton_stats(
         width = SPARSE_TILE // tile.columns
         padding = -tile_logsumexp.shape[0] % width
         padded = torch.nn.functional.pad(tile_logsumexp, (0, 0, 0, padding), value=-torch.inf)
-        coarse = torch.logsumexp(padded.view(-1, width, hidden.shape[0]), dim=1).T
+        coarse = torch.logsumexp(padded.view(-1, width, hidden.shape[0]), dim=1).T.contiguous()
     return Stats(logsumexp=logsumexp, target_logit=target_logit, entropy=row_entropy, tile_logsumexp=coarse)
 
 

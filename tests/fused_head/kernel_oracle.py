@@ -32,20 +32,24 @@ def problem(
     rows: int, width: int, columns: int, dtype=torch.float32, seed=0, device="cpu", ignored=True
 ) -> Problem:
     """Logits of about unit variance, and some ignored rows where there are enough."""
-    make = torch.Generator().manual_seed(seed)
-    targets = torch.randint(columns, (rows,), generator=make)
+    make = torch.Generator(device).manual_seed(seed)
+    targets = torch.randint(columns, (rows,), generator=make, device=device)
     if ignored and rows > 4:
         targets[::5] = -100
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=make, device=device)
+
     parts = {
-        "hidden": torch.randn(rows, width, generator=make),
-        "weight": torch.randn(columns, width, generator=make) * width**-0.5,
-        "bias": torch.randn(columns, generator=make),
+        "hidden": normal(rows, width),
+        "weight": normal(columns, width) * width**-0.5,
+        "bias": normal(columns),
     }
     return Problem(
-        **{name: value.to(device=device, dtype=dtype) for name, value in parts.items()},
-        targets=targets.to(device),
-        coefficients=torch.randn(rows, generator=make).to(device),
-        entropy_coefficients=torch.randn(rows, generator=make).to(device),
+        **{name: value.to(dtype) for name, value in parts.items()},
+        targets=targets,
+        coefficients=normal(rows),
+        entropy_coefficients=normal(rows),
     )
 
 

@@ -178,7 +178,7 @@ def test_the_loss_kernels_on_many_completions():
     for ours, theirs in zip(first, expected, strict=True):
         assert float((ours - theirs).abs().max()) <= 1e-12 * float(theirs.abs().max())
     for _ in range(9):
-        again = agro_coefficients(*parts, "chunked")
+        again = agro_coefficients(*parts, "triton")  # `chunked` takes torch's sums for fp64
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
