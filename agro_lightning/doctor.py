@@ -250,7 +250,7 @@ def _simulated(cli: DoctorCLI, ranks: int) -> str:
     with architecture(cli) as where:
         pass
     data = ranks // workload.tensor_parallel
-    replicate = cli.model.sharding.replicate
+    replicate = cli.model.sharding.replicate if ranks > 1 else 1
     given = cli.get("prompt_tokens") or cli.datamodule.train_settings.max_prompt_tokens
     assumed = "" if given else " (assumed; give --prompt_tokens)"
     words = totals(estimate) + (f"; a GPU has {amount(has)}" if workload.gpu else "")

@@ -72,11 +72,14 @@ def _samples_live(sources: Sequence[Source]) -> bool:
 def _read_prompts(
     module: AgroModule, data: AgroDataModule
 ) -> tuple[PreTrainedTokenizerBase, PromptDataset, str]:
-    """The prompts that are sampled from, or those of the validation where nothing is sampled."""
+    """The prompts that are sampled from, or those of the validation where nothing is sampled; both are
+    read."""
     settings = module.policy_settings
     tokenizer = load_tokenizer(settings.path, trust_remote_code=settings.trust_remote_code)
     asked = data.train_settings if _samples_live(data.sources) else data.validation_settings
     prompts = PromptDataset(asked, tokenizer=tokenizer, on_bad_row=data.on_bad_row)
+    if asked is not data.validation_settings:
+        PromptDataset(data.validation_settings, tokenizer=tokenizer, on_bad_row=data.on_bad_row)
     words = f"{len(prompts)} of {asked.path}, the longest of {prompts.longest} tokens, "
     return tokenizer, prompts, words + f"and up to {data.sampling.max_new_tokens} of a completion"
 

@@ -253,13 +253,14 @@ class _First(Callback):
                 "data's rewards"
             )
         after = digest(policy, None)
-        if after == self._before:
+        if after == self._before and norm:
             raise Problem("the step left every weight as it was; look at model.optimizer.learning_rate")
         reward = float(batch.rewards.mean())
+        moved = "weights moved" if norm else "no group's rewards differ, so that nothing was learnt from them"
         self._checks.ok(
             "step",
             f"{batch.num_completions} completions, {batch.num_tokens} tokens in the last micro-batch; mean "
-            f"reward {reward:.3g}, gradient norm {norm:.3g}, weights moved{self._said}",
+            f"reward {reward:.3g}, gradient norm {norm:.3g}, {moved}{self._said}",
         )
         self.stage, self.advice = "save", ""
         self.digest = digest(policy, trainer.optimizers[0])

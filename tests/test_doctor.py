@@ -112,8 +112,9 @@ def test_a_limit_that_the_engine_misses_fails_with_the_limit():
     assert verdicts["export"] == "ok"
 
 
-def test_prompts_that_are_missing_leave_what_needs_none():
-    verdicts, text, code = examine(*SMALL, "--data.train.path", "no/such/file.jsonl")
+@pytest.mark.parametrize("which", ["train", "validation"])
+def test_prompts_that_are_missing_leave_what_needs_none(which):
+    verdicts, text, code = examine(*SMALL, f"--data.{which}.path", "no/such/file.jsonl")
     assert code == 1
     assert verdicts["prompts"] == "FAILED" and "no/such/file.jsonl" in text
     assert {name for name, verdict in verdicts.items() if verdict == "ok"} == {
