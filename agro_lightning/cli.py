@@ -22,7 +22,7 @@ from agro_lightning.cli_errors import explain, explained, unknown_section
 from agro_lightning.cli_values import replace_whole_values
 from agro_lightning.data.datamodule import AgroDataModule
 from agro_lightning.faults import NameLostRank, SlowRanks, StopOnSignal
-from agro_lightning.launch import number_of_ranks, run_folder, slurm_plugins
+from agro_lightning.launch import check_nodes, number_of_ranks, run_folder, slurm_plugins
 from agro_lightning.metrics_file import MetricsFile
 from agro_lightning.module import AgroModule
 from agro_lightning.progress import StepBar, hide_advice
@@ -95,8 +95,9 @@ class AgroCLI(LightningCLI):
             "--checkpoint_every",
             type=int,
             default=100,
-            help="Optimiser steps between checkpoints in RUN_DIR/checkpoints; the last two are kept. For "
-            "other rules (best-k, say) list a ModelCheckpoint in trainer.callbacks.",
+            help="Optimiser steps between checkpoints in RUN_DIR/checkpoints; the last two are kept. To keep "
+            "others too (best-k, say) list a ModelCheckpoint in trainer.callbacks; one with save_last: true "
+            "takes the place of these.",
         )
         parser.link_arguments("data.sampling.temperature", "model.temperature")
         parser.set_defaults({f"data.{key}": value for key, value in DATA_DEFAULTS.items()})
@@ -107,6 +108,7 @@ class AgroCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list) -> L.Trainer:
         """Adds what every run has to what the config asks for: run folder, loggers, callbacks, durable
         checkpoints."""
+        check_nodes(config)
         given_dir = self._get(self.config_init, "run_dir")
         folder = run_folder(given_dir)
         config["default_root_dir"] = str(folder)
@@ -120,14 +122,17 @@ class AgroCLI(LightningCLI):
             if config.get("enable_progress_bar") is not False:
                 mine.append(StepBar())
         kept = [callback for callback in mine if not any(type(other) is type(callback) for other in given)]
-        if not any(isinstance(callback, ModelCheckpoint) for callback in given):
+        last = any(isinstance(callback, ModelCheckpoint) and callback.save_last for callback in given)
+        if config.get("enable_checkpointing") is not False and not last:
             every = self._get(self.config_init, "checkpoint_every")
-            kept.append(RunCheckpoint(folder / "checkpoints", every=every))
+            # before the given ones: the trainer's first checkpoint callback is asked for the last checkpoint
+            given = [RunCheckpoint(folder / "checkpoints", every=every), *given]
         config["callbacks"] = [*given, *kept]
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         plugins = [*plugins, *slurm_plugins()]
-        if config.get("strategy") in ("auto", None) and number_of_ranks(config) > 1:
+        named = config.get("strategy") == "agro_lightning.strategy.Sharded"  # left as text by the parser
+        if named or config.get("strategy") in ("auto", None) and number_of_ranks(config) > 1:
             config["strategy"] = Sharded()
         config["plugins"] = plugins
         if config.get("strategy") in ("auto", None) and not any(

@@ -37,6 +37,20 @@ def number_of_ranks(config: dict[str, Any]) -> int:
     return count * int(config.get("num_nodes") or 1)
 
 
+def check_nodes(config: dict[str, Any]) -> None:
+    """Several nodes need a launcher, or to be told where they meet; otherwise this one would wait in vain.
+
+    Raises:
+        ValueError: trainer.num_nodes is above 1, and neither is there.
+    """
+    nodes = int(config.get("num_nodes") or 1)
+    if nodes > 1 and not SLURMEnvironment.detect() and not {"WORLD_SIZE", "MASTER_ADDR"} & os.environ.keys():
+        raise ValueError(
+            f"trainer.num_nodes is {nodes}, and nothing says where the nodes meet: start with torchrun "
+            "--nnodes or srun, or set trainer.num_nodes: 1"
+        )
+
+
 def run_folder(given: str | None) -> Path:
     """The run folder, the same on all processes: as given, or a new one named by the time.
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from agro_lightning import sharded_checkpoint
@@ -64,6 +65,14 @@ class Sharded(ModelParallelStrategy):
     def setup_environment(self) -> None:
         tensor = self._tensor_parallel_size
         ranks = self.num_nodes * self.num_processes
+        environment = self.cluster_environment
+        if environment is not None and not isinstance(environment, LightningEnvironment):
+            started = environment.world_size()
+            if started != ranks:
+                raise ValueError(
+                    f"the launcher started {started} processes; trainer.devices {self.num_processes} times "
+                    f"trainer.num_nodes {self.num_nodes} is {ranks}. Make them equal"
+                )
         if not isinstance(tensor, int) or tensor < 1 or ranks % tensor:
             raise ValueError(f"tensor_parallel_size is {tensor}; it must divide the number of ranks, {ranks}")
         if self._data_parallel_size == "auto":

@@ -275,6 +275,8 @@ def test_a_slow_rank_is_named_and_the_best_checkpoints_are_kept(tmp_path, config
     steps = [int(path.stem.partition("=")[2]) for path in kept]
     least = min(accuracies[step - 1] for step in steps)
     assert sum(value > least for value in accuracies) <= 1
+    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")  # those to go on from are kept besides
+    assert newest is not None and newest.name == "step-00000004.ckpt"
 
 
 def test_other_strategies_are_refused_on_several_ranks(tmp_path, config):
@@ -282,6 +284,14 @@ def test_other_strategies_are_refused_on_several_ranks(tmp_path, config):
     run_ranks(fit, 2, config(OFFLINE), folder, ["--trainer.strategy", "ddp", "--trainer.max_steps", "1"])
     words = Path(f"{folder}.rank1.log").read_text()
     assert "2 ranks under DDPStrategy" in words and "agro_lightning.strategy.Sharded" in words
+
+
+@pytest.mark.parametrize("options", [("--trainer.num_nodes", "2"), ("--trainer.devices", "4")])
+def test_devices_and_nodes_that_are_not_what_the_launcher_started_are_refused(tmp_path, config, options):
+    folder = str(tmp_path / "run")
+    assert run_ranks(fit, 2, config(OFFLINE), folder, [*options, "--trainer.max_steps", "1"]) == [2, 2]
+    words = Path(f"{folder}.rank1.log").read_text()
+    assert "the launcher started 2 processes; trainer.devices" in words and "is 4. Make them equal" in words
 
 
 def test_rollouts_that_were_not_used_up_are_dealt_out_to_other_ranks():

@@ -11,9 +11,10 @@ import torch
 from test_checkpoint_sharded import logged
 
 from agro_lightning.faults import SlowRanks, probe_seconds
-from agro_lightning.launch import RUN_DIR, number_of_ranks, run_folder, store_after_restart
+from agro_lightning.launch import RUN_DIR, check_nodes, number_of_ranks, run_folder, store_after_restart
 
 LAUNCHERS = (
+    "MASTER_ADDR",
     "WORLD_SIZE",
     "LOCAL_RANK",
     "SLURM_NTASKS",
@@ -62,6 +63,14 @@ def test_number_of_ranks(monkeypatch, config, environment, ranks):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert number_of_ranks(config) == ranks
+
+
+def test_several_nodes_need_to_know_where_they_meet(monkeypatch):
+    check_nodes({"num_nodes": 1})
+    with pytest.raises(ValueError, match="num_nodes is 2, and nothing says where the nodes meet"):
+        check_nodes({"num_nodes": "2"})
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    check_nodes({"num_nodes": 2})
 
 
 def test_processes_agree_on_the_run_folder(monkeypatch):
