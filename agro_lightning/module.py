@@ -336,7 +336,8 @@ class AgroModule(L.LightningModule):
         if self.reference.reference_id != about["reference_id"]:
             raise ValueError(
                 f"the checkpoint was trained against reference {about['reference_id']}, this run has "
-                f"{self.reference.reference_id}: model.policy.path or the temperature has changed"
+                f"{self.reference.reference_id}: model.policy.path, the temperature, or the type that it is "
+                "held in has changed (model.sharding.param_dtype counts under the strategy Sharded alone)"
             )
         set_rng(about["rng"])
 
@@ -381,6 +382,7 @@ class AgroModule(L.LightningModule):
             logger=False,
             batch_size=1,
             rank_zero_only=True,
+            sync_dist=True,
         )
 
     @property
