@@ -25,7 +25,7 @@ from agro_lightning.faults import NameLostRank, SlowRanks, StopOnSignal
 from agro_lightning.launch import check_nodes, number_of_ranks, run_folder, slurm_plugins
 from agro_lightning.metrics_file import MetricsFile
 from agro_lightning.module import AgroModule
-from agro_lightning.progress import StepBar, hide_advice
+from agro_lightning.progress import hide_advice, step_progress
 from agro_lightning.quickstart.defaults import DATA_DEFAULTS, TRAINER_DEFAULTS
 from agro_lightning.run_checkpoints import RunCheckpoint
 from agro_lightning.run_report import SampleTable, Summary
@@ -120,7 +120,7 @@ class AgroCLI(LightningCLI):
         given = given if isinstance(given, list) else [given]
         if not any(isinstance(callback, ProgressBar) for callback in given):
             if config.get("enable_progress_bar") is not False:
-                mine.append(StepBar())
+                mine.append(step_progress())
         kept = [callback for callback in mine if not any(type(other) is type(callback) for other in given)]
         last = any(isinstance(callback, ModelCheckpoint) and callback.save_last for callback in given)
         if config.get("enable_checkpointing") is not False and not last:

@@ -1,11 +1,16 @@
 """What a run shows on the screen: one progress bar over its steps, without other packages' advice."""
 
 import logging
+import sys
+import time
 import warnings
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 10.0
 
 NOT_FOR_USERS = (
     r"Found \d+ module\(s\) in eval mode",  # the policy is meant to be: dropout would change its log-probs
@@ -22,6 +27,10 @@ def hide_advice() -> None:
     )
 
 
+def without_version(shown: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in shown.items() if name != "v_num"}
+
+
 class StepBar(TQDMProgressBar):
     """Counts the steps of the whole run, which has no epochs."""
 
@@ -36,5 +45,52 @@ class StepBar(TQDMProgressBar):
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """The metrics shown beside the bar, without the version number that Lightning adds."""
-        shown = super().get_metrics(trainer, pl_module)
-        return {name: value for name, value in shown.items() if name != "v_num"}
+        return without_version(super().get_metrics(trainer, pl_module))
+
+
+class StepLines(ProgressBar):
+    """The same for a log file, where a bar that redraws itself would leave one endless line: a line when
+    training begins, then one every `SECONDS_BETWEEN_LINES`, after each validation and at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Lightning calls this on every rank but the first."""
+        self._enabled = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._first, self._began, self._printed_at = trainer.global_step, time.monotonic(), -float("inf")
+        self._printed_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        due = time.monotonic() - self._printed_at >= SECONDS_BETWEEN_LINES
+        if due or trainer.global_step == trainer.max_steps:
+            self._line(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._printed_step = -1  # the line of this step, now with the accuracy
+            self._line(trainer, pl_module)
+
+    def _line(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._enabled or trainer.global_step == self._printed_step:
+            return
+        self._printed_at, self._printed_step = time.monotonic(), trainer.global_step
+        shown = without_version(self.get_metrics(trainer, pl_module))
+        meter = tqdm.format_meter(
+            trainer.global_step,
+            trainer.max_steps,
+            self._printed_at - self._began,
+            ncols=0,
+            initial=self._first,
+            prefix="training",
+            postfix=", ".join(f"{name}={value:.3g}" for name, value in shown.items()),
+        )
+        print(meter, flush=True)
+
+
+def step_progress() -> ProgressBar:
+    """A bar on a terminal, lines anywhere else."""
+    return StepBar() if sys.stdout.isatty() else StepLines()

@@ -1,12 +1,16 @@
 """Whole runs through the command line: the quick start's parts, killed and resumed, exported, refused."""
 
+import contextlib
 import csv
 import json
 import os
+import pty
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -34,10 +38,10 @@ data:
 TIMES = ("seconds", "tokens_per_second", "peak_memory")
 
 
-def command(*args, **env):
+def command(*args, stdout=subprocess.PIPE, **env):
     return subprocess.Popen(
         [sys.executable, "-m", "agro_lightning", *map(str, args)],
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
@@ -178,6 +182,28 @@ def test_a_finished_run_goes_on_with_more_steps(config, whole_run, tmp_path):
     run("fit", "--config", config, "--run_dir", folder, "--ckpt_path", "last", "--trainer.max_steps", "10")
     assert json.loads((folder / "summary.json").read_text())["steps"] == 10
     assert [row["step"] for row in metrics(folder)] == [str(step) for step in range(10)]
+
+
+def test_progress_is_lines_in_a_log_and_a_bar_on_a_terminal(config, tmp_path):
+    few = ("fit", "--config", config, "--trainer.max_steps", "2", "--trainer.val_check_interval", "4")
+    few += ("--trainer.enable_progress_bar", "true")
+    log = run(*few, "--run_dir", tmp_path / "log")
+    lines = [line for line in log.splitlines() if line.startswith("training:")]
+    assert [line.split("%")[0].split()[-1] for line in lines] == ["50", "100", "100"]
+    assert " 1/2 [" in lines[0] and all("reward=" in line and "tokens/s=" in line for line in lines)
+    assert "greedy=" in lines[-1] and "greedy=" not in lines[0]
+
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(ours, (50, 200))
+    process = command(*few, "--run_dir", tmp_path / "terminal", stdout=theirs)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # what a terminal says at its end
+        while part := os.read(ours, 65536):
+            shown += part
+    os.close(ours)
+    assert process.wait(60) == 0
+    assert re.search(rb"\rtraining: .*4/4 .*reward=.*tokens/s=", shown)
 
 
 def test_validate_measures_a_checkpoint(config, whole_run):
