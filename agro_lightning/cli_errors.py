@@ -59,6 +59,8 @@ def explain(message: str, parser: Any, args: list[str]) -> str:
     for key in _unknown_keys(message):
         if key not in valid:
             return _unknown(key, valid, args)
+    if place := re.search(r"[Uu]nrecognized arguments: ([^-].*)", message):
+        return f"unexpected {place[1]}; values are given by name, as in --key value (--help lists the keys)"
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return _shorter(" ".join(lines))[:600] + _where_value(message, args)
 
@@ -93,7 +95,12 @@ def unknown_section(parser: Any, args: list[str]) -> str | None:
 
 def _unknown(key: str, valid: set[str], args: list[str]) -> str:
     near = _nearest(key, valid)
-    hint = f"; did you mean {near}?" if near else ""
+    parent = key.rpartition(".")[0]
+    if near in (None, parent):
+        siblings = {name.rpartition(".")[2] for name in valid if name.rpartition(".")[0] == parent}
+        hint = f"; {parent or 'the top level'} takes {', '.join(sorted(siblings - {'help'}))}"
+    else:
+        hint = f"; did you mean {near}?"
     return f"unknown key {key}{_where(key, args)}{hint}"
 
 

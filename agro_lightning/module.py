@@ -30,6 +30,7 @@ from agro_lightning.reference import (
     FrozenReference,
     Reference,
     ReferenceKind,
+    check_reference_id,
     frozen_copy,
 )
 from agro_lightning.self_check import check_logprobs
@@ -77,6 +78,7 @@ class AgroModule(L.LightningModule):
         ):
             if value < least:
                 raise ValueError(f"model.{name} is {value}; it must be at least {least}")
+        check_reference_id(reference_id, reference, temperature)
         self.policy_settings, self.objective, self.optimizer_settings = policy, objective, optimizer
         self.reference_kind, self.cached_reference_id = reference, reference_id
         self.reference_reset_every, self.max_tokens = reference_reset_every, max_tokens

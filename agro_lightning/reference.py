@@ -4,6 +4,7 @@ log-probs."""
 import copy
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +160,24 @@ class AdapterOffReference:
         raise ValueError(
             "reference_reset_every cannot be used with the adapter as the reference: the base stays what "
             "it is. Use reference: frozen"
+        )
+
+
+def check_reference_id(reference_id: str | None, kind: ReferenceKind, temperature: float) -> None:
+    """Raises ValueError where model.reference_id would not be used, or belongs to another temperature."""
+    if reference_id is None:
+        return
+    if kind != "cached":
+        raise ValueError(
+            f"model.reference_id is {reference_id}, but model.reference is {kind}: only cached uses an "
+            "id; set that, or leave the id out"
+        )
+    made_at = reference_id.rpartition("@")[2] if re.fullmatch(r".*@[\d.e+-]+", reference_id) else None
+    if made_at not in (None, f"{temperature:g}"):
+        raise ValueError(
+            f"model.reference_id {reference_id} is of log-probs at temperature {made_at}, and "
+            f"data.sampling.temperature is {temperature:g}: their ratio would mean nothing. Run `annotate "
+            f"--temperature {temperature:g}`, or sample at {made_at}"
         )
 
 

@@ -128,6 +128,20 @@ def test_a_mistyped_key_gets_the_nearest_one_and_its_line(tmp_path):
     assert err.strip() == f"error: unknown key data.bach_size ({path}:4); did you mean data.batch_size?"
 
 
+def test_a_key_like_no_other_gets_the_valid_ones():
+    _, err, code = output_of("fit", "--model.policy.lora.r", "4")
+    assert code == 2
+    assert (
+        err == "error: unknown key model.policy.lora.r; model.policy.lora takes alpha, rank, target_modules\n"
+    )
+    _, err, code = output_of("fit", "--foo", "4")
+    assert code == 2 and err.startswith("error: unknown key foo; the top level takes ") and " trainer" in err
+    _, err, code = output_of("inspect", "buffer")
+    assert code == 2 and err.startswith(
+        "error: unexpected buffer; values are given by name, as in --key value"
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "key", "line", "near"),
     [

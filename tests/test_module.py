@@ -233,7 +233,13 @@ def test_schedules():
     assert OptimizerSettings(warmup_steps=0, schedule="constant").factor(50, 60) == 1.0
 
 
-def test_cached_reference_needs_its_id():
+def test_cached_reference_needs_its_id_and_its_temperature():
     made = AgroModule(policy=PolicySettings(), reference="cached")
     with pytest.raises(ValueError, match="annotate"):
         made.configure_model()
+    with pytest.raises(ValueError, match=r"at temperature 1, and data.sampling.temperature is 0.7"):
+        AgroModule(policy=PolicySettings(), reference="cached", reference_id="ab@1", temperature=0.7)
+    with pytest.raises(ValueError, match="reference is frozen: only cached uses an id"):
+        AgroModule(policy=PolicySettings(), reference="frozen", reference_id="ab@1")
+    for own_name in ("ab@0.7", "made elsewhere", "someone@example"):
+        AgroModule(policy=PolicySettings(), reference="cached", reference_id=own_name, temperature=0.7)
