@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,12 @@ class AgroModule(L.LightningModule):
         off."""
         assert self.policy is not None and self.max_tokens is not None
         pieces = split_batch(batch, self.max_tokens)
+        if max(piece.num_tokens for piece in pieces) > self.max_tokens:  # Python shows one text once
+            warnings.warn(
+                f"some prompts and completions have more tokens together than model.max_tokens = "
+                f"{self.max_tokens}: each is computed alone, above that limit",
+                stacklevel=1,
+            )
         idle = self._over_ranks(len(pieces)) - len(pieces)
         with torch.no_grad():
             measured = [self.policy.logprobs(piece) for piece in pieces + pieces[:1] * idle][: len(pieces)]

@@ -93,6 +93,7 @@ def test_accumulation_equals_one_big_batch(objective, tmp_path):
     assert (split - whole).norm() / whole.norm() < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:some prompts and completions have more tokens:UserWarning")
 @pytest.mark.parametrize("max_tokens", [12, 25])
 @pytest.mark.parametrize("objective", [Agro(beta=0.1), Rloo(beta=0.1), Grpo(), AgroScoreTerm(beta=0.1)])
 def test_groups_above_the_token_budget_give_the_same_gradient(objective, max_tokens, tmp_path):
@@ -102,6 +103,14 @@ def test_groups_above_the_token_budget_give_the_same_gradient(objective, max_tok
     made = module(objective=objective, max_tokens=max_tokens)
     pieces = one_gradient(made, [batch], tmp_path)
     assert whole.norm() > 1e-3
+    assert (pieces - whole).norm() / whole.norm() < 1e-5
+
+
+def test_completions_above_the_token_budget_are_named(tmp_path):
+    batch = pack_groups(make_groups(groups=SHAPES), num_groups=4)
+    whole = one_gradient(module(), [batch], tmp_path)
+    with pytest.warns(UserWarning, match="model.max_tokens = 3: each is computed alone, above that limit"):
+        pieces = one_gradient(module(max_tokens=3), [batch], tmp_path)
     assert (pieces - whole).norm() / whole.norm() < 1e-5
 
 
