@@ -4,14 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-OPTIMIZER_RANGES = {
-    "learning_rate": "positive and finite",
-    "betas": "two numbers of at least 0 and below 1",
-    "weight_decay": "at least 0 and finite",
-    "warmup_steps": "at least 0",
-    "final_fraction": "from 0 to 1",
-}
-
 
 @dataclass(kw_only=True)
 class OptimizerSettings:
@@ -31,15 +23,15 @@ class OptimizerSettings:
     """Where the cosine ends, as a fraction of the peak."""
 
     def __post_init__(self) -> None:
-        for name, value, right in (
-            ("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf),
-            ("betas", list(self.betas), all(0 <= beta < 1 for beta in self.betas)),
-            ("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf),
-            ("warmup_steps", self.warmup_steps, self.warmup_steps >= 0),
-            ("final_fraction", self.final_fraction, 0 <= self.final_fraction <= 1),
+        for name, right, accepted in (
+            ("learning_rate", 0 < self.learning_rate < math.inf, "positive and finite"),
+            ("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers of at least 0 and below 1"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite"),
+            ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
+            ("final_fraction", 0 <= self.final_fraction <= 1, "from 0 to 1"),
         ):
             if not right:
-                raise ValueError(f"model.optimizer.{name} is {value}; it must be {OPTIMIZER_RANGES[name]}")
+                raise ValueError(f"model.optimizer.{name} is {getattr(self, name)}; it must be {accepted}")
 
     def factor(self, step: int, total: int) -> float:
         """The learning rate at `step`, as a fraction of the peak."""

@@ -49,8 +49,8 @@ class StepBar(TQDMProgressBar):
 
 
 class StepLines(ProgressBar):
-    """The same for a log file, where a bar that redraws itself would leave one endless line: a line when
-    training begins, then one every `SECONDS_BETWEEN_LINES`, after each validation and at the end."""
+    """The same for a log file, where a bar that redraws itself would leave one endless line: a line after
+    the first step, then one every `SECONDS_BETWEEN_LINES`, after each validation and after the last step."""
 
     def __init__(self) -> None:
         super().__init__()
