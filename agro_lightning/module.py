@@ -370,6 +370,7 @@ class AgroModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         assert self.policy is not None
+        self.trainer.datamodule.push_weights()  # type: ignore[attr-defined]
         self._whole_policy.enter_context(unsharded(self.policy))  # ranks may have more or fewer batches
 
     def validation_step(self, batch: list[Prompt], batch_idx: int) -> None:

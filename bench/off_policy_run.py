@@ -56,7 +56,7 @@ class Run:
     group_size: int = 8
 
 
-class StaleEngine:
+class StaleEngine(RolloutEngine):
     """Generates with the policy's weights of `lag` updates ago: at first, with those of the start.
 
     Args:

@@ -279,6 +279,32 @@ def test_a_slow_rank_is_named_and_the_best_checkpoints_are_kept(tmp_path, config
     assert newest is not None and newest.name == "step-00000004.ckpt"
 
 
+GATHERING = """
+trainer: {accelerator: cpu, val_check_interval: 2, enable_progress_bar: false}
+model: {optimizer: {learning_rate: 1.0e-4, warmup_steps: 2}}
+data:
+  validation: {path: quickstart-val, limit: 5}
+  batch_size: 1
+  group_size: 3
+  validation_samples: 2
+  pass_at: [2]
+  engine: {class_path: gathering_engine.GatheringEngine}
+  sources:
+  - {weight: 1, name: live}
+  - {weight: 1, paths: [quickstart], repeat: true, name: offline}
+"""
+
+
+def test_an_engine_gets_each_versions_weights_once_from_all_ranks(tmp_path, config):
+    # each step one rank samples and the other does not; one has three batches to validate, the other two
+    folder = str(tmp_path / "run")
+    options = ["--trainer.max_steps", "4"]
+    assert run_ranks(fit, 2, config(GATHERING), folder, options, timeout=120) == [None, None]
+    for rank in range(2):
+        words = Path(f"{folder}.rank{rank}.log").read_text()
+        assert re.findall(r"^pushed (\d+)$", words, re.MULTILINE) == ["0", "1", "2", "3", "4"], words
+
+
 def test_other_strategies_are_refused_on_several_ranks(tmp_path, config):
     folder = str(tmp_path / "run")
     run_ranks(fit, 2, config(OFFLINE), folder, ["--trainer.strategy", "ddp", "--trainer.max_steps", "1"])

@@ -192,6 +192,14 @@ def test_help_lists_every_command():
         assert f"  {command}" in out
 
 
+@pytest.mark.parametrize(
+    "engine", ["AutoEngine", "BatchedDecoding", "ContinuousBatching", "Generate", "vllm_engine.VLLMEngine"]
+)
+def test_every_engine_can_be_asked_for(engine):
+    asked = printed_config("--data.engine", f"agro_lightning.rollout.{engine}")["data"]["engine"]
+    assert asked["class_path"] == f"agro_lightning.rollout.{engine}"
+
+
 REWARD = "agro_lightning.rewards"
 OBJECTIVE = "agro_lightning.objectives"
 

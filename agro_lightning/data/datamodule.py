@@ -194,7 +194,7 @@ class AgroDataModule(L.LightningDataModule):
     def _attach(self) -> None:
         if not self._attached:
             self.engine.attach(self.policy, self.tokenizer)
-            self._attached = True
+            self._attached, self._pushed_version = True, -1
 
     def train_dataloader(self) -> TrainFeed:
         trainer = self.trainer
@@ -275,9 +275,6 @@ class AgroDataModule(L.LightningDataModule):
     # ------------------------------------------------------------------ rollouts
 
     def _sample_live(self, prompts: Sequence[Prompt], n: int, seed: int) -> list[PromptGroup]:
-        self._attach()
-        if self._module.global_step != self._pushed_version:
-            self._push_weights()
         name = next(source.name for source in self.sources if isinstance(source, Live))
         groups, report = rollout_groups(
             self.engine,
@@ -293,8 +290,15 @@ class AgroDataModule(L.LightningDataModule):
         self._record(report.metrics())
         return self._place.agree(groups)
 
-    def _push_weights(self) -> None:
-        """Gives the engine the current weights, and notes which version it then serves."""
+    def push_weights(self) -> None:
+        """Gives the engine the current weights, once, and notes which version it then serves.
+
+        All ranks come here together, those with nothing to generate too, and while the policy is sharded: an
+        engine may gather the weights, which shards them again.
+        """
+        self._attach()
+        if self._pushed_version == self._module.global_step:
+            return
         self._pushed_version = self._module.global_step
         served = self.engine.update_weights(self._pushed_version)
         self._served_version = self._pushed_version if served is None else served
@@ -306,6 +310,7 @@ class AgroDataModule(L.LightningDataModule):
         reference = getattr(self._module.reference, "policy", None) if self._reused else None
         with contextlib.ExitStack() as held:
             if self.train_prompts is not None:
+                self.push_weights()
                 held.enter_context(unsharded(self.policy))
             if reference is not None:
                 held.enter_context(unsharded(reference))
@@ -387,8 +392,6 @@ class AgroDataModule(L.LightningDataModule):
         """Answers validation prompts greedily and by sampling; the samples are the same at every call."""
         if not prompts:
             return []
-        self._attach()
-        self._push_weights()
         return answer_prompts(
             prompts,
             engine=self.engine,
@@ -402,6 +405,7 @@ class AgroDataModule(L.LightningDataModule):
 
     def evaluate(self) -> dict[str, float]:
         """Accuracies over all validation prompts and ranks."""
+        self.push_weights()
         with unsharded(self.policy):  # ranks may have more or fewer prompts
             results = [result for prompts in self.val_dataloader() for result in self.answer(prompts)]
         return self.summarize(results)

@@ -29,7 +29,7 @@ def default_engine(lm: Any, memory_bytes: int | None = None) -> RolloutEngine:
     return ContinuousBatching(memory_bytes) if flash_attention(lm) else BatchedDecoding(memory_bytes)
 
 
-class AutoEngine:
+class AutoEngine(RolloutEngine):
     """Generates with the engine that `default_engine` chooses for the policy.
 
     Args:

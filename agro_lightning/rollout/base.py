@@ -1,8 +1,9 @@
 """What a rollout engine takes and gives: prompts in, token ids with log-probs out."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from agro_lightning.types import FinishReason
 
@@ -43,17 +44,18 @@ class Generation:
     """Log-prob of each token under the engine's distribution at the sampling temperature; None if unknown."""
 
 
-class RolloutEngine(Protocol):
+class RolloutEngine(ABC):
     """Generates completions with the policy's current weights.
 
     One instance serves one rank. Engines leave the model's train/eval mode and every random generator as they
     found them, so that a rollout never disturbs the run's own randomness.
     """
 
+    @abstractmethod
     def attach(self, policy: Any, tokenizer: Any) -> None:
         """Binds the engine to the policy (agro_lightning.policy.Policy) and its tokenizer; called once."""
-        ...
 
+    @abstractmethod
     def update_weights(self, policy_version: int) -> int | None:
         """Called before generating when the policy has been updated: pushes weights, drops stale caches.
 
@@ -61,14 +63,13 @@ class RolloutEngine(Protocol):
             The version that completions will come from, where the engine still serves an older one; None
             means policy_version. Staleness is counted from it.
         """
-        ...
 
+    @abstractmethod
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, n: int, seed: int
     ) -> list[list[Generation]]:
         """Returns n generations of each prompt, in order; equal seed, weights, prompts: equal tokens."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Frees processes and memory; the engine cannot be used afterwards."""
-        ...

@@ -1,7 +1,7 @@
 """What the engines that run the policy itself share: checks, end-of-sequence ids, the model's modes."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from agro_lightning.rollout.base import Generation, Sampling
+from agro_lightning.rollout.base import Generation, RolloutEngine, Sampling
 from agro_lightning.rollout.rows_cache import unsupported
 
 
@@ -78,7 +78,7 @@ def failed() -> Generation:
     return Generation(completion_ids=(), finish_reason="error", behavior_logprobs=None)
 
 
-class TransformersEngine(ABC):
+class TransformersEngine(RolloutEngine):
     """Base of the engines that run the policy's own modules: no copy of the weights, no lasting cache.
 
     Args:
@@ -99,7 +99,7 @@ class TransformersEngine(ABC):
         self._policy, self._kv_bytes = policy, None
         self._eos = eos_token_ids(policy.base, tokenizer)
 
-    def update_weights(self, policy_version: int) -> None:  # noqa: B027
+    def update_weights(self, policy_version: int) -> None:
         """Nothing to push: the policy's weights are used, and no cache outlives a call of `generate`."""
 
     def close(self) -> None:

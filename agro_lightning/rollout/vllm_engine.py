@@ -21,13 +21,13 @@ from torch import Tensor
 from transformers.utils import logging as progress_bars
 
 from agro_lightning.export import build_model
-from agro_lightning.rollout.base import Generation, Sampling
+from agro_lightning.rollout.base import Generation, RolloutEngine, Sampling
 from agro_lightning.rollout.published import whole_weights
 from agro_lightning.rollout.server_process import ServerProcess
 from agro_lightning.rollout.transformers_engine import check_prompts, eos_token_ids, failed, generation
 
 
-class VLLMEngine:
+class VLLMEngine(RolloutEngine):
     """Generates with vLLM over its HTTP interface; needs the extra `vllm`, or any environment that has vLLM.
 
     After each update the policy is written as a safetensors folder, and the server is told to load it in
