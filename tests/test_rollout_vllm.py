@@ -1,5 +1,6 @@
 """vLLM for real: a CPU server with a local random-weights model, generations before and after new weights."""
 
+import csv
 import os
 import socket
 import subprocess
@@ -131,6 +132,35 @@ def test_vllm_follows_the_policy(tied, quickstart_tokenizer, tmp_path):
         remote.close()
     finally:
         engine.close()
+
+
+CONFIG = """
+trainer: {{max_steps: 2, val_check_interval: 1, accelerator: cpu}}
+data:
+  validation: {{path: quickstart-val, limit: 10}}
+  validation_samples: 2
+  pass_at: [2]
+  batch_size: 2
+  group_size: 3
+  engine:
+    class_path: agro_lightning.rollout.vllm_engine.VLLMEngine
+    init_args:
+      python: {python}
+      options: ["--max-model-len", "64", "--enforce-eager"]
+      environment: {{VLLM_CPU_KVCACHE_SPACE: "1", OMP_NUM_THREADS: "1"}}
+"""
+
+
+@pytest.mark.slow
+def test_a_run_generates_with_vllm(tmp_path):
+    (tmp_path / "run.yaml").write_text(CONFIG.format(python=vllm_python()))
+    command = [sys.executable, "-m", "agro_lightning", "fit", "--config", str(tmp_path / "run.yaml")]
+    done = subprocess.run([*command, "--run_dir", str(tmp_path / "run")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    gaps = [float(row[name]) for row in rows if row.get(name := "train/logprob_gap_max")]
+    assert len(gaps) == 2 and max(gaps) < 1e-3
 
 
 def test_without_vllm_the_error_names_the_extra():
