@@ -81,9 +81,11 @@ PARTS = (
          tool_options=("--tool", "memcheck", "--error-exitcode", "7")),
     Part(name="racecheck", command=_sanitized, seconds=60, tool="compute-sanitizer",
          tool_options=("--tool", "racecheck", "--error-exitcode", "7")),
-    Part(name="sm90_report", command=_report, seconds=90),  # last: it needs no GPU
+    Part(name="sm90_report", command=_report, seconds=90),
+    Part(name="tiles", command=_module("bench.tiles"), seconds=200),
 )  # fmt: skip
-"""The limits may add up to more than the call's; what then has no time left is reported so."""
+"""The limits may add up to more than the call's; what then has no time left is reported so, and `--only` runs
+it in a call of its own."""
 
 
 def reason_absent(part: Part, dry: bool) -> str | None:
@@ -153,7 +155,7 @@ def main() -> None:
         if options.json is not None:  # after every part, so that a stopped call leaves what it has
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(records, indent=1) + "\n")
-    emit([item for item in records if item["bench"] != "sm90_report"], None)
+    emit([item for item in records if item["bench"] not in ("sm90_report", "tiles")], None)  # long lists
     if options.json is not None:
         options.json.write_text(json.dumps(records, indent=1) + "\n")
     failed = [item["case"] for item in records if item["metric"] == "exit_code" and item["value"] != 0]

@@ -73,13 +73,18 @@ class Case:
         return self.dtype != "fp32" and "H" in self.constants
 
 
-def head_case(kernel: Any, kind: str, table: Any, dtype: str, size: int, variant: str) -> Case:
+def table_case(kernel: Any, kind: str, table: Any, dtype: str, size: int, variant: str) -> Case:
     """A forward or backward kernel at one hidden size, with the table's tile."""
+    flags = VARIANTS[variant]
+    softcap, descriptor = flags.get("SOFTCAP", False), flags.get("DESCRIPTOR", True)
+    tile = _tiles.choose_tile(table, size, DTYPES[dtype], softcap=softcap, descriptor=descriptor)
+    return head_case(kernel, kind, tile, dtype, size, variant)
+
+
+def head_case(kernel: Any, kind: str, tile: _tiles.Tile, dtype: str, size: int, variant: str) -> Case:
+    """A forward or backward kernel at one hidden size, with any tile."""
     flags = {"DESCRIPTOR": True, "BIAS": False, "SOFTCAP": False, "ENTROPY": False}
     flags |= VARIANTS[variant]
-    tile = _tiles.choose_tile(
-        table, size, DTYPES[dtype], softcap=flags["SOFTCAP"], descriptor=flags["DESCRIPTOR"]
-    )
     shape = {"H": size, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "GROUP": tile.group}
     constants = {name: value for name, value in (flags | shape).items() if name in kernel.arg_names}
     name = f"{kind}:{dtype}:H{size}:{variant}:{tile.rows}x{tile.columns}x{tile.depth}"
@@ -106,7 +111,7 @@ def cases(quick: bool) -> Iterator[Case]:
                 for variant in VARIANTS:
                     wanted = first if quick else first or variant == "plain"
                     if wanted and not (quick and dtype == "fp32" and variant != "plain"):
-                        yield head_case(kernel, kind, table, dtype, size, variant)
+                        yield table_case(kernel, kind, table, dtype, size, variant)
     yield from small_cases()
 
 

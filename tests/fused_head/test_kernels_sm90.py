@@ -41,12 +41,12 @@ def test_every_main_tile_fits_hopper(tmp_path):
 def test_the_gate_can_fail():
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("compiles nothing")
-    from bench.sm90_report import VARIANTS, failures, head_case, stats_kernel
+    from bench.sm90_report import VARIANTS, failures, stats_kernel, table_case
 
     assert "plain" in VARIANTS
     from agro_kernels import _tiles
 
-    case = head_case(stats_kernel, "stats", _tiles.FORWARD, "bf16", 4096, "plain")
+    case = table_case(stats_kernel, "stats", _tiles.FORWARD, "bf16", 4096, "plain")
     good = {"registers": 200, "stack_bytes": 0, "shared_bytes": 1000, "wgmma": 4, "bulk_copies": 6}
     assert failures(case, good) == []
     assert len(failures(case, good | {"stack_bytes": 8, "shared_bytes": 300_000, "wgmma": 0})) == 3

@@ -1,0 +1,187 @@
+"""Which tile each kernel of the fused head should have, for the table in `agro_kernels/_tiles.py`.
+
+Every candidate is compiled for Hopper first, which needs no GPU: one that spills registers, in any epilogue
+the table gives it to, or wants more shared memory than there is, is out (`fits` 0, with the reason). On a GPU
+the others are then timed in turns with the library's matmul of the same shape, at each hidden size: first
+all shapes with the table's group, then the fastest shape with other groups. `matmul_share` is the library's
+time over the kernel's, so 1 is a kernel whose epilogue costs nothing; `best` names the fastest tile.
+`--quick` takes the table's own tiles and two hidden sizes.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from agro_kernels import _tiles
+from agro_kernels._head import Head, Upstream
+from agro_kernels._tiles import Tile
+from agro_kernels._triton_dlogits import dlogits_kernel, launch_dlogits
+from agro_kernels._triton_stats import launch_stats, stats_kernel
+from bench._records import emit, parser, record
+from bench.linear_logprobs import Problem, library_matmul
+from bench.sm90_report import compile_case, failures, head_case, wide
+
+BENCH = "tiles"
+KERNELS = {"stats": stats_kernel, "dlogits": dlogits_kernel}
+TABLES = {"stats": _tiles.FORWARD, "dlogits": _tiles.DLOGITS}
+EPILOGUES = ("plain", "entropy")
+"""What the table's tiles are used with; softcap and plain loads have tiles of their own."""
+SIZES = (896, 1536, 2048, 2880, 4096, 8192)
+SIZES_QUICK = (896, 4096)
+COMPILED_SIZE = 4096
+"""The hidden size compiled for: it is a loop's length, and changes no register."""
+ROWS, COLUMNS = 8192, 65536
+SLICE = 16384
+"""Columns of one launch of the backward: 256 MiB of dL/du in bf16 at ROWS."""
+REPEATS = 10
+GROUP = _tiles.WIDE.group
+OTHER_GROUPS = (4, 8, 32)
+# rows, columns, depth, warps: stages
+SHAPES = {
+    (128, 256, 64, 8): (2, 3, 4),
+    (256, 128, 64, 8): (2, 3, 4),
+    (128, 256, 128, 8): (2,),
+    (128, 128, 64, 8): (3, 4, 5),
+    (128, 128, 64, 4): (3, 4),
+    (128, 128, 128, 8): (2, 3),
+    (64, 256, 64, 4): (2, 3, 4),
+    (64, 128, 64, 4): (4,),
+}
+
+
+def candidates(quick: bool) -> list[Tile]:
+    """The tiles to try, the table's own first."""
+    own = [tile for table in TABLES.values() for _, tile in table]
+    others = [
+        Tile(rows=rows, columns=columns, depth=depth, warps=warps, stages=stages, group=GROUP)
+        for (rows, columns, depth, warps), depths in SHAPES.items()
+        for stages in depths
+    ]
+    return list(dict.fromkeys(own if quick else own + others))
+
+
+def name(tile: Tile) -> str:
+    """Such as 128x256x64:w8:s3:g16."""
+    shape = f"{tile.rows}x{tile.columns}x{tile.depth}"
+    return f"{shape}:w{tile.warps}:s{tile.stages}:g{tile.group}"
+
+
+def compiled(kind: str, tile: Tile) -> tuple[list[dict[str, Any]], bool]:
+    """The tile's cost in each epilogue, read from its binary, and whether it fits."""
+    records, fits = [], True
+    for epilogue in EPILOGUES:
+        case = head_case(KERNELS[kind], kind, tile, "bf16", COMPILED_SIZE, epilogue)
+        figures = compile_case(case)
+        faults = failures(case, figures)
+        fits = fits and not faults
+        label = f"{kind}:{epilogue}:{name(tile)}"
+        note = "; ".join(fault.removeprefix(f"{case.name}: ") for fault in faults) or None
+        records += [
+            record(BENCH, label, "ours", "registers", figures["registers"], "count"),
+            record(BENCH, label, "ours", "stack_bytes", figures["stack_bytes"], "bytes"),
+            record(BENCH, label, "ours", "shared_bytes", figures["shared_bytes"], "bytes"),
+            record(BENCH, label, "ours", "programs_at_once", at_once(tile, figures), "count"),
+            record(BENCH, label, "ours", "fits", int(not faults), "", note),
+        ]
+    return records, fits
+
+
+def at_once(tile: Tile, figures: dict[str, int]) -> int:
+    """Programs that one of Hopper's multiprocessors holds at a time: 65,536 registers, which a thread gets by
+    eights, and 228 KiB of shared memory, of which each program costs 1 KiB more than it asks for."""
+    registers = -(-figures["registers"] // 8) * 8 * 32 * tile.warps
+    return min(65_536 // registers, 228 * 1024 // (figures["shared_bytes"] + 1024))
+
+
+def launcher(kind: str, problem: Problem, tile: Tile) -> Callable[[], None]:
+    """One launch of the kernel on the problem; the backward's is of one slice."""
+    hidden, weight = problem.hidden.detach(), problem.weight.detach()
+    if kind == "stats":
+        return lambda: void(launch_stats(hidden, weight, None, problem.targets, Head(), False, tile))
+    out = hidden.new_empty(hidden.shape[0], weight.shape[0])
+    level = torch.full_like(problem.coefficients, 11.0)
+    upstream = Upstream(logsumexp=level, coefficient=problem.coefficients)
+    return lambda: launch_dlogits(hidden, weight, None, problem.targets, Head(), upstream, out, tile)
+
+
+def void(_: object) -> None:
+    """Drops a result."""
+
+
+def seconds(functions: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of the device for each function, in turns; each runs once before."""
+    times: dict[str, list[float]] = {label: [] for label in functions}
+    for function in functions.values():
+        function()
+    for _ in range(repeats):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(functions) + 1)]
+        events[0].record()
+        for function, after in zip(functions.values(), events[1:], strict=True):
+            function()
+            after.record()
+        torch.cuda.synchronize()  # once a round: launching costs the host time only while the device works
+        for label, before, after in zip(functions, events, events[1:], strict=False):
+            times[label].append(before.elapsed_time(after) / 1000)
+    return times
+
+
+def measured(kind: str, size: int, tiles: list[Tile]) -> list[dict[str, Any]]:
+    """Shares of the library's matmul at one hidden size, and the best tile."""
+    problem = Problem((ROWS, size, COLUMNS if kind == "stats" else SLICE), "cuda", torch.bfloat16)
+    library = library_matmul(problem)
+    shares: dict[Tile, float] = {}
+
+    def measure(chosen: list[Tile]) -> None:
+        functions = {name(tile): launcher(kind, problem, tile) for tile in chosen}
+        times = seconds({"library": library, **functions}, REPEATS)
+        for tile in chosen:
+            pairs = zip(times["library"], times[name(tile)], strict=True)
+            shares[tile] = median(matmul / ours for matmul, ours in pairs)
+
+    measure(tiles)
+    fastest = best(shares)
+    measure([replace(fastest, group=group) for group in OTHER_GROUPS])
+    fastest = best(shares)
+    case = f"{kind}:H{size}"
+    return [
+        *(
+            record(BENCH, f"{case}:{name(tile)}", "ours", "matmul_share", share, "ratio")
+            for tile, share in shares.items()
+        ),
+        record(BENCH, case, "ours", "best", shares[fastest], "ratio", name(fastest)),
+    ]
+
+
+def best(shares: dict[Tile, float]) -> Tile:
+    """The fastest tile; the first of equals."""
+    return max(shares, key=shares.__getitem__)
+
+
+def main() -> None:
+    options = parser(__doc__).parse_args()
+    records: list[dict[str, Any]] = []
+    fitting: dict[str, list[Tile]] = {kind: [] for kind in KERNELS}
+    for kind, tiles in fitting.items():
+        for tile in candidates(options.quick):
+            found, fits = compiled(kind, tile)
+            records += found
+            if fits:
+                tiles.append(tile)
+    print(wide(records))
+    if torch.cuda.is_available():
+        for size in SIZES_QUICK if options.quick else SIZES:
+            for kind, tiles in fitting.items():
+                records += measured(kind, size, tiles)
+                shown = (
+                    f"{kind}, H {size}: {records[-1]['value']:.1%} of the library's, {records[-1]['note']}"
+                )
+                emit(records, options.json, shown)  # what is there already survives a time limit
+    else:
+        emit(records, options.json, "no GPU here: compiled for Hopper, and not timed")
+
+
+if __name__ == "__main__":
+    main()
