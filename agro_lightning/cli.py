@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 os.environ.setdefault(
@@ -13,8 +14,8 @@ import lightning as L
 from docstring_parser import DocstringStyle
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from agro_lightning.callbacks import NonFiniteGuard, StepMetrics
 from agro_lightning.checkpoint import DurableCheckpointIO
@@ -22,12 +23,13 @@ from agro_lightning.cli_errors import explain, explained, unknown_section
 from agro_lightning.cli_values import replace_whole_values
 from agro_lightning.data.datamodule import AgroDataModule
 from agro_lightning.faults import NameLostRank, SlowRanks, StopOnSignal
-from agro_lightning.launch import check_nodes, number_of_ranks, run_folder, slurm_plugins
+from agro_lightning.launch import check_nodes, number_of_ranks, run_folder, slurm_plugins, was_launched
 from agro_lightning.metrics_file import MetricsFile
 from agro_lightning.module import AgroModule
 from agro_lightning.progress import hide_advice, step_progress
 from agro_lightning.quickstart.defaults import DATA_DEFAULTS, TRAINER_DEFAULTS
-from agro_lightning.run_checkpoints import RunCheckpoint
+from agro_lightning.run_checkpoints import RunCheckpoint, check_start
+from agro_lightning.run_config import RunConfig
 from agro_lightning.run_report import SampleTable, Summary
 from agro_lightning.strategy import Sharded
 
@@ -89,7 +91,7 @@ class AgroCLI(LightningCLI):
             default=None,
             help="Folder of the run: metrics, checkpoints, samples, replay buffer. Default: a new "
             "one under runs/, named by the time. To resume, give that of the run, and "
-            "--ckpt_path last.",
+            "--ckpt_path last; without it a folder with checkpoints is refused.",
         )
         parser.add_argument(
             "--checkpoint_every",
@@ -110,10 +112,11 @@ class AgroCLI(LightningCLI):
         checkpoints."""
         check_nodes(config)
         given_dir = self._get(self.config_init, "run_dir")
+        may_be_new = bool(given_dir) or was_launched()
         folder = run_folder(given_dir)
         config["default_root_dir"] = str(folder)
-        if config.get("logger") in (None, True):
-            config["logger"] = [TensorBoardLogger(folder, name="", version=""), MetricsFile(folder)]
+        fitting = self.subcommand == "fit"
+        config["logger"] = loggers(config.get("logger"), folder, fitting=fitting)
         mine = [StepMetrics(), NonFiniteGuard(), SampleTable(), Summary()]
         mine += [StopOnSignal(), SlowRanks(), NameLostRank()]
         given = config.get("callbacks") or []
@@ -125,6 +128,9 @@ class AgroCLI(LightningCLI):
         last = any(isinstance(callback, ModelCheckpoint) and callback.save_last for callback in given)
         if config.get("enable_checkpointing") is not False and not last:
             every = self._get(self.config_init, "checkpoint_every")
+            if not config.get("fast_dev_run"):
+                ckpt_path = self._get(self.config_init, "ckpt_path")
+                check_start(folder, ckpt_path, fitting=fitting, may_be_new=may_be_new)
             # before the given ones: the trainer's first checkpoint callback is asked for the last checkpoint
             given = [RunCheckpoint(folder / "checkpoints", every=every), *given]
         config["callbacks"] = [*given, *kept]
@@ -140,6 +146,19 @@ class AgroCLI(LightningCLI):
         ):
             config["plugins"] = [*plugins, DurableCheckpointIO()]
         return super()._instantiate_trainer(config, callbacks)
+
+
+def loggers(
+    given: Logger | list[Logger] | bool | None, folder: Path, *, fitting: bool
+) -> list[Logger] | bool:
+    """A training run's metrics go to TensorBoard, or where the config says instead, and to metrics.csv too;
+    `validate` leaves the run's curves as they are. False: nowhere."""
+    if given is False:
+        return False
+    if isinstance(given, bool) or given is None:
+        return [TensorBoardLogger(folder, name="", version=""), MetricsFile(folder)] if fitting else False
+    given = given if isinstance(given, list) else [given]
+    return [*given, MetricsFile(folder)] if fitting else given
 
 
 def _commands() -> dict[str, tuple[str, Callable[[], Callable[..., Any]]]]:
@@ -200,8 +219,8 @@ def main(args: list[str] | None = None) -> None:
     AgroCLI(
         AgroModule,
         AgroDataModule,
-        save_config_callback=SaveConfigCallback,
-        save_config_kwargs={"overwrite": True},
+        save_config_callback=RunConfig,
+        save_config_kwargs={"save_to_log_dir": False},
         trainer_defaults=TRAINER_DEFAULTS,
         seed_everything_default=0,
         auto_configure_optimizers=False,

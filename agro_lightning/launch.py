@@ -37,6 +37,11 @@ def number_of_ranks(config: dict[str, Any]) -> int:
     return count * int(config.get("num_nodes") or 1)
 
 
+def was_launched() -> bool:
+    """Whether torchrun, srun or Lightning started this process, which then is told its run folder."""
+    return bool({"WORLD_SIZE", RUN_DIR} & os.environ.keys()) or SLURMEnvironment.detect()
+
+
 def check_nodes(config: dict[str, Any]) -> None:
     """Several nodes need a launcher, or to be told where they meet; otherwise this one would wait in vain.
 

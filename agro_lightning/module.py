@@ -39,6 +39,9 @@ from agro_lightning.sharding import ShardingSettings, clip_by_norm, data_rank, r
 from agro_lightning.strategy import refuse_unsharded
 from agro_lightning.types import Prompt, TokenBatch
 
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+"""Values of trainer.precision that leave the weights' type alone."""
+
 
 class AgroModule(L.LightningModule):
     """Trains a policy against a frozen reference with one objective over prompt groups.
@@ -98,6 +101,11 @@ class AgroModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         refuse_unsharded(self.trainer.strategy, self.trainer.world_size)
+        if (precision := self.trainer.precision) not in PRECISIONS:
+            raise ValueError(
+                f"trainer.precision is {precision}; accepted are {', '.join(PRECISIONS)}. Weights of another "
+                "type come from model.policy.dtype (bfloat16, say), with trainer.precision left out"
+            )
         if (limit := self.trainer.gradient_clip_val) is not None and limit < 0:
             raise ValueError(
                 f"trainer.gradient_clip_val is {limit}; it must be positive, or 0 or null for no clipping"

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
 
 from agro_lightning.sharded_checkpoint import newest_checkpoint
 from agro_lightning.strategy import Sharded
@@ -15,6 +16,33 @@ from agro_lightning.strategy import Sharded
 def run_dir(trainer: L.Trainer) -> Path:
     """The folder of this run: metrics, checkpoints, samples, replay buffer."""
     return Path(trainer.default_root_dir)
+
+
+def check_start(folder: Path, ckpt_path: str | None, *, fitting: bool, may_be_new: bool) -> None:
+    """Neither does a new run write over a former one, nor does one that should go on start anew in silence.
+
+    Args:
+        folder: of the run.
+        ckpt_path: as given.
+        fitting: whether this is `fit`.
+        may_be_new: whether the folder was named by somebody, so that its first start is one with `last` too.
+
+    Raises:
+        ValueError: no checkpoint is named, and there are some; or the last one is named, and there is none.
+    """
+    newest = newest_checkpoint(folder / "checkpoints")
+    if fitting and ckpt_path is None and newest is not None:
+        raise ValueError(
+            f"{folder} holds a run already (its newest checkpoint is {newest.name}): go on with it by "
+            "--ckpt_path last, or give another --run_dir"
+        )
+    if ckpt_path == "last" and newest is None:
+        if not (fitting and may_be_new):
+            raise ValueError(
+                f"--ckpt_path last means the newest checkpoint of --run_dir, and {folder} holds none; "
+                "give the folder of the run, or the checkpoint's path"
+            )
+        rank_zero_info(f"{folder} holds no checkpoint yet: the run starts from its beginning")
 
 
 def last_checkpoint(trainer: L.Trainer) -> str:

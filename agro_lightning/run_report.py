@@ -110,7 +110,11 @@ class Summary(Callback):
                     f"{summary['steps']} steps, {summary['completions']} completions, "
                     f"{summary['seconds']:.0f} s",
                     f"run folder   {folder}",
-                    f"TensorBoard  tensorboard --logdir {folder}",
+                    *(
+                        f"TensorBoard  tensorboard --logdir {Path(logger.log_dir)}"
+                        for logger in trainer.loggers
+                        if isinstance(logger, TensorBoardLogger)
+                    ),
                 ]
             )
         )

@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ def scratch(tmp_path, monkeypatch):
     """Where temporary folders are made, so that what is left there shows."""
     folder = tmp_path / "scratch"
     folder.mkdir()
+    get_temp_dir()  # multiprocessing keeps its first one, whose path must be short enough for a socket
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.chdir(tmp_path)
     return folder

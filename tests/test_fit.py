@@ -212,6 +212,53 @@ def test_validate_measures_a_checkpoint(config, whole_run):
     assert "val/greedy_accuracy" in output and "val/pass_at_2" in output
 
 
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_runs_folder_is_safe_from_other_commands(config, whole_run):
+    folder, _ = whole_run
+    before = contents(folder)
+    last = ("--run_dir", folder, "--ckpt_path", "last")
+    assert "val/greedy_accuracy" in run("validate", "--config", config, *last)
+    anew = run("fit", "--config", config, "--run_dir", folder, code=2)
+    assert "holds a run already (its newest checkpoint is step-00000008.ckpt)" in anew
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_the_last_checkpoint_of_no_run_is_refused(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = run(command, "--ckpt_path", "last", code=2)
+    assert "means the newest checkpoint of --run_dir" in output
+    if command == "validate":  # a fit in a folder that was named goes on by the same command after a kill
+        assert "holds none" in run(command, "--ckpt_path", "last", "--run_dir", "typo", code=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_former_settings_of_a_run_are_kept(config, whole_run, tmp_path):
+    folder = shutil.copytree(whole_run[0], tmp_path / "run", symlinks=True)
+    former = (folder / "config.yaml").read_text()
+    on = ("fit", "--config", config, "--run_dir", folder, "--ckpt_path", "last", "--trainer.max_steps")
+    run(*on, "9")
+    run(*on, "9")  # no other settings than before
+    assert (folder / "config-1.yaml").read_text() == former
+    assert "max_steps: 9" in (folder / "config.yaml").read_text()
+    assert not (folder / "config-2.yaml").exists()
+
+
+def test_another_logger_takes_no_metrics_from_the_run_folder(config, tmp_path):
+    csv_logger = ("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", tmp_path / "mine")
+    few = ("fit", "--config", config, "--trainer.max_steps", "2")
+    output = run(*few, "--run_dir", tmp_path / "run", *csv_logger)
+    assert "tensorboard" not in output
+    assert [row["step"] for row in metrics(tmp_path / "run")] == ["0", "1"]
+    assert {"config.yaml", "reward.png", "summary.json"} <= contents(tmp_path / "run").keys()
+    assert list((tmp_path / "mine").rglob("metrics.csv"))
+    run(*few, "--run_dir", tmp_path / "none", "--trainer.logger", "false")
+    assert not (tmp_path / "none" / "metrics.csv").exists()
+
+
 def test_a_foreign_checkpoint_is_refused(config, tmp_path):
     bad = tmp_path / "foreign.ckpt"
     torch.save({"state_dict": Path}, bad)
