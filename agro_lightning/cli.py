@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,6 +36,7 @@ from agro_lightning.strategy import Sharded
 
 set_parsing_settings(docstring_parse_style=DocstringStyle.GOOGLE, docstring_parse_attribute_docstrings=True)
 
+PROGRAM = "python -m agro_lightning"
 TRAINING_COMMANDS = {
     "fit": "Train. Without --config it trains the quick start that ships with the package.",
     "validate": "Measure accuracy on the validation prompts.",
@@ -59,7 +61,7 @@ class AgroCLI(LightningCLI):
     """Model, data and trainer from one YAML file and the command line."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = AgroParser(**{"dump_header": [], **kwargs})
+        parser = AgroParser(**{"dump_header": [], "prog": PROGRAM, **kwargs})
         parser.add_argument("-c", "--config", action="config", help="A YAML file with any of these keys.")
         return parser
 
@@ -202,7 +204,7 @@ def main(args: list[str] | None = None) -> None:
         lines = [f"  {name:<10} {text}" for name, text in TRAINING_COMMANDS.items()]
         lines += [f"  {'doctor':<10} {DOCTOR}"]
         lines += [f"  {name:<10} {text}" for name, (text, _) in commands.items()]
-        print("usage: python -m agro_lightning COMMAND [--help]\n\n" + "\n".join(lines))
+        print(f"usage: {PROGRAM} COMMAND [--help]\n\n" + "\n".join(lines))
         raise SystemExit(0 if args else 2)
     if args[0] == "doctor":
         from agro_lightning.doctor import doctor
@@ -210,7 +212,7 @@ def main(args: list[str] | None = None) -> None:
         doctor(args[1:])
         return
     if args[0] in commands:
-        _run_command(commands[args[0]][1](), args[1:])
+        _run_command(args[0], commands[args[0]][1](), args[1:])
         return
     if args[0] not in TRAINING_COMMANDS:
         sys.stderr.write(f"error: {explain_command(args, [*TRAINING_COMMANDS, 'doctor', *commands])}\n")
@@ -228,12 +230,15 @@ def main(args: list[str] | None = None) -> None:
     )
 
 
-def _run_command(function: Callable[..., Any], args: list[str]) -> None:
+def _run_command(name: str, function: Callable[..., Any], args: list[str]) -> None:
     """Calls a plain function with what the command line and config files say."""
     summary = (function.__doc__ or "").partition("\n\n    Args:")[0]
-    parser = AgroParser(description=" ".join(summary.split()))
+    parser = AgroParser(prog=f"{PROGRAM} {name}", description=" ".join(summary.split()))
     parser.add_argument("-c", "--config", action="config", help="A YAML file with any of these keys.")
     parser.add_function_arguments(function, as_group=False, fail_untyped=True)
+    # the parser can print what it has built itself, and not an object that is a parameter's default
+    keys = signature(function).parameters.keys() & {"rewards", "engine"}
+    parser.set_defaults({key: DATA_DEFAULTS[key] for key in keys})
     replace_whole_values(parser)
     config = parser.parse_args(args)
     with explained(building=True):
@@ -248,7 +253,7 @@ def explain_command(args: list[str], commands: list[str]) -> str:
     import difflib
 
     if args[0].startswith("-"):
-        return f"{args[0]} stands before the command; write: python -m agro_lightning fit {' '.join(args)}"
+        return f"{args[0]} stands before the command; write: {PROGRAM} fit {' '.join(args)}"
     near = difflib.get_close_matches(args[0], commands, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     return f"unknown command {args[0]!r}.{hint} Commands: {', '.join(commands)}"

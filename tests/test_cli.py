@@ -44,6 +44,29 @@ def test_quickstart_yaml_is_complete():
     assert written["data"] == printed_config()["data"]
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("fit",),
+        ("validate",),
+        ("doctor",),
+        ("rollout", "--prompts.path", "quickstart-train", "--out", "buffer"),
+        ("annotate", "--buffer", "quickstart", "--out", "copy"),
+        ("inspect", "--buffer", "quickstart"),
+        ("export", "--ckpt", "last.ckpt", "--out", "model"),
+    ],
+    ids=lambda args: args[0],
+)
+def test_a_printed_config_says_the_same_when_it_is_read(args, tmp_path):
+    printed, _, code = output_of(*args, "--print_config")
+    assert code == 0 and "serialize" not in printed
+    path = tmp_path / "printed.yaml"
+    path.write_text(printed)
+    again, err, code = output_of(args[0], "--config", path, "--print_config")
+    assert code == 0, err
+    assert yaml.safe_load(again) == yaml.safe_load(printed)
+
+
 @pytest.fixture(scope="module")
 def local_copies(tmp_path_factory, quickstart_tokenizer):
     """A model folder and data files of the public schemas, in place of hub ids."""

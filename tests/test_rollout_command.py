@@ -162,7 +162,7 @@ def test_the_command_line_takes_the_same_options(whole, tmp_path):
             "quickstart-val",
         ]
         + ["--prompts.limit", "10", "--n", "2", "--groups_per_file", "4", "--temperature", "1.0"]
-        + ["--rewards+=agro_lightning.rewards.ExactMatch", "--device", "cpu"]
+        + ['--rewards=[{"class_path": "agro_lightning.rewards.ExactMatch"}]', "--device", "cpu"]
     )
     assert rows(tmp_path / "b") == rows(whole)
 
