@@ -78,6 +78,10 @@ class AgroCLI(LightningCLI):
             for name in TRAINING_COMMANDS
         }
 
+    def _set_seed(self) -> None:
+        with explained(building=True):
+            super()._set_seed()
+
     def instantiate_classes(self) -> None:
         with explained(building=True):
             super().instantiate_classes()
@@ -99,7 +103,8 @@ class AgroCLI(LightningCLI):
             "--checkpoint_every",
             type=int,
             default=100,
-            help="Optimiser steps between checkpoints in RUN_DIR/checkpoints; the last two are kept. To keep "
+            help="Optimiser steps between checkpoints in RUN_DIR/checkpoints; the last two are kept. 0 saves "
+            "at the run's end, and when it is told to stop, alone. To keep "
             "others too (best-k, say) list a ModelCheckpoint in trainer.callbacks; one with save_last: true "
             "takes the place of these.",
         )

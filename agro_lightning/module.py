@@ -37,10 +37,8 @@ from agro_lightning.reference import (
 from agro_lightning.self_check import check_logprobs
 from agro_lightning.sharding import ShardingSettings, clip_by_norm, data_rank, reshard, total_norm, unsharded
 from agro_lightning.strategy import refuse_unsharded
+from agro_lightning.trainer_checks import check_trainer
 from agro_lightning.types import Prompt, TokenBatch
-
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-"""Values of trainer.precision that leave the weights' type alone."""
 
 
 class AgroModule(L.LightningModule):
@@ -101,15 +99,7 @@ class AgroModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         refuse_unsharded(self.trainer.strategy, self.trainer.world_size)
-        if (precision := self.trainer.precision) not in PRECISIONS:
-            raise ValueError(
-                f"trainer.precision is {precision}; accepted are {', '.join(PRECISIONS)}. Weights of another "
-                "type come from model.policy.dtype (bfloat16, say), with trainer.precision left out"
-            )
-        if (limit := self.trainer.gradient_clip_val) is not None and limit < 0:
-            raise ValueError(
-                f"trainer.gradient_clip_val is {limit}; it must be positive, or 0 or null for no clipping"
-            )
+        check_trainer(self.trainer)
 
     def configure_model(self) -> None:
         """Builds policy and reference once; called by Lightning inside the strategy's context."""

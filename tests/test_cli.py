@@ -286,6 +286,7 @@ def test_another_class_takes_nothing_from_the_former_one(tmp_path):
         ("trainer.max_steps", -1, "give the number of optimiser steps"),
         ("trainer.accumulate_grad_batches", 0, "at least 1 micro-batch"),
         ("trainer.gradient_clip_val", -0.5, "must be positive"),
+        ("trainer.val_check_interval", 0, "trainer.limit_val_batches: 0"),
         ("trainer.precision", "bf16-true", "model.policy.dtype"),
         ("ckpt_path", "no/such.ckpt", "no/such.ckpt does not exist"),
     ],

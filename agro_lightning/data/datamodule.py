@@ -38,6 +38,7 @@ from agro_lightning.rewards import ExactMatch, Reward, RewardSet
 from agro_lightning.rollout import AutoEngine, RolloutEngine, Sampling
 from agro_lightning.rollout.collect import rollout_groups
 from agro_lightning.sharding import DataRank, data_rank, unsharded
+from agro_lightning.trainer_checks import check_steps
 from agro_lightning.types import Prompt, PromptGroup, TokenBatch
 
 
@@ -165,7 +166,8 @@ class AgroDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Loads tokenizer and prompts; called on every rank."""
         if stage == "fit":
-            self._check_steps()
+            assert self.trainer is not None
+            check_steps(self.trainer)
         settings = self._module.policy_settings
         self.tokenizer = load_tokenizer(settings.path, trust_remote_code=settings.trust_remote_code)
         self.tokenizer_id = tokenizer_id(self.tokenizer)
@@ -251,16 +253,6 @@ class AgroDataModule(L.LightningDataModule):
             log=UseLog(log) if self.trainer.is_global_zero else None,
             agree=self._from_rank_zero,
         )
-
-    def _check_steps(self) -> None:
-        assert self.trainer is not None
-        steps, accumulate = self.trainer.max_steps, self.trainer.accumulate_grad_batches
-        if steps < 1:
-            raise ValueError(f"trainer.max_steps is {steps}; give the number of optimiser steps of the run")
-        if accumulate < 1:
-            raise ValueError(
-                f"trainer.accumulate_grad_batches is {accumulate}; it must be at least 1 micro-batch a step"
-            )
 
     def _check_lengths(self) -> None:
         limit, new = self.policy.max_positions, self.sampling.max_new_tokens
