@@ -156,11 +156,30 @@ class AgroModule(L.LightningModule):
             fused=False,
             foreach=True,
         )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _rate_factor(self, step: int) -> float:
         # asking Lightning to estimate would open the data before a checkpoint has told where it stands
         limit = self.trainer.max_steps
         total = limit if limit > 0 else int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: settings.factor(step, total))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.optimizer_settings.factor(step, total)
+
+    def on_train_start(self) -> None:
+        """A run that goes on takes the present settings: a checkpoint's optimiser brings its former ones."""
+        settings = self.optimizer_settings
+        for config in self.trainer.lr_scheduler_configs:
+            schedule = config.scheduler
+            assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+            schedule.base_lrs = [settings.learning_rate] * len(schedule.base_lrs)
+            rate = settings.learning_rate * self._rate_factor(schedule.last_epoch)
+            for group in schedule.optimizer.param_groups:
+                group.update(
+                    lr=rate,
+                    initial_lr=settings.learning_rate,
+                    betas=settings.betas,
+                    weight_decay=settings.weight_decay,
+                )
 
     # ------------------------------------------------------------------ training
 

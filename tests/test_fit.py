@@ -184,6 +184,31 @@ def test_a_finished_run_goes_on_with_more_steps(config, whole_run, tmp_path):
     assert [row["step"] for row in metrics(folder)] == [str(step) for step in range(10)]
 
 
+def test_a_run_goes_on_with_the_optimiser_settings_of_now(config, whole_run, tmp_path):
+    folder = shutil.copytree(whole_run[0], tmp_path / "run", symlinks=True)
+    now = {"learning_rate": 1e-5, "betas": [0.8, 0.9], "weight_decay": 0.1, "schedule": "constant"}
+    options = [part for key, value in now.items() for part in (f"--model.optimizer.{key}", json.dumps(value))]
+    options = [option.strip('"') for option in options]
+    run(
+        "fit",
+        "--config",
+        config,
+        "--run_dir",
+        folder,
+        "--ckpt_path",
+        "last",
+        "--trainer.max_steps",
+        "9",
+        *options,
+    )
+    assert float(metrics(folder)[-1]["train/learning_rate"]) == 1e-5
+    assert float(metrics(folder)[-2]["train/learning_rate"]) > 5e-5
+    (path,) = (folder / "checkpoints").glob("step-00000009.ckpt")
+    (state,) = torch.load(path, weights_only=True)["optimizer_states"]
+    (group,) = state["param_groups"]
+    assert (group["lr"], list(group["betas"]), group["weight_decay"]) == (1e-5, [0.8, 0.9], 0.1)
+
+
 def test_progress_is_lines_in_a_log_and_a_bar_on_a_terminal(config, tmp_path):
     few = ("fit", "--config", config, "--trainer.max_steps", "2", "--trainer.val_check_interval", "4")
     few += ("--trainer.enable_progress_bar", "true")
