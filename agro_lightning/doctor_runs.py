@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,6 +94,7 @@ class Runs:
         assert self._first is not None
         module, data, config = self._cli.build()
         _without_streams(data)
+        data.max_logprob_gap = math.inf  # the first run has judged it
         probe = _Second(self._first.digest)
         self._trainer(config, 2, probe).fit(module, datamodule=data, ckpt_path=str(self._saved))
         if not probe.equal:
@@ -181,6 +183,7 @@ class _First(Callback):
         self.stage, self.advice = "step", "Look at data.sources and the step's settings"
         checks.run("sample", lambda: self._sample(policy), advice="Look at data.engine and data.sampling")
         checks.run("log-probs", lambda: self._compare(pl_module, policy), needs=["sample"])
+        self._data.max_logprob_gap = math.inf  # judged above; the step is to be seen, too
         self._before = digest(policy, None)
 
     def _sample(self, policy: Policy) -> str:

@@ -101,6 +101,16 @@ class AgroModule(L.LightningModule):
         refuse_unsharded(self.trainer.strategy, self.trainer.world_size)
         check_trainer(self.trainer)
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """The step's metrics and guards come with the module, whoever builds the trainer; not where batches
+        come from a loader of one's own, which counts nothing."""
+        from agro_lightning.callbacks import NonFiniteGuard, StepMetrics  # which import this module
+
+        if getattr(self.trainer, "datamodule", None) is None:
+            return []
+        given = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        return [kind() for kind in (StepMetrics, NonFiniteGuard) if kind not in given]
+
     def configure_model(self) -> None:
         """Builds policy and reference once; called by Lightning inside the strategy's context."""
         if self.policy is not None:

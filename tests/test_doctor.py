@@ -111,7 +111,7 @@ def test_a_limit_that_the_engine_misses_fails_with_the_limit():
     verdicts, text, code = examine(*SMALL, "--data.max_logprob_gap", "0")
     assert code == 1 and verdicts["log-probs"] == "FAILED"
     assert "the limit is 0" in text
-    assert verdicts["export"] == "ok"
+    assert all(verdict == "ok" for name, verdict in verdicts.items() if name != "log-probs")
 
 
 @pytest.mark.parametrize("which", ["train", "validation"])

@@ -56,6 +56,15 @@ def test_every_line_is_a_metric(columns):
     assert documented() - only_elsewhere - {"seconds/*"} <= measured
 
 
+def test_its_python_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    program = f"{code}\nprint(sorted(trainer.callback_metrics))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert all(name in done.stdout for name in ("train/reward", "train/logprob_gap_mean", "val/pass_at_4"))
+
+
 def test_files_and_modules_that_it_names_are_there():
     paths = set(re.findall(r"\b(?:configs|bench|tests|kernels)/[\w./-]+\.\w+", README))
     assert len(paths) > 5
