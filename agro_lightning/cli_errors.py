@@ -2,7 +2,10 @@
 stands."""
 
 import difflib
+import importlib
+import inspect
 import logging
+import pydoc
 import re
 import sys
 from collections.abc import Iterator
@@ -16,6 +19,14 @@ import yaml
 log = logging.getLogger(__name__)
 
 PACKAGES = ("agro_lightning", "agro_kernels")
+CLASSES = {
+    "engine": "agro_lightning.rollout",
+    "objective": "agro_lightning.objectives",
+    "rewards": "agro_lightning.rewards",
+    "callbacks": "lightning.pytorch.callbacks",
+    "logger": "lightning.pytorch.loggers",
+}
+"""Where the classes are that keys of this name may have as their values."""
 
 
 @contextmanager
@@ -55,6 +66,8 @@ def explain(message: str, parser: Any, args: list[str]) -> str:
         parser: whose keys are valid.
         args: the command line, in which the config files are named.
     """
+    if said := _wrong_class(message, args):
+        return said
     valid = valid_keys(parser)
     for key in _unknown_keys(message):
         if key not in valid:
@@ -91,6 +104,52 @@ def unknown_section(parser: Any, args: list[str]) -> str | None:
         if isinstance(root, yaml.MappingNode) and (key := search(root, "")):
             return _unknown(key, valid, args)
     return None
+
+
+def _wrong_class(message: str, args: list[str]) -> str | None:
+    """What to say of a class that does not exist, or of an option that a class does not have."""
+    key = re.search(r"(?:Parser key|Key|key) ['\"]([\w.]+)['\"]", message)
+    if key is None:
+        return None
+    option = re.search(r"given class_path '([\w.]+)':\s*Option '(\w+)' is not accepted", message)
+    if option is not None and (owner := pydoc.locate(option[1])) is not None:
+        options = [name for name in inspect.signature(owner).parameters if name != "self"]  # type: ignore[arg-type]
+        name = option[1].rpartition(".")[2]
+        return f"unknown key {key[1]}.{option[2]}{_where(f'{key[1]}.{option[2]}', args)}" + _choice(
+            option[2], options, f"; {name} takes "
+        )
+    absent = re.search(
+        r"(?:dot import path string: |has no attribute '|\.Sequence'>\. Got value: )([\w.]+)", message
+    )
+    classes = _known_classes(key[1])
+    if absent is None or not classes:
+        return None
+    return f"{key[1]}{_where(key[1], args)}: there is no class {absent[1]}" + _choice(
+        absent[1], classes, "; give the import path of one of your own, or one of "
+    )
+
+
+def _choice(given: str, accepted: list[str], otherwise: str) -> str:
+    """The nearest of what is accepted, or all of it."""
+    near = difflib.get_close_matches(given, accepted, n=1)
+    return f"; did you mean {near[0]}?" if near else f"{otherwise}{', '.join(accepted) or 'no options'}"
+
+
+def _known_classes(key: str) -> list[str]:
+    """Names of the classes that a key may have as its value, where it is one of these."""
+    package = CLASSES.get(key.rpartition(".")[2])
+    if package is None:
+        return []
+    module = importlib.import_module(package)
+    found = {name: getattr(module, name) for name in module.__all__}
+    return [name for name, value in found.items() if inspect.isclass(value) and _can_be_chosen(value)]
+
+
+def _can_be_chosen(kind: type) -> bool:
+    """Whether it does something: not a base class, an error, or what is passed around."""
+    acts = {"__call__", "generate", "on_train_start", "log_metrics"} & set(dir(kind))
+    base = inspect.isabstract(kind) or getattr(kind, "_is_protocol", False)
+    return bool(acts) and not base and kind.__name__ != "RewardSet"  # which holds the others
 
 
 def _unknown(key: str, valid: set[str], args: list[str]) -> str:

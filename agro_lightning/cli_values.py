@@ -5,11 +5,16 @@ or a config file's. A reward would get the name of another, and its way to find 
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import inspect
 import pydoc
 from typing import Any
+
+import yaml
+
+from agro_lightning import rewards
 
 
 def replace_whole_values(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +42,10 @@ def _replacing(action: argparse.Action, check: Any) -> Any:
     def checked(value: Any, **known: Any) -> Any:
         cfg = known.get("cfg")
         former = cfg.get(action.dest) if cfg else None
+        if action.dest.rpartition(".")[2] == "rewards":
+            value = _full_paths(value)
+            if isinstance(value, str) and value.startswith(rewards.__name__) and not known.get("append"):
+                value = [value]
         if cfg is None or former is None or known.get("append"):
             return check(value, **known)
         if isinstance(former, list):
@@ -52,6 +61,20 @@ def _replacing(action: argparse.Action, check: Any) -> Any:
         return found
 
     return checked
+
+
+def _full_paths(value: Any) -> Any:
+    """Import paths for the short names of rewards; the parser finds them for base classes alone, and rewards
+    need none."""
+    if isinstance(value, str) and value.startswith(("[", "{")):
+        with contextlib.suppress(yaml.YAMLError):  # the parser says it better
+            value = yaml.safe_load(value)
+    if isinstance(value, list):
+        return [_full_paths(item) for item in value]
+    if isinstance(value, dict) and "class_path" in value:
+        return {**value, "class_path": _full_paths(value["class_path"])}
+    known = isinstance(value, str) and value in rewards.__all__
+    return f"{rewards.__name__}.{value}" if known else value
 
 
 def _fill_up(found: Any, former: Any) -> None:

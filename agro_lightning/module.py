@@ -151,6 +151,10 @@ class AgroModule(L.LightningModule):
         if isinstance(self.reference, FrozenReference) and self.device_mesh is None:
             self.reference.to(self.device)
         assert self.policy is not None
+        if self.policy_settings.attention == "flex" and self.device.type == "cpu":
+            raise ValueError(
+                "model.policy.attention is flex, which has no backward on a CPU; set it to auto or dense"
+            )
         check_logprobs(self.policy)
         if isinstance(self.reference, FrozenReference):
             self.reference.policy.share_prompts(self.policy.shared_prompts)

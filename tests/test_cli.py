@@ -181,6 +181,47 @@ def test_a_mistyped_section_without_content_is_refused_too(text, key, line, near
     assert err.startswith(f"error: unknown key {key} ({path}:{line}); did you mean ") and near in err
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (
+            ("--data.engine", "BatchDecoding"),
+            "data.engine: there is no class BatchDecoding; did you mean Bat",
+        ),
+        (("--model.objective", "Ppo"), "one of your own, or one of Agro, AgroScoreTerm, Grpo, "),
+        (("--data.rewards+=Foo",), "one of ExactMatch, GymReward, MathVerify, NumericMatch, PythonReward, "),
+        (("--data.rewards", "ExactMtch"), "did you mean ExactMatch?"),
+        (('--data.rewards=[{"class_path": "a.B"}]',), "No module named 'a'"),
+        (("--trainer.callbacks+=EarlyStoping",), "did you mean EarlyStopping?"),
+        (("--model.objective.betaa", "3"), "unknown key model.objective.betaa; did you mean beta?"),
+        (
+            ("--data.engine", "Generate", "--data.engine.foo", "1"),
+            "data.engine.foo; Generate takes no options",
+        ),
+        (("--data.rewards.extrct", "x"), "unknown key data.rewards.extrct; did you mean extract?"),
+    ],
+)
+def test_a_class_or_option_that_is_not_there_is_answered_by_what_is(args, said):
+    _, err, code = output_of("fit", *args)
+    assert code == 2 and said in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_rewards_go_by_their_short_names(tmp_path):
+    def rewards(*args):
+        return [
+            (reward["class_path"].removeprefix("agro_lightning.rewards."), reward["init_args"]["weight"])
+            for reward in printed_config(*args)["data"]["rewards"]
+        ]
+
+    assert rewards("--data.rewards", "NumericMatch") == [("NumericMatch", 1.0)]
+    assert rewards("--data.rewards+=NumericMatch") == [("ExactMatch", 1.0), ("NumericMatch", 1.0)]
+    assert rewards("--data.rewards=[NumericMatch, MathVerify]")[1] == ("MathVerify", 1.0)
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {rewards: [{class_path: NumericMatch, init_args: {weight: 3.0}}]}")
+    assert rewards("--config", path) == [("NumericMatch", 3.0)]
+    assert rewards("--config", path, "--data.rewards.weight", 2.0) == [("NumericMatch", 2.0)]
+
+
 def test_a_mistyped_flag_gets_the_nearest_one():
     _, err, code = output_of("fit", "--data.grup_size", "4")
     assert code == 2
@@ -287,6 +328,7 @@ def test_another_class_takes_nothing_from_the_former_one(tmp_path):
         ("trainer.accumulate_grad_batches", 0, "at least 1 micro-batch"),
         ("trainer.gradient_clip_val", -0.5, "must be positive"),
         ("trainer.val_check_interval", 0, "trainer.limit_val_batches: 0"),
+        ("model.policy.attention", "flex", "auto or dense"),
         ("trainer.precision", "bf16-true", "model.policy.dtype"),
         ("ckpt_path", "no/such.ckpt", "no/such.ckpt does not exist"),
     ],
