@@ -10,6 +10,8 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.compat.proto import event_pb2
 from torch import Tensor
 
 from agro_lightning.metrics import Tally, combined, plain_tallies
@@ -47,6 +49,8 @@ class StepMetrics(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile):
                 logger.resume_at(trainer.global_step)
+            elif isinstance(logger, TensorBoardLogger) and trainer.global_step and trainer.is_global_zero:
+                _forget_from(logger, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -87,6 +91,13 @@ class StepMetrics(Callback):
             logger=False,
             batch_size=1,
         )
+
+
+def _forget_from(logger: TensorBoardLogger, step: int) -> None:
+    """Lets TensorBoard drop what a killed process logged after the checkpoint, as its `purge_step` does."""
+    proto: Any = event_pb2  # its classes are made when it is imported
+    restart = proto.Event(step=step, session_log=proto.SessionLog(status=proto.SessionLog.START))
+    logger.experiment._get_file_writer().add_event(restart)
 
 
 def _log(trainer: L.Trainer, metrics: dict[str, float]) -> None:

@@ -19,7 +19,9 @@ def run_dir(trainer: L.Trainer) -> Path:
 
 
 def check_start(folder: Path, ckpt_path: str | None, *, fitting: bool, may_be_new: bool) -> None:
-    """Neither does a new run write over a former one, nor does one that should go on start anew in silence.
+    """Looks at the run's folder before anything is loaded.
+
+    A new run must not write over a former one, and one that should go on must not start anew in silence.
 
     Args:
         folder: of the run.
@@ -28,8 +30,13 @@ def check_start(folder: Path, ckpt_path: str | None, *, fitting: bool, may_be_ne
         may_be_new: whether the folder was named by somebody, so that its first start is one with `last` too.
 
     Raises:
-        ValueError: no checkpoint is named, and there are some; or the last one is named, and there is none.
+        ValueError: the folder cannot be written to; no checkpoint is named, and there are some; or the last
+            one is named, and there is none.
     """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if fitting and not (there.is_dir() and os.access(there, os.W_OK)):
+        what = "cannot be written to" if there.is_dir() else "is no folder"
+        raise ValueError(f"the run folder {folder} cannot be made: {there} {what}; give another --run_dir")
     newest = newest_checkpoint(folder / "checkpoints")
     if fitting and ckpt_path is None and newest is not None:
         raise ValueError(

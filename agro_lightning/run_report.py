@@ -1,6 +1,7 @@
 """What a run shows of itself: tables of samples, accuracy before and after, the reward curve."""
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,15 @@ class SampleTable(Callback):
 
     def __init__(self, every: int = 50, rows: int = 8) -> None:
         self.every, self.rows = every, rows
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Drops the tables that a killed process wrote after the checkpoint: they will come again."""
+        path = run_dir(trainer) / "samples.md"
+        if path.exists():
+            tables = re.findall(r"^## step (\d+)\n(.*?)(?=^## step \d+\n|\Z)", path.read_text(), re.M | re.S)
+            kept = [f"## step {step}\n{text}" for step, text in tables if int(step) <= trainer.global_step]
+            path.write_text("".join(kept))
 
     @rank_zero_only
     def on_train_batch_end(

@@ -184,6 +184,18 @@ def test_a_finished_run_goes_on_with_more_steps(config, whole_run, tmp_path):
     assert [row["step"] for row in metrics(folder)] == [str(step) for step in range(10)]
 
 
+def test_a_run_that_goes_on_shows_each_step_once(config, whole_run, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = shutil.copytree(whole_run[0], tmp_path / "run", symlinks=True)
+    third = folder / "checkpoints" / "step-00000006.ckpt"
+    (folder / "samples.md").write_text("## step 6\n\n| a |\n\n## step 7\n\n| b |\n\n")
+    run("fit", "--config", config, "--run_dir", folder, "--ckpt_path", third)
+    events = EventAccumulator(str(folder), purge_orphaned_data=True).Reload()
+    assert [event.step for event in events.Scalars("train/reward")] == list(range(8))
+    assert (folder / "samples.md").read_text() == "## step 6\n\n| a |\n\n"
+
+
 def test_a_run_goes_on_with_the_optimiser_settings_of_now(config, whole_run, tmp_path):
     folder = shutil.copytree(whole_run[0], tmp_path / "run", symlinks=True)
     now = {"learning_rate": 1e-5, "betas": [0.8, 0.9], "weight_decay": 0.1, "schedule": "constant"}
@@ -249,6 +261,12 @@ def test_a_runs_folder_is_safe_from_other_commands(config, whole_run):
     anew = run("fit", "--config", config, "--run_dir", folder, code=2)
     assert "holds a run already (its newest checkpoint is step-00000008.ckpt)" in anew
     assert contents(folder) == before
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    output = run("fit", "--run_dir", tmp_path / "file" / "run", code=2)
+    assert f"{tmp_path / 'file'} is no folder; give another --run_dir" in output
 
 
 @pytest.mark.parametrize("command", ["fit", "validate"])
