@@ -96,7 +96,7 @@ class AgroCLI(LightningCLI):
             type=str | None,
             default=None,
             help="Folder of the run: metrics, checkpoints, samples, replay buffer. Default: a new "
-            "one under runs/, named by the time. To resume, give that of the run, and "
+            "one under runs/, named by time and process. To resume, give that of the run, and "
             "--ckpt_path last; without it a folder with checkpoints is refused.",
         )
         parser.add_argument(

@@ -13,7 +13,7 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 log = logging.getLogger(__name__)
 
 RUN_DIR = "AGRO_RUN_DIR"
-"""Environment variable that processes started by Lightning inherit."""
+"""Environment variable that gives the run folder to processes that Lightning starts (with a LOCAL_RANK)."""
 
 
 def number_of_ranks(config: dict[str, Any]) -> int:
@@ -39,7 +39,7 @@ def number_of_ranks(config: dict[str, Any]) -> int:
 
 def was_launched() -> bool:
     """Whether torchrun, srun or Lightning started this process, which then is told its run folder."""
-    return bool({"WORLD_SIZE", RUN_DIR} & os.environ.keys()) or SLURMEnvironment.detect()
+    return bool({"WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys()) or SLURMEnvironment.detect()
 
 
 def check_nodes(config: dict[str, Any]) -> None:
@@ -57,16 +57,17 @@ def check_nodes(config: dict[str, Any]) -> None:
 
 
 def run_folder(given: str | None) -> Path:
-    """The run folder, the same on all processes: as given, or a new one named by the time.
+    """The run folder, the same on all processes: as given, or a new one named by time and process.
 
     Raises:
         ValueError: a launcher that leaves no way to agree on a name.
     """
     if given:
         return Path(given)
-    if os.environ.get(RUN_DIR):
+    if os.environ.get(RUN_DIR) and "LOCAL_RANK" in os.environ:
         return Path(os.environ[RUN_DIR])
-    name = str(Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S"))
+    # the process too: a sweep may start many runs in one second
+    name = str(Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("LOCAL_RANK") is not None:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             raise ValueError(

@@ -11,7 +11,14 @@ import torch
 from test_checkpoint_sharded import logged
 
 from agro_lightning.faults import SlowRanks, probe_seconds
-from agro_lightning.launch import RUN_DIR, check_nodes, number_of_ranks, run_folder, store_after_restart
+from agro_lightning.launch import (
+    RUN_DIR,
+    check_nodes,
+    number_of_ranks,
+    run_folder,
+    store_after_restart,
+    was_launched,
+)
 
 LAUNCHERS = (
     "MASTER_ADDR",
@@ -75,10 +82,11 @@ def test_several_nodes_need_to_know_where_they_meet(monkeypatch):
 
 def test_processes_agree_on_the_run_folder(monkeypatch):
     assert str(run_folder("here")) == "here"
+    monkeypatch.setenv(RUN_DIR, "runs/of-a-former-run")
     made = run_folder(None)
-    assert (
-        os.environ[RUN_DIR] == str(made) and run_folder(None) == made
-    )  # processes started by Lightning inherit it
+    assert os.environ[RUN_DIR] == str(made) != "runs/of-a-former-run" and not was_launched()
+    monkeypatch.setenv("LOCAL_RANK", "1")  # a process that Lightning started
+    assert run_folder(None) == made and was_launched()
     monkeypatch.delenv(RUN_DIR)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
