@@ -15,6 +15,7 @@ right; then `fit` goes on with the config. Metrics: `greedy_accuracy` and `sampl
 import json
 import os
 import random
+import shutil
 import string
 import subprocess
 import sys
@@ -116,8 +117,10 @@ def write_sort_prompts(folder: Path) -> None:
         digits = "".join(rng.choices("0123456789", k=DIGITS))
         problems[f"{digits}="] = "".join(sorted(digits))
     lines = [json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, answer in problems.items()]
-    (folder / "sort_val.jsonl").write_text("".join(lines[:SORT_VALIDATION]))
-    (folder / "sort_train.jsonl").write_text("".join(lines[SORT_VALIDATION:]))
+    for name, part in (("val", lines[:SORT_VALIDATION]), ("train", lines[SORT_VALIDATION:])):
+        aside = folder / f".sort_{name}-{os.getpid()}"  # another case's process may be reading the file
+        aside.write_text("".join(part))
+        aside.replace(folder / f"sort_{name}.jsonl")
 
 
 def sampled_accuracy(model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt]) -> float:
@@ -203,6 +206,7 @@ def fit(case: str, work: Path, steps: int | None) -> dict[str, Any]:
     from agro_lightning import cli
 
     run_dir = work / f"{case}_run"
+    shutil.rmtree(run_dir, ignore_errors=True)  # of an earlier call
     given: dict[str, Any] = {"run_dir": run_dir, "model.policy.path": work / case}
     if case.startswith("sort_"):
         given |= {"data.train.path": work / "sort_train.jsonl"}
