@@ -14,13 +14,12 @@ SECONDS_BETWEEN_LINES = 10.0
 
 NOT_FOR_USERS = (
     r"Found \d+ module\(s\) in eval mode",  # the policy is meant to be: dropout would change its log-probs
-    r"\.fit\(ckpt_path=\"last\"\) is set, but there is no last checkpoint",  # said by check_start
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own affair with torch
 )
 
 
 def hide_advice() -> None:
-    """Hides three warnings of Lightning that a user can do nothing about, and its advertisement."""
+    """Hides two warnings of Lightning that a user can do nothing about, and its advertisement."""
     for message in NOT_FOR_USERS:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(

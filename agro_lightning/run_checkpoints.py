@@ -1,6 +1,7 @@
 """A run's folder and its checkpoints: every so many steps, the last two kept, whole or absent."""
 
 import os
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def check_start(folder: Path, ckpt_path: str | None, *, fitting: bool, may_be_ne
                 "give the folder of the run, or the checkpoint's path"
             )
         rank_zero_info(f"{folder} holds no checkpoint yet: the run starts from its beginning")
+        warnings.filterwarnings("ignore", message=r".*there is no last checkpoint available")  # just said
 
 
 def last_checkpoint(trainer: L.Trainer) -> str:

@@ -1,11 +1,11 @@
 """The settings of a run, kept in its folder."""
 
-import os
 from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.cli import SaveConfigCallback
 
+from agro_lightning.data.durable import replace_text
 from agro_lightning.run_checkpoints import run_dir
 
 
@@ -25,9 +25,7 @@ class RunConfig(SaveConfigCallback):
         text = self.parser.dump(self.config, skip_none=False)
         if path.exists() and _settings(path.read_text()) != _settings(text):
             path.rename(_next_free(path))
-        aside = path.with_name(".config.yaml.partial")
-        aside.write_text(text)
-        os.replace(aside, path)
+        replace_text(path, text)
 
 
 def _settings(text: str) -> list[str]:

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from agro_lightning.data.durable import replace_text
 from agro_lightning.run_checkpoints import run_dir
 
 
@@ -32,7 +33,8 @@ class SampleTable(Callback):
         if path.exists():
             tables = re.findall(r"^## step (\d+)\n(.*?)(?=^## step \d+\n|\Z)", path.read_text(), re.M | re.S)
             kept = [f"## step {step}\n{text}" for step, text in tables if int(step) <= trainer.global_step]
-            path.write_text("".join(kept))
+            if len(kept) < len(tables):
+                replace_text(path, "".join(kept))
 
     @rank_zero_only
     def on_train_batch_end(

@@ -10,6 +10,7 @@ time over the kernel's, so 1 is a kernel whose epilogue costs nothing; `best` na
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -96,22 +97,18 @@ def at_once(tile: Tile, figures: dict[str, int]) -> int:
     return min(65_536 // registers, 228 * 1024 // (figures["shared_bytes"] + 1024))
 
 
-def launcher(kind: str, problem: Problem, tile: Tile) -> Callable[[], None]:
-    """One launch of the kernel on the problem; the backward's is of one slice."""
+def launcher(kind: str, problem: Problem) -> Callable[[Tile], object]:
+    """One launch of the kernel on the problem with any tile; the backward's is of one slice."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     if kind == "stats":
-        return lambda: void(launch_stats(hidden, weight, None, problem.targets, Head(), False, tile))
+        return lambda tile: launch_stats(hidden, weight, None, problem.targets, Head(), False, tile)
     out = hidden.new_empty(hidden.shape[0], weight.shape[0])
     level = torch.full_like(problem.coefficients, 11.0)
     upstream = Upstream(logsumexp=level, coefficient=problem.coefficients)
-    return lambda: launch_dlogits(hidden, weight, None, problem.targets, Head(), upstream, out, tile)
+    return lambda tile: launch_dlogits(hidden, weight, None, problem.targets, Head(), upstream, out, tile)
 
 
-def void(_: object) -> None:
-    """Drops a result."""
-
-
-def seconds(functions: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+def seconds(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Seconds of the device for each function, in turns; each runs once before."""
     times: dict[str, list[float]] = {label: [] for label in functions}
     for function in functions.values():
@@ -131,11 +128,11 @@ def seconds(functions: dict[str, Callable[[], None]], repeats: int) -> dict[str,
 def measured(kind: str, size: int, tiles: list[Tile]) -> list[dict[str, Any]]:
     """Shares of the library's matmul at one hidden size, and the best tile."""
     problem = Problem((ROWS, size, COLUMNS if kind == "stats" else SLICE), "cuda", torch.bfloat16)
-    library = library_matmul(problem)
+    library, launch = library_matmul(problem), launcher(kind, problem)
     shares: dict[Tile, float] = {}
 
     def measure(chosen: list[Tile]) -> None:
-        functions = {name(tile): launcher(kind, problem, tile) for tile in chosen}
+        functions = {name(tile): partial(launch, tile) for tile in chosen}
         times = seconds({"library": library, **functions}, REPEATS)
         for tile in chosen:
             pairs = zip(times["library"], times[name(tile)], strict=True)

@@ -64,6 +64,13 @@ def write_once(path: Path, data: bytes) -> None:
     sync_directory(path.parent)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a small text file aside and renames it: readers, and a kill, find the old text or the new."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text)
+    aside.replace(path)
+
+
 def _name_once(temporary: Path, path: Path) -> None:
     """Gives the file its final name unless that is taken (a plain rename would overwrite)."""
     try:
