@@ -4,14 +4,21 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from agro_lightning import aliases
+
 if TYPE_CHECKING:
-    from agro_lightning.data.datamodule import AgroDataModule
-    from agro_lightning.module import AgroModule
+    from agro_lightning.training.datamodule import AgroDataModule
+    from agro_lightning.training.module import AgroModule
 
 __version__ = "0.1.0"
 __all__ = ["AgroDataModule", "AgroModule"]
 
-_HOMES = {"AgroDataModule": "agro_lightning.data.datamodule", "AgroModule": "agro_lightning.module"}
+_HOMES = {
+    "AgroDataModule": "agro_lightning.training.datamodule",
+    "AgroModule": "agro_lightning.training.module",
+}
+
+aliases.install()
 
 
 def __getattr__(name: str) -> Any:

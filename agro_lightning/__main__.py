@@ -1,4 +1,4 @@
-from agro_lightning.cli import main
+from agro_lightning.commands.main import main
 
 if __name__ == "__main__":
     main()

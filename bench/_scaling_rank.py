@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from agro_lightning.module import AgroModule
-from agro_lightning.optimizer_settings import OptimizerSettings
-from agro_lightning.policy_settings import PolicySettings
-from agro_lightning.sharding import ShardingSettings
-from agro_lightning.simulate import Workload, full_batch
-from agro_lightning.simulate_tracker import MemoryTracker, Traffic
-from agro_lightning.strategy import Sharded
+from agro_lightning.commands.doctor.memory.estimate import Workload, full_batch
+from agro_lightning.commands.doctor.memory.tracker import MemoryTracker, Traffic
+from agro_lightning.distributed.fsdp import ShardingSettings
+from agro_lightning.models.config import PolicySettings
+from agro_lightning.training.module import AgroModule
+from agro_lightning.training.optimizer import OptimizerSettings
+from agro_lightning.training.strategy import Sharded
 
 STEPS = 2
 """The second step's forward finds optimiser state and gradients in memory, as those after it do."""

@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from transformers import AutoTokenizer
 
-from agro_lightning import cli
+from agro_lightning.commands import main as cli
 from bench._trl_task import Reporter, Task, greedy_accuracy, rows
 
 REWARDS = {

@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from agro_lightning.data.packing import pack_groups
+from agro_lightning.models.batch import TokenBatch, pack_groups
+from agro_lightning.models.config import PolicySettings
+from agro_lightning.models.policy import Policy
 from agro_lightning.objectives.agro import agro_loss
-from agro_lightning.policy import Policy
-from agro_lightning.policy_settings import PolicySettings
-from agro_lightning.types import Completion, Prompt, PromptGroup, TokenBatch
+from agro_lightning.types import Completion, Prompt, PromptGroup
 from bench._records import absent, emit, parser, record
 
 BENCH = "agro_step"

@@ -41,7 +41,7 @@ def generate(folder: Path, rows: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from agro_lightning.data.schema import FILE_SCHEMA
+    from agro_lightning.data.buffer.schema import FILE_SCHEMA
 
     letters = np.frombuffer(b"etaoin shrdlu cmfwyp vbgkjqxz", np.uint8)
     for first in range(0, rows, ROWS_PER_FILE):
@@ -77,7 +77,7 @@ def open_ours(folder: Path) -> Callable[[int], int]:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    from agro_lightning.data.buffer import RolloutBuffer
+    from agro_lightning.data.buffer.buffer import RolloutBuffer
 
     words = Tokenizer(models.WordLevel({"</s>": 0, "?": 1}, unk_token="?"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
@@ -122,7 +122,7 @@ def peak_bytes() -> int:
 def measure(provider: str, folder: Path) -> dict[str, float]:
     """Runs in the provider's own process."""
     if provider == "ours":
-        import agro_lightning.data.buffer  # noqa: F401
+        import agro_lightning.data.buffer.buffer  # noqa: F401
     else:
         import datasets  # noqa: F401
     imports = peak_bytes()

@@ -16,15 +16,15 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from agro_lightning.callbacks import NonFiniteError, NonFiniteGuard, StepMetrics
-from agro_lightning.data.datamodule import AgroDataModule
-from agro_lightning.data.mixing import Live, Offline, Source
-from agro_lightning.data.prompts import PromptSettings
-from agro_lightning.module import AgroModule
+from agro_lightning.data.prompts.dataset import PromptSettings
+from agro_lightning.data.sources import Live, Offline, Source
+from agro_lightning.models.config import PolicySettings
 from agro_lightning.objectives import Agro, Grpo, Objective, RegularizedPG, Rloo, RlooFrozenKL
-from agro_lightning.optimizer_settings import OptimizerSettings
-from agro_lightning.policy_settings import PolicySettings
 from agro_lightning.rollout import AutoEngine, Generation, RolloutEngine, Sampling
+from agro_lightning.training.callbacks.step_metrics import NonFiniteError, NonFiniteGuard, StepMetrics
+from agro_lightning.training.datamodule import AgroDataModule
+from agro_lightning.training.module import AgroModule
+from agro_lightning.training.optimizer import OptimizerSettings
 from bench.off_policy_task import SAMPLING, measure
 
 OBJECTIVES: dict[str, type[Objective]] = {

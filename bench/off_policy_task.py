@@ -17,19 +17,19 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from agro_lightning import quickstart
-from agro_lightning.data.packing import pack_groups
-from agro_lightning.data.schema import tokenizer_id
-from agro_lightning.data.writer import append_rollouts
-from agro_lightning.policy import Policy
-from agro_lightning.policy_settings import PolicySettings
-from agro_lightning.pretrained import load_tokenizer
-from agro_lightning.quickstart import make
-from agro_lightning.quickstart.arithmetic import build_tokenizer
-from agro_lightning.reference import FrozenReference, Reference
+from agro_lightning.data.buffer.schema import tokenizer_id
+from agro_lightning.data.buffer.writer import append_rollouts
+from agro_lightning.models.batch import pack_groups
+from agro_lightning.models.config import PolicySettings
+from agro_lightning.models.policy import Policy
+from agro_lightning.models.pretrained import load_tokenizer
+from agro_lightning.models.reference import FrozenReference, Reference
 from agro_lightning.rewards import ExactMatch, RewardSet
 from agro_lightning.rollout import AutoEngine, RolloutEngine, Sampling
 from agro_lightning.rollout.collect import rollout_groups
 from agro_lightning.types import Prompt, PromptGroup
+from bench import make_quickstart as make
+from bench._arithmetic import build_tokenizer
 
 SAMPLING = Sampling(max_new_tokens=make.MAX_NEW_TOKENS)
 FORGOTTEN_CARRIES = 0.7

@@ -27,17 +27,17 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-from agro_lightning.callbacks import NonFiniteGuard, StepMetrics
-from agro_lightning.data.datamodule import AgroDataModule
-from agro_lightning.data.mixing import Live
-from agro_lightning.data.prompts import PromptSettings
-from agro_lightning.metrics_file import MetricsFile
-from agro_lightning.module import AgroModule
+from agro_lightning.data.prompts.dataset import PromptSettings
+from agro_lightning.data.sources import Live
+from agro_lightning.models.config import PolicySettings
 from agro_lightning.objectives import Agro
-from agro_lightning.optimizer_settings import OptimizerSettings
-from agro_lightning.policy_settings import PolicySettings
 from agro_lightning.rewards import PythonReward
 from agro_lightning.rollout import ContinuousBatching, Sampling
+from agro_lightning.training.callbacks.csv_log import MetricsFile
+from agro_lightning.training.callbacks.step_metrics import NonFiniteGuard, StepMetrics
+from agro_lightning.training.datamodule import AgroDataModule
+from agro_lightning.training.module import AgroModule
+from agro_lightning.training.optimizer import OptimizerSettings
 from bench._records import absent, emit, parser, record
 from bench.agro_step import SIZES
 

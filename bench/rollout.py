@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from agro_lightning.policy import Policy
-from agro_lightning.policy_settings import PolicySettings
-from agro_lightning.pretrained import load_tokenizer
-from agro_lightning.rollout.auto import AutoEngine
-from agro_lightning.rollout.base import RolloutEngine, Sampling
-from agro_lightning.rollout.continuous import ContinuousBatching
+from agro_lightning.models.config import PolicySettings
+from agro_lightning.models.policy import Policy
+from agro_lightning.models.pretrained import load_tokenizer
+from agro_lightning.rollout.engines.auto import AutoEngine
+from agro_lightning.rollout.engines.base import RolloutEngine, Sampling
+from agro_lightning.rollout.engines.continuous import ContinuousBatching
 from bench._records import emit, parser, record
 
 VOCABULARY, EOS = 128, 2

@@ -34,10 +34,10 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from agro_lightning.doctor import load, quiet
-from agro_lightning.doctor_report import memory_table, traffic_table
-from agro_lightning.simulate import ROLLOUT, Estimate, Workload, simulate
-from agro_lightning.simulate_tracker import KV_CACHE
+from agro_lightning.commands.doctor.command import load, quiet
+from agro_lightning.commands.doctor.memory.estimate import ROLLOUT, Estimate, Workload, simulate
+from agro_lightning.commands.doctor.memory.tracker import KV_CACHE
+from agro_lightning.commands.doctor.report import memory_table, traffic_table
 from bench._records import emit, parser, record, table
 from bench._scaling_rank import settings
 

@@ -39,9 +39,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from agro_lightning.data.prompts import PromptDataset, PromptSettings
-from agro_lightning.policy import Policy
-from agro_lightning.policy_settings import PolicySettings
+from agro_lightning.data.prompts.dataset import PromptDataset, PromptSettings
+from agro_lightning.models.config import PolicySettings
+from agro_lightning.models.policy import Policy
 from agro_lightning.rewards import ExactMatch, RewardSet
 from agro_lightning.rollout import AutoEngine, Sampling
 from agro_lightning.rollout.collect import rollout_groups
@@ -203,7 +203,7 @@ def prepare(case: str, work: Path) -> int:
 
 def fit(case: str, work: Path, steps: int | None) -> dict[str, Any]:
     """Runs `fit` with the case's config in this process; returns the run's summary."""
-    from agro_lightning import cli
+    from agro_lightning.commands import main as cli
 
     run_dir = work / f"{case}_run"
     shutil.rmtree(run_dir, ignore_errors=True)  # of an earlier call

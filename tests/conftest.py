@@ -20,6 +20,6 @@ def any_lm(request):
 
 @pytest.fixture(scope="session")
 def quickstart_tokenizer():
-    from agro_lightning.pretrained import load_tokenizer
+    from agro_lightning.models.pretrained import load_tokenizer
 
     return load_tokenizer("quickstart")

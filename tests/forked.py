@@ -11,7 +11,7 @@ from pathlib import Path
 # every process is one of its own, but they share one import of everything
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["agro_lightning.cli", "agro_lightning.rollout_command", "torch.utils.tensorboard"]
+    ["agro_lightning.commands.main", "agro_lightning.commands.rollout", "torch.utils.tensorboard"]
 )
 DEADLINE_SECONDS = 900
 
@@ -20,7 +20,7 @@ def call(args: list[str], log: str) -> None:
     """A command in a process of its own, its output in a file."""
     import torch
 
-    from agro_lightning.cli import main
+    from agro_lightning.commands.main import main
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)

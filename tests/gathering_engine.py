@@ -5,7 +5,7 @@ import sys
 import torch.distributed as dist
 
 from agro_lightning.rollout import BatchedDecoding
-from agro_lightning.rollout.published import whole_weights
+from agro_lightning.rollout.weight_sync import whole_weights
 
 
 class GatheringEngine(BatchedDecoding):

@@ -21,8 +21,8 @@ _PRELOAD = [
     "transformers.models.llama",
     "transformers.models.qwen3",
     "lightning",
-    "agro_lightning.module",
-    "agro_lightning.strategy",
+    "agro_lightning.training.module",
+    "agro_lightning.training.strategy",
     "tiny_models",
 ]
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from agro_lightning.data.buffer import RolloutBuffer
+from agro_lightning.data.buffer.buffer import RolloutBuffer
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
 VOCAB_SIZE = 17

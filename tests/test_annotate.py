@@ -9,17 +9,17 @@ import pytest
 import torch
 from forked import run
 
-from agro_lightning.annotate import annotate
-from agro_lightning.cli import main
-from agro_lightning.data.buffer import RolloutBuffer
-from agro_lightning.data.prompts import PromptSettings
-from agro_lightning.data.schema import tokenizer_id
-from agro_lightning.data.writer import append_rollouts
-from agro_lightning.policy import Policy
-from agro_lightning.policy_settings import PolicySettings
-from agro_lightning.pretrained import load_tokenizer
-from agro_lightning.reference import FrozenReference
-from agro_lightning.rollout_command import rollout
+from agro_lightning.commands.annotate import annotate
+from agro_lightning.commands.main import main
+from agro_lightning.commands.rollout import rollout
+from agro_lightning.data.buffer.buffer import RolloutBuffer
+from agro_lightning.data.buffer.schema import tokenizer_id
+from agro_lightning.data.buffer.writer import append_rollouts
+from agro_lightning.data.prompts.dataset import PromptSettings
+from agro_lightning.models.config import PolicySettings
+from agro_lightning.models.policy import Policy
+from agro_lightning.models.pretrained import load_tokenizer
+from agro_lightning.models.reference import FrozenReference
 
 TEMPERATURE = 0.8
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from forked import Side, run_both
 
-from agro_lightning.data.buffer import RolloutBuffer
+from agro_lightning.data.buffer.buffer import RolloutBuffer
 from agro_lightning.data.ledger import UseLedger
 from agro_lightning.data.use_log import read_uses
 
@@ -31,7 +31,7 @@ def sides(run_dir: Path, *, steps: int, kills: int, seed: int) -> list[Side]:
         *("--model.optimizer.learning_rate", "1e-5"),
         *("--trainer.max_steps", str(steps), "--trainer.enable_progress_bar", "false"),
         *("--trainer.val_check_interval", "100000"),
-        "--trainer.callbacks+=agro_lightning.publish.PublishWeights",
+        "--trainer.callbacks+=agro_lightning.training.callbacks.publish.PublishWeights",
     ]
     rollout = [
         "rollout",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from agro_lightning.attention import block_mask
+from agro_lightning.models.packed_attention import block_mask
 
 
 def visibility(size, seed, window):

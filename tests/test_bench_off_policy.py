@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from agro_lightning.pretrained import load_tokenizer
+from agro_lightning.models.pretrained import load_tokenizer
 from agro_lightning.rollout import Sampling
 from agro_lightning.types import Prompt
 
@@ -72,8 +72,8 @@ def test_problems_are_right_and_the_pupil_is_not_always() -> None:
 
 
 def test_the_stale_engine_serves_the_weights_of_k_updates_ago() -> None:
-    from agro_lightning.policy import Policy
-    from agro_lightning.policy_settings import PolicySettings
+    from agro_lightning.models.config import PolicySettings
+    from agro_lightning.models.policy import Policy
     from agro_lightning.rollout import AutoEngine
 
     policy, tokenizer = Policy(PolicySettings()), load_tokenizer("quickstart")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from agro_lightning.simulate import simulate
+from agro_lightning.commands.doctor.memory.estimate import simulate
 from bench import scaling
 from bench._records import FIELDS
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from agro_lightning import cli
+from agro_lightning.commands import main as cli
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "bench").is_dir():

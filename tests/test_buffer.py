@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from rollout_files import group, open_buffer, text_rows, token_row, word_tokenizer, write_jsonl, write_parquet
 
-from agro_lightning.data.buffer import RolloutBuffer
-from agro_lightning.data.plan import plan_groups
-from agro_lightning.data.schema import BadFileError, BadRowError, prompt_id_of, tokenizer_id
-from agro_lightning.data.writer import append_rollouts
+from agro_lightning.data.buffer.buffer import RolloutBuffer
+from agro_lightning.data.buffer.group_plan import plan_groups
+from agro_lightning.data.buffer.schema import BadFileError, BadRowError, prompt_id_of, tokenizer_id
+from agro_lightning.data.buffer.writer import append_rollouts
 from agro_lightning.types import Prompt
 
 
@@ -416,7 +416,7 @@ def test_the_cached_copy_of_a_file_with_bad_rows_still_refuses_them(tokenizer, t
 OPEN_AND_HASH = """
 import sys, hashlib
 from transformers import PreTrainedTokenizerFast
-from agro_lightning.data.buffer import RolloutBuffer
+from agro_lightning.data.buffer.buffer import RolloutBuffer
 path, cache, tokenizer = sys.argv[1:]
 tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer)
 buffer = RolloutBuffer(path, tokenizer=tokenizer, vocab_size=17, cache_dir=cache)
@@ -437,7 +437,7 @@ def test_two_processes_that_pack_the_same_file_agree(tokenizer, tmp_path):
 
 MEASURE_MEMORY = """
 import sys, pathlib
-import agro_lightning.data.buffer as module
+import agro_lightning.data.buffer.buffer as module
 from transformers import PreTrainedTokenizerFast
 def peak():
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
@@ -550,7 +550,7 @@ def test_packed_rows_go_where_the_variable_says(tokenizer, tmp_path, monkeypatch
 
 def test_buffers_need_no_torch():
     """Torch alone takes more memory than a buffer of millions of rows."""
-    code = "import sys, agro_lightning.inspect_buffer; print('torch' in sys.modules)"
+    code = "import sys, agro_lightning.commands.inspect; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "False", done.stderr
 

@@ -12,9 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 from rollout_files import group, open_buffer, text_rows, write_jsonl, write_parquet
 
-from agro_lightning.data.durable import DiskFullError, remove_temporaries, write_once
-from agro_lightning.data.schema import FILE_SCHEMA, SCHEMA_VERSION, VERSION_KEY, BadFileError, tokenizer_id
-from agro_lightning.data.writer import append_rollouts, evict_files
+from agro_lightning.data.buffer.schema import (
+    FILE_SCHEMA,
+    SCHEMA_VERSION,
+    VERSION_KEY,
+    BadFileError,
+    tokenizer_id,
+)
+from agro_lightning.data.buffer.writer import append_rollouts, evict_files
+from agro_lightning.primitives.atomic_files import DiskFullError, remove_temporaries, write_once
 
 
 def append(folder, groups, name, tokenizer="t"):
@@ -94,7 +100,7 @@ WRITE_AND_BE_KILLED = """
 import os, random, signal, sys, time
 sys.path.insert(0, sys.argv[2])
 from rollout_files import group
-from agro_lightning.data.writer import append_rollouts
+from agro_lightning.data.buffer.writer import append_rollouts
 folder, lives = sys.argv[1], int(sys.argv[3])
 ids = tuple(random.Random(0).choices(range(17), k=5_000))
 groups = [group(place, each=4, completion_ids=ids, behavior_logprobs=None) for place in range(4)]

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rollout_files import VOCAB_SIZE, open_buffer, token_row, write_jsonl
 
-from agro_lightning.data.schema import READ_SCHEMA, BadFileError, BadRowError
+from agro_lightning.data.buffer.schema import READ_SCHEMA, BadFileError, BadRowError
 
 EXAMPLES = 340
 fuzz = settings(

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from rollout_files import group, open_buffer
 
+from agro_lightning.data.buffer.schema import tokenizer_id
+from agro_lightning.data.buffer.writer import append_rollouts
 from agro_lightning.data.ledger import UseLedger
-from agro_lightning.data.schema import tokenizer_id
-from agro_lightning.data.writer import append_rollouts
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from rollout_files import open_buffer, text_rows, token_row, write_jsonl, write_parquet
 
-from agro_lightning.data.schema import VERSION_KEY, BadFileError, BadRowError
+from agro_lightning.data.buffer.schema import VERSION_KEY, BadFileError, BadRowError
 
 GOOD = [token_row(), token_row(reward=0.0)]
 

@@ -15,14 +15,14 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from agro_lightning.sharded_checkpoint import (
+from agro_lightning.checkpoints.sharded import (
     MARKER,
     merge_ranks,
     newest_checkpoint,
     read_marker,
     remove_folder,
 )
-from agro_lightning.sharding import DataRank
+from agro_lightning.distributed.fsdp import DataRank
 
 SMALL = """
 trainer: {accelerator: cpu, accumulate_grad_batches: 2, val_check_interval: 1000, enable_progress_bar: false}
@@ -62,7 +62,8 @@ def fit(rank, world, config, folder, options, kill=None, room=None):
     """
     import lightning as L
 
-    from agro_lightning import cli
+    from agro_lightning.commands import fit
+    from agro_lightning.commands import main as cli
 
     logging.getLogger("lightning").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -77,12 +78,12 @@ def fit(rank, world, config, folder, options, kill=None, room=None):
                 if room is not None and (rank, trainer.global_step) == room[:2]:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (room[2], resource.RLIM_INFINITY))
 
-        original = cli.AgroCLI._instantiate_trainer
+        original = fit.AgroCLI._instantiate_trainer
 
         def with_misfortune(self, config, callbacks):
             return original(self, config, [*callbacks, Misfortune()])
 
-        cli.AgroCLI._instantiate_trainer = with_misfortune
+        fit.AgroCLI._instantiate_trainer = with_misfortune
     try:
         cli.main(["fit", "--config", config, "--run_dir", folder, "--trainer.devices", str(world), *options])
     except SystemExit as leave:
@@ -234,7 +235,7 @@ trainer:
       mode: max
       save_top_k: 2
       filename: "{{step}}"
-  - class_path: agro_lightning.faults.SlowRanks
+  - class_path: agro_lightning.training.callbacks.rank_faults.SlowRanks
     init_args: {{every: 2, least_seconds: 0.5}}
 model: {{optimizer: {{learning_rate: 1.0e-3, warmup_steps: 0}}}}
 data:
@@ -309,7 +310,7 @@ def test_other_strategies_are_refused_on_several_ranks(tmp_path, config):
     folder = str(tmp_path / "run")
     run_ranks(fit, 2, config(OFFLINE), folder, ["--trainer.strategy", "ddp", "--trainer.max_steps", "1"])
     words = Path(f"{folder}.rank1.log").read_text()
-    assert "2 ranks under DDPStrategy" in words and "agro_lightning.strategy.Sharded" in words
+    assert "2 ranks under DDPStrategy" in words and "agro_lightning.training.strategy.Sharded" in words
 
 
 @pytest.mark.parametrize("options", [("--trainer.num_nodes", "2"), ("--trainer.devices", "4")])

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from tiny_models import save_with_tokenizer, tiny_lm
 
-from agro_lightning import cli
+from agro_lightning.commands import fit
+from agro_lightning.commands import main as cli
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
@@ -126,9 +127,9 @@ def test_every_config_parses_and_instantiates(name, local_copies, tmp_path, monk
     path = tmp_path / name
     path.write_text(yaml.safe_dump(config))
     monkeypatch.setattr("sys.argv", ["agro_lightning"])
-    made = cli.AgroCLI(
-        cli.AgroModule,
-        cli.AgroDataModule,
+    made = fit.AgroCLI(
+        fit.AgroModule,
+        fit.AgroDataModule,
         run=False,
         args=["--config", str(path)],
         save_config_callback=None,
@@ -252,7 +253,7 @@ def test_help_lists_every_command():
 
 
 @pytest.mark.parametrize(
-    "engine", ["AutoEngine", "BatchedDecoding", "ContinuousBatching", "Generate", "vllm_engine.VLLMEngine"]
+    "engine", ["AutoEngine", "BatchedDecoding", "ContinuousBatching", "Generate", "engines.vllm.VLLMEngine"]
 )
 def test_every_engine_can_be_asked_for(engine):
     asked = printed_config("--data.engine", f"agro_lightning.rollout.{engine}")["data"]["engine"]

@@ -11,9 +11,9 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from agro_lightning.cli import AgroCLI, AgroDataModule, AgroModule, AgroParser
-from agro_lightning.cli_errors import explained
-from agro_lightning.rollout_command import rollout
+from agro_lightning.commands.cli_errors import explained
+from agro_lightning.commands.fit import AgroCLI, AgroDataModule, AgroModule, AgroParser
+from agro_lightning.commands.rollout import rollout
 
 FIT = {
     "seed_everything": 1,

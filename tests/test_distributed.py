@@ -12,20 +12,20 @@ from ranks import run_ranks
 from test_sharding import full, make_groups, mesh_of
 from tiny_models import tiny_lm
 
-from agro_lightning.data.packing import pack_groups
-from agro_lightning.loading import sharded_policy, sharded_reference
-from agro_lightning.module import AgroModule
+from agro_lightning.distributed.fsdp import ShardingSettings, data_rank
+from agro_lightning.models.batch import pack_groups
+from agro_lightning.models.config import PolicySettings
+from agro_lightning.models.reference import FrozenReference
+from agro_lightning.models.sharded_loading import sharded_policy, sharded_reference
 from agro_lightning.objectives import Agro
 from agro_lightning.objectives.rloo import Rloo
-from agro_lightning.optimizer_settings import OptimizerSettings
-from agro_lightning.policy_settings import PolicySettings
-from agro_lightning.reference import FrozenReference
-from agro_lightning.rollout.base import Sampling
-from agro_lightning.rollout.batched import BatchedDecoding
-from agro_lightning.rollout.continuous import ContinuousBatching
-from agro_lightning.rollout.generate import Generate
-from agro_lightning.sharding import ShardingSettings, data_rank
-from agro_lightning.strategy import Sharded
+from agro_lightning.rollout.engines.base import Sampling
+from agro_lightning.rollout.engines.batched import BatchedDecoding
+from agro_lightning.rollout.engines.continuous import ContinuousBatching
+from agro_lightning.rollout.engines.hf_generate import Generate
+from agro_lightning.training.module import AgroModule
+from agro_lightning.training.optimizer import OptimizerSettings
+from agro_lightning.training.strategy import Sharded
 
 GROUPS = 16
 """Prompt groups of a step, over all ranks and micro-batches."""
@@ -209,7 +209,7 @@ def test_a_reset_reference_is_saved_once_and_read_back_in_other_shards(model_fol
 
 def generate(rank, world, path, engine, tensor):
     """Unequal lengths before and after a training step."""
-    from agro_lightning.pretrained import load_tokenizer
+    from agro_lightning.models.pretrained import load_tokenizer
 
     warnings.simplefilter("ignore")
     groups = make_groups(4)

@@ -15,8 +15,8 @@ import yaml
 from ranks import run_ranks
 from tiny_models import save_with_tokenizer, tiny_lm
 
-from agro_lightning import cli
-from agro_lightning.doctor import load
+from agro_lightning.commands import main as cli
+from agro_lightning.commands.doctor.command import load
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = ("--data.batch_size", "4", "--data.group_size", "2", "--trainer.accelerator", "cpu")
@@ -136,7 +136,7 @@ def write_config(folder, **policy):
     """A configuration whose model is known only from models/ID/config.json beside it."""
     tiny_lm("qwen3").config.save_pretrained(folder / "models" / "nobody" / "nothing")
     strategy = {
-        "class_path": "agro_lightning.strategy.Sharded",
+        "class_path": "agro_lightning.training.strategy.Sharded",
         "init_args": {"tensor_parallel_size": 2},
     }
     config = {

@@ -13,13 +13,13 @@ from test_sharding import full, mesh_of
 from tiny_models import save_with_tokenizer, tiny_lm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from agro_lightning.checkpoint import CHECKPOINT_KEY
-from agro_lightning.export import export
-from agro_lightning.loading import sharded_policy
-from agro_lightning.policy import Policy
-from agro_lightning.policy_settings import LoraSettings, PolicySettings
-from agro_lightning.sharded_checkpoint import MARKER, ShardedSaver
-from agro_lightning.sharding import ShardingSettings, data_rank
+from agro_lightning.checkpoints.export import export
+from agro_lightning.checkpoints.sharded import MARKER, ShardedSaver
+from agro_lightning.checkpoints.single_file import CHECKPOINT_KEY
+from agro_lightning.distributed.fsdp import ShardingSettings, data_rank
+from agro_lightning.models.config import LoraSettings, PolicySettings
+from agro_lightning.models.policy import Policy
+from agro_lightning.models.sharded_loading import sharded_policy
 
 IDS = torch.arange(3, 15)[None]
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 from test_checkpoint_sharded import logged
 
-from agro_lightning.faults import SlowRanks, probe_seconds
-from agro_lightning.launch import (
+from agro_lightning.distributed.launch import (
     RUN_DIR,
     check_nodes,
     number_of_ranks,
@@ -19,6 +18,7 @@ from agro_lightning.launch import (
     store_after_restart,
     was_launched,
 )
+from agro_lightning.training.callbacks.rank_faults import SlowRanks, probe_seconds
 
 LAUNCHERS = (
     "MASTER_ADDR",

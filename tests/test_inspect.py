@@ -5,9 +5,9 @@ import math
 import pytest
 from rollout_files import group, text_rows, token_row, write_jsonl, write_parquet
 
-from agro_lightning.data.schema import tokenizer_id
-from agro_lightning.data.writer import append_rollouts
-from agro_lightning.inspect_buffer import inspect_buffer
+from agro_lightning.commands.inspect import inspect_buffer
+from agro_lightning.data.buffer.schema import tokenizer_id
+from agro_lightning.data.buffer.writer import append_rollouts
 
 
 @pytest.fixture(autouse=True)

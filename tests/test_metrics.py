@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from agro_lightning.callbacks import over_ranks
-from agro_lightning.data.packing import pack_groups
-from agro_lightning.metrics import StepResult, batch_metrics, combined, plain_tallies
+from agro_lightning.models.batch import pack_groups
+from agro_lightning.training.callbacks.step_metrics import over_ranks
+from agro_lightning.training.metrics import StepResult, batch_metrics, combined, plain_tallies
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
 

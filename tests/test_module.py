@@ -8,15 +8,14 @@ import torch
 from test_policy import make_groups
 from tiny_models import tiny_lm
 
-from agro_lightning.callbacks import NonFiniteError, NonFiniteGuard
-from agro_lightning.data.packing import pack_groups
-from agro_lightning.module import AgroModule
+from agro_lightning.models.batch import TokenBatch, pack_groups
+from agro_lightning.models.config import PolicySettings
+from agro_lightning.models.policy import Policy
+from agro_lightning.models.reference import frozen_copy
 from agro_lightning.objectives import Agro, AgroScoreTerm, Grpo, RegularizedPG, Rloo
-from agro_lightning.optimizer_settings import OptimizerSettings
-from agro_lightning.policy import Policy
-from agro_lightning.policy_settings import PolicySettings
-from agro_lightning.reference import frozen_copy
-from agro_lightning.types import TokenBatch
+from agro_lightning.training.callbacks.step_metrics import NonFiniteError, NonFiniteGuard
+from agro_lightning.training.module import AgroModule
+from agro_lightning.training.optimizer import OptimizerSettings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),

@@ -2,11 +2,11 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, tiny_lm
 
-from agro_lightning.data.packing import pack_groups, repeat_prompts, select_completions, split_batch
-from agro_lightning.policy import Policy
-from agro_lightning.policy_settings import LoraSettings, PolicySettings
-from agro_lightning.pretrained import resolve_path
-from agro_lightning.reference import AdapterOffReference, CachedReference, frozen_copy
+from agro_lightning.models.batch import pack_groups, repeat_prompts, select_completions, split_batch
+from agro_lightning.models.config import LoraSettings, PolicySettings
+from agro_lightning.models.policy import Policy
+from agro_lightning.models.pretrained import resolve_path
+from agro_lightning.models.reference import AdapterOffReference, CachedReference, frozen_copy
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
 TEMPERATURE = 0.8

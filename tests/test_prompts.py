@@ -20,8 +20,8 @@ from jsonargparse import ArgumentParser
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from agro_lightning.data.prompts import PromptDataset, PromptSettings
-from agro_lightning.data.schema import BadFileError, BadRowError, prompt_id_of
+from agro_lightning.data.buffer.schema import BadFileError, BadRowError, prompt_id_of
+from agro_lightning.data.prompts.dataset import PromptDataset, PromptSettings
 
 CHAT = (
     "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -413,7 +413,7 @@ def test_without_a_network_a_hub_id_says_what_to_set():
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
-from agro_lightning.data.prompts import PromptDataset, PromptSettings
+from agro_lightning.data.prompts.dataset import PromptDataset, PromptSettings
 try:
     settings = PromptSettings(path="openai/gsm8k", subset="main")
     PromptDataset(settings, tokenizer=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE())))

@@ -9,11 +9,10 @@ import torch
 from tiny_models import save_with_tokenizer, tiny_lm
 from transformers import AutoModelForCausalLM
 
-from agro_lightning.policy import Policy
-from agro_lightning.policy_settings import LoraSettings, PolicySettings
-from agro_lightning.pretrained import load_tokenizer
-from agro_lightning.publish import PublishWeights
-from agro_lightning.rollout.published import (
+from agro_lightning.models.config import LoraSettings, PolicySettings
+from agro_lightning.models.policy import Policy
+from agro_lightning.models.pretrained import load_tokenizer
+from agro_lightning.rollout.weight_sync import (
     RunFacts,
     load_published_policy,
     load_published_weights,
@@ -22,6 +21,7 @@ from agro_lightning.rollout.published import (
     wait_for_publication,
     whole_weights,
 )
+from agro_lightning.training.callbacks.publish import PublishWeights
 
 FACTS = RunFacts(temperature=0.7, group_size=4, groups_per_step=8)
 

@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from agro_lightning.data.schema import FILE_SCHEMA, tokenizer_id
-from agro_lightning.quickstart import make
-from agro_lightning.quickstart.arithmetic import (
+from agro_lightning.data.buffer.schema import FILE_SCHEMA, tokenizer_id
+from bench import make_quickstart as make
+from bench._arithmetic import (
     VAL_PROMPTS,
     VOCABULARY,
     all_prompts,

@@ -296,7 +296,7 @@ def test_a_reward_model_loads_safetensors_from_a_local_folder_only(llama_folder,
 
 def test_gym_tasks_score_their_own_answers(tmp_path):
     pytest.importorskip("reasoning_gym")
-    from agro_lightning.data.prompts import PromptDataset, PromptSettings
+    from agro_lightning.data.prompts.dataset import PromptDataset, PromptSettings
 
     tokenizer = byte_tokenizer(tmp_path, eos_token="<eos>")
     settings = PromptSettings(path="leg_counting", format="gym", options={"size": 5, "seed": 3})
@@ -318,7 +318,7 @@ def test_gym_tasks_score_their_own_answers(tmp_path):
 
 def test_gym_scorers_get_the_tasks_own_options():
     pytest.importorskip("reasoning_gym")
-    from agro_lightning.data.prompt_rows import Ledger, read_gym_rows
+    from agro_lightning.data.prompts.sources import Ledger, read_gym_rows
 
     options = {"size": 1, "max_num_decimal_places": 2, "min_num_decimal_places": 2}
     (row,) = read_gym_rows("decimal_arithmetic", options, ledger=Ledger(strict=True))

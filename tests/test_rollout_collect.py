@@ -6,14 +6,14 @@ import pytest
 import torch
 from tiny_models import tiny_lm
 
-from agro_lightning.data.packing import pack_groups
-from agro_lightning.policy import Policy
-from agro_lightning.policy_settings import PolicySettings
+from agro_lightning.models.batch import pack_groups
+from agro_lightning.models.config import PolicySettings
+from agro_lightning.models.policy import Policy
 from agro_lightning.rewards import RewardSet, Score
-from agro_lightning.rollout.base import Sampling
-from agro_lightning.rollout.batched import BatchedDecoding
 from agro_lightning.rollout.collect import rollout_groups
-from agro_lightning.rollout.gap import LogprobGapError, check_logprob_gap, logprob_gap, warn_if_cut
+from agro_lightning.rollout.engines.base import Sampling
+from agro_lightning.rollout.engines.batched import BatchedDecoding
+from agro_lightning.rollout.logprob_gap import LogprobGapError, check_logprob_gap, logprob_gap, warn_if_cut
 from agro_lightning.types import Prompt
 
 PROMPTS = [
@@ -149,7 +149,7 @@ def test_gap_by_hand():
 
 def test_cut_sampling_is_warned_of_once(quickstart_tokenizer, caplog):
     warn_if_cut.cache_clear()
-    caplog.set_level(logging.WARNING, logger="agro_lightning.rollout.gap")
+    caplog.set_level(logging.WARNING, logger="agro_lightning.rollout.logprob_gap")
     for _ in range(2):
         collect(quickstart_tokenizer, ByPrompt(), sampling=Sampling(max_new_tokens=2, top_p=0.9))
         collect(quickstart_tokenizer, ByPrompt(), sampling=Sampling(max_new_tokens=2))

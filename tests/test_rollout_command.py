@@ -9,16 +9,16 @@ import pyarrow.parquet as pq
 import pytest
 from forked import start
 
-from agro_lightning.cli import main
-from agro_lightning.data.prompts import PromptSettings
-from agro_lightning.policy import Policy
-from agro_lightning.policy_settings import PolicySettings
-from agro_lightning.pretrained import load_tokenizer
+from agro_lightning.commands.main import main
+from agro_lightning.commands.rollout import choose_device, rollout
+from agro_lightning.data.prompts.dataset import PromptSettings
+from agro_lightning.models.config import PolicySettings
+from agro_lightning.models.policy import Policy
+from agro_lightning.models.pretrained import load_tokenizer
 from agro_lightning.rewards import ExactMatch, PythonReward
 from agro_lightning.rollout import Sampling
-from agro_lightning.rollout.parts import Parts, Shard, claim_folder
-from agro_lightning.rollout.published import RunFacts, publish, whole_weights
-from agro_lightning.rollout_command import choose_device, rollout
+from agro_lightning.rollout.output_files import Parts, Shard, claim_folder
+from agro_lightning.rollout.weight_sync import RunFacts, publish, whole_weights
 
 FACTS = RunFacts(temperature=1.0, group_size=3, groups_per_step=4)
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from agro_lightning.rollout.base import Sampling
-from agro_lightning.rollout.draw import draw, log_distribution, uniforms
+from agro_lightning.rollout.engines.base import Sampling
+from agro_lightning.rollout.engines.sampling import draw, log_distribution, uniforms
 
 
 def test_uniforms_are_uniform_and_independent_of_what_else_is_drawn():

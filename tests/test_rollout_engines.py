@@ -8,13 +8,13 @@ from tiny_models import tiny_lm
 from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
-from agro_lightning.policy import Policy
-from agro_lightning.policy_settings import PolicySettings
-from agro_lightning.rollout.auto import AutoEngine, default_engine
-from agro_lightning.rollout.base import Sampling
-from agro_lightning.rollout.batched import BatchedDecoding
-from agro_lightning.rollout.continuous import ContinuousBatching
-from agro_lightning.rollout.generate import Generate
+from agro_lightning.models.config import PolicySettings
+from agro_lightning.models.policy import Policy
+from agro_lightning.rollout.engines.auto import AutoEngine, default_engine
+from agro_lightning.rollout.engines.base import Sampling
+from agro_lightning.rollout.engines.batched import BatchedDecoding
+from agro_lightning.rollout.engines.continuous import ContinuousBatching
+from agro_lightning.rollout.engines.hf_generate import Generate
 
 ENGINES = (BatchedDecoding, ContinuousBatching, Generate)
 RAGGED = [[1, 5, 9, 33, 7, 21, 60], [4], [1, 50, 3], [1, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21], [1, 7, 8]]

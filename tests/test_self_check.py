@@ -3,9 +3,9 @@ import torch
 from tiny_models import ARCHITECTURES, tiny_lm
 from transformers import AutoModelForCausalLM, GPTJConfig
 
-from agro_lightning.policy import Policy
-from agro_lightning.policy_settings import PolicySettings
-from agro_lightning.self_check import HeadMismatchError, check_logprobs
+from agro_lightning.models.config import PolicySettings
+from agro_lightning.models.head_check import HeadMismatchError, check_logprobs
+from agro_lightning.models.policy import Policy
 
 
 @pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"gemma2"}))

@@ -13,11 +13,11 @@ from tiny_models import tiny_lm
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from agro_lightning.data.packing import pack_groups
-from agro_lightning.loading import sharded_policy, sharded_reference
-from agro_lightning.policy import Policy
-from agro_lightning.policy_settings import LoraSettings, PolicySettings
-from agro_lightning.sharding import ShardingSettings, unsharded
+from agro_lightning.distributed.fsdp import ShardingSettings, unsharded
+from agro_lightning.models.batch import pack_groups
+from agro_lightning.models.config import LoraSettings, PolicySettings
+from agro_lightning.models.policy import Policy
+from agro_lightning.models.sharded_loading import sharded_policy, sharded_reference
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
 

@@ -10,12 +10,15 @@ import torch.distributed as dist
 from ranks import run_ranks
 from tiny_models import tiny_lm
 
-from agro_lightning import attention
-from agro_lightning.module import AgroModule
-from agro_lightning.policy_settings import LoraSettings, PolicySettings
-from agro_lightning.sharding import ShardingSettings
-from agro_lightning.simulate import BACKWARD, FORWARD, ROLLOUT, STEP, Workload, simulate
-from agro_lightning.simulate_tracker import (
+from agro_lightning.commands.doctor.memory.estimate import (
+    BACKWARD,
+    FORWARD,
+    ROLLOUT,
+    STEP,
+    Workload,
+    simulate,
+)
+from agro_lightning.commands.doctor.memory.tracker import (
     ACTIVATIONS,
     GATHERED,
     HEAD,
@@ -24,6 +27,10 @@ from agro_lightning.simulate_tracker import (
     REFERENCE,
     MemoryTracker,
 )
+from agro_lightning.distributed.fsdp import ShardingSettings
+from agro_lightning.models import packed_attention as attention
+from agro_lightning.models.config import LoraSettings, PolicySettings
+from agro_lightning.training.module import AgroModule
 from bench import _scaling_rank, scaling
 
 FLOAT = 4

@@ -6,12 +6,12 @@ import time
 import numpy as np
 import pytest
 
-from agro_lightning.data.buffer import RolloutBuffer
-from agro_lightning.data.mixing import Live, Replay, Stream, check_sources
-from agro_lightning.data.schema import tokenizer_id
+from agro_lightning.data.buffer.buffer import RolloutBuffer
+from agro_lightning.data.buffer.schema import tokenizer_id
+from agro_lightning.data.buffer.writer import append_rollouts
+from agro_lightning.data.sources import Live, Replay, Stream, check_sources
 from agro_lightning.data.stream import StreamReader, read_progress
 from agro_lightning.data.use_log import UseLog, read_uses
-from agro_lightning.data.writer import append_rollouts
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
 VOCAB_SIZE = 17

@@ -1,1 +1,1 @@
-"""Prompts, buffers, mixing and the data module."""
+"""Prompts, buffers and the sources that a step draws from. Nothing here needs torch."""

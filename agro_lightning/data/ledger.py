@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from agro_lightning.data.buffer import RolloutBuffer
-from agro_lightning.data.file_set import RowFile
+from agro_lightning.data.buffer.buffer import RolloutBuffer
+from agro_lightning.data.buffer.files import RowFile
 
 
 class UseLedger:

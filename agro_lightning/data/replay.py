@@ -5,8 +5,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from agro_lightning.data.buffer import RolloutBuffer
-from agro_lightning.data.writer import append_rollouts, beyond_capacity, remove_files
+from agro_lightning.data.buffer.buffer import RolloutBuffer
+from agro_lightning.data.buffer.writer import append_rollouts, beyond_capacity, remove_files
 from agro_lightning.types import PromptGroup
 
 

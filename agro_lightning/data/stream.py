@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from agro_lightning.data.buffer import RolloutBuffer
-from agro_lightning.data.file_set import RowFile
+from agro_lightning.data.buffer.buffer import RolloutBuffer
+from agro_lightning.data.buffer.files import RowFile
+from agro_lightning.data.buffer.group_plan import runs
 from agro_lightning.data.ledger import UseLedger
-from agro_lightning.data.mixing import Stream
-from agro_lightning.data.plan import runs
+from agro_lightning.data.sources import Stream
 from agro_lightning.data.use_log import UseLog
 
 PROGRESS_FILE = "_progress.json"

@@ -1,11 +1,11 @@
 """Rollout engines: what generates completions with the policy's weights."""
 
-from agro_lightning.rollout.auto import AutoEngine, default_engine
-from agro_lightning.rollout.base import Generation, RolloutEngine, Sampling
-from agro_lightning.rollout.batched import BatchedDecoding
-from agro_lightning.rollout.continuous import ContinuousBatching
-from agro_lightning.rollout.gap import LogprobGap, LogprobGapError, check_logprob_gap, logprob_gap
-from agro_lightning.rollout.generate import Generate
+from agro_lightning.rollout.engines.auto import AutoEngine, default_engine
+from agro_lightning.rollout.engines.base import Generation, RolloutEngine, Sampling
+from agro_lightning.rollout.engines.batched import BatchedDecoding
+from agro_lightning.rollout.engines.continuous import ContinuousBatching
+from agro_lightning.rollout.engines.hf_generate import Generate
+from agro_lightning.rollout.logprob_gap import LogprobGap, LogprobGapError, check_logprob_gap, logprob_gap
 
 __all__ = [
     "AutoEngine",

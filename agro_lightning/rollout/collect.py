@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.rewards import RewardSet
-from agro_lightning.rollout.base import Generation, RolloutEngine, Sampling
-from agro_lightning.rollout.gap import warn_if_cut
+from agro_lightning.rollout.engines.base import Generation, RolloutEngine, Sampling
+from agro_lightning.rollout.logprob_gap import warn_if_cut
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
 

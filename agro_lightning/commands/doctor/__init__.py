@@ -1,0 +1,1 @@
+"""`doctor`: checks of a configuration before a long run."""

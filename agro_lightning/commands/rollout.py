@@ -1,0 +1,277 @@
+"""The command `rollout`: policy, prompts and rewards to a buffer; with `--follow`, for a run that is
+training."""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from agro_lightning.data.buffer.schema import tokenizer_id
+from agro_lightning.data.buffer.writer import append_rollouts
+from agro_lightning.data.prompts.dataset import PromptDataset, PromptSettings
+from agro_lightning.models.config import PolicySettings
+from agro_lightning.models.policy import Policy
+from agro_lightning.models.pretrained import load_tokenizer
+from agro_lightning.models.reference import weights_hash
+from agro_lightning.primitives.atomic_files import remove_temporaries
+from agro_lightning.rewards import ExactMatch, Reward, RewardSet
+from agro_lightning.rollout import AutoEngine, RolloutEngine, Sampling
+from agro_lightning.rollout.collect import RolloutReport, rollout_groups
+from agro_lightning.rollout.follow_run import FollowedRun
+from agro_lightning.rollout.output_files import Parts, Shard, claim_folder
+from agro_lightning.types import PromptGroup
+
+
+def rollout(
+    out: str | None = None,
+    policy: PolicySettings = PolicySettings(),  # noqa: B008 - settings, read by the command line
+    prompts: PromptSettings = PromptSettings(path="quickstart-train"),  # noqa: B008
+    rewards: Sequence[Reward] = (ExactMatch(),),
+    n: int | None = None,
+    sampling: Sampling = Sampling(max_new_tokens=5),  # noqa: B008
+    temperature: float | None = None,
+    engine: RolloutEngine = AutoEngine(),  # noqa: B008
+    follow: str | None = None,
+    groups: int | None = None,
+    groups_per_file: int | None = None,
+    shard: str = "0/1",
+    max_ahead: int | None = None,
+    timeout_s: float = 1800.0,
+    source: str = "rollout",
+    max_failure_fraction: float = 0.2,
+    on_bad_row: Literal["error", "drop"] = "error",
+    device: str = "auto",
+    seed: int = 0,
+) -> None:
+    """Samples completions of prompts, scores them, and appends them to a buffer.
+
+    Files are whole or absent. Started again after a kill, the command makes the files that are missing, and
+    those that would have held nothing usable.
+
+    Args:
+        out: the buffer's folder; with follow, by default the folder `stream` of that run.
+        policy: what generates. With follow, the run's published weights do, and only its other options count.
+        prompts: what is asked.
+        rewards: what scores; the total is the weighted sum.
+        n: completions of each prompt; default 8, with follow the run's group_size.
+        sampling: how completions are sampled.
+        temperature: overrides sampling.temperature.
+        engine: what generates.
+        follow: the folder of a run that trains on what is made here: `fit` with a Stream source and the
+            callback PublishWeights. The newest weights are used for each file, until the run ends.
+        groups: prompts to answer in all; default every prompt once, with follow until the run ends.
+        groups_per_file: prompts of one file; default 64, with follow 8.
+        shard: i/k: this is process i of k that fill one folder; each makes every k-th file.
+        max_ahead: with follow: most groups that may wait for the run; default twice what it uses in a step,
+            and one file of every process.
+        timeout_s: with follow: how long to wait for weights, or for the run to use groups.
+        source: the name that rows give as their source.
+        max_failure_fraction: stop when more than this fraction of the latest rewards failed.
+        on_bad_row: what happens to a prompt that cannot be used: "error", or "drop" (counted).
+        device: where the policy runs; "auto" is the GPU if there is one.
+        seed: of sampling, and with follow of the order of prompts.
+
+    Raises:
+        ValueError: options that do not go together, or a folder that was begun with others.
+        TimeoutError: with follow: no weights, or a run that has stopped.
+        RewardFailureError: the rewards' alarm.
+    """
+    if out is None and follow is None:
+        raise ValueError("rollout needs --out, the folder of the buffer, or --follow, the folder of a run")
+    for name, value, least in (("n", n, 2), ("groups_per_file", groups_per_file, 1), ("groups", groups, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if temperature is not None:
+        sampling = replace(sampling, temperature=temperature)
+    mine = Shard.parse(shard)
+    folder = Path(out) if out is not None else Path(str(follow)) / "stream"
+    size = groups_per_file or (64 if follow is None else 8)
+    run = None
+    if follow is not None:
+        run = FollowedRun(
+            Path(follow),
+            folder,
+            max_ahead=max_ahead,
+            per_file=size,
+            shards=mine.count,
+            timeout_s=timeout_s,
+        )
+    model, tokenizer = _policy(policy, run, sampling)
+    model.to(choose_device(device))
+    data = PromptDataset(prompts, tokenizer=tokenizer, on_bad_row=on_bad_row, vocab_size=model.vocab_size)
+    total = groups if run or groups else len(data)
+    parts = Parts(folder=folder, prompts=data, size=size, groups=total, seed=seed, shuffle=run is not None)
+    completions = n or (run.publication.facts.group_size if run else 8)
+    scorer = RewardSet(list(rewards), max_failure_fraction=max_failure_fraction)
+    claim_folder(
+        folder,
+        {
+            "policy": "that of the followed run" if run else weights_hash(model.base),
+            "prompts": data.fingerprint,
+            "rewards": {reward.name: reward.weight for reward in rewards},
+            "n": completions,
+            "sampling": asdict(sampling),
+            "groups": total,
+            "groups_per_file": size,
+            "seed": seed,
+        },
+    )
+    engine.attach(model, tokenizer)
+    maker = _Maker(model, tokenizer, engine, scorer, sampling, completions, source)
+    try:
+        _fill(parts, mine, maker, run)
+    finally:
+        engine.close()
+        scorer.close()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the GPU if there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {name!r}; it must be auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {name!r}, but this machine shows {torch.cuda.device_count()} GPUs to torch"
+        )
+    return device
+
+
+def _policy(
+    settings: PolicySettings, run: FollowedRun | None, sampling: Sampling
+) -> tuple[Policy, PreTrainedTokenizerBase]:
+    if run is None:
+        policy = Policy(settings, temperature=sampling.temperature or 1.0)
+        return policy, load_tokenizer(settings.path, trust_remote_code=settings.trust_remote_code)
+    wanted = run.publication.facts.temperature
+    if sampling.temperature != wanted:
+        raise ValueError(
+            f"the run trains at data.sampling.temperature {wanted:g}, this command samples at "
+            f"{sampling.temperature:g}; give --temperature {wanted:g}"
+        )
+    return run.policy(settings)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """What answers and scores prompts."""
+
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+    engine: RolloutEngine
+    rewards: RewardSet
+    sampling: Sampling
+    n: int
+    source: str
+
+    def make(self, parts: Parts, part: int, policy_version: int) -> tuple[list[PromptGroup], RolloutReport]:
+        return rollout_groups(
+            self.engine,
+            parts.prompts_of(part),
+            self.sampling,
+            self.rewards,
+            self.tokenizer,
+            n=self.n,
+            seed=parts.sampling_seed(part),
+            source=self.source,
+            policy_version=policy_version,
+        )
+
+
+def _fill(parts: Parts, shard: Shard, maker: _Maker, run: FollowedRun | None) -> None:
+    """Makes this shard's missing files, one after another."""
+    remove_temporaries(parts.folder)
+    names = tokenizer_id(maker.tokenizer)
+    tally = _Tally(total=parts.count(shard))
+    version = -1 if run is None else run.publication.policy_version
+    maker.engine.update_weights(version)
+    for part in parts.missing(shard):
+        if run is not None:
+            if not run.wait_for_room():
+                break
+            if run.update(maker.policy):
+                version = run.publication.policy_version
+                maker.engine.update_weights(version)
+        groups, report = maker.make(parts, part, version)
+        if groups:
+            path = parts.path(part)
+            try:
+                append_rollouts(parts.folder, groups, name=path.stem, tokenizer_id=names)
+            except FileExistsError:
+                raise FileExistsError(
+                    f"{path} was made by another process meanwhile; is one running with the same --shard?"
+                ) from None
+        tally.add(groups, report)
+        tally.show(part, version)
+    tally.finish(parts.folder, 0.0 if run is None else run.waited)
+
+
+@dataclass
+class _Tally:
+    """What this process has made so far, in words."""
+
+    total: int | None
+    files: int = 0
+    groups: int = 0
+    completions: int = 0
+    tokens: int = 0
+    reward: float = 0.0
+    empty_files: int = 0
+    dropped_groups: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, groups: list[PromptGroup], report: RolloutReport) -> None:
+        self.files += bool(groups)
+        self.empty_files += not groups
+        self.groups += len(groups)
+        self.completions += sum(len(group) for group in groups)
+        self.reward += sum(c.reward for group in groups for c in group.completions)
+        self.tokens += report.tokens
+        self.dropped_groups += report.dropped_groups
+        self.failures.update(report.failures)
+
+    @property
+    def _failed(self) -> str:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(self.failures.items()))
+        return f"{self.failures.total()} failed" + (f" ({kinds})" if kinds else "")
+
+    def show(self, part: int, version: int) -> None:
+        """One line a file; on a terminal each takes the place of the last."""
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        of = "" if self.total is None else f" of this process's {self.total}"
+        weights = "" if version < 0 else f", policy version {version}"
+        line = (
+            f"part {part}: file {self.files}{of}, {self.completions} completions, mean reward "
+            f"{self.reward / max(1, self.completions):.3f}, {self._failed}, "
+            f"{self.completions / seconds:.0f} completions/s{weights}"
+        )
+        terminal = sys.stderr.isatty()
+        print(
+            f"\r\033[K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True
+        )
+
+    def finish(self, folder: Path, waited: float) -> None:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+        there = sum(1 for _ in folder.glob("part-*.parquet"))
+        print(
+            f"made {self.files} files, {self.groups} groups, {self.completions} completions, {self.tokens} "
+            f"tokens in {time.monotonic() - self.started:.0f} s ({waited:.0f} s of it waiting); "
+            f"{self._failed}, "
+            f"{self.dropped_groups} prompts left out, {self.empty_files} files with nothing usable\n"
+            f"{folder} now has {there} files"
+        )

@@ -1,0 +1,345 @@
+"""Reading rollout files as prompt groups: drawn at random, by prompt, or in order, in bounded memory."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from agro_lightning.data.buffer.files import FileSet, RowFile
+from agro_lightning.data.buffer.group_plan import GroupPlan
+from agro_lightning.data.buffer.prompt_index import Members
+from agro_lightning.data.buffer.row_store import RowStore
+from agro_lightning.data.buffer.schema import FIX_ROW, BadRowError, prompt_id_of
+from agro_lightning.data.buffer.store import Record, prompt_key
+from agro_lightning.data.buffer.validation import row_checker
+from agro_lightning.data.buffer.writer import beyond_capacity, remove_files
+from agro_lightning.types import Completion, Prompt, PromptGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BufferCounts:
+    """What a buffer holds and what it left out."""
+
+    rows: int
+    """Rows that can be drawn."""
+    files: int
+    """Files that they come from."""
+    dropped: Mapping[str, int]
+    """Bad rows left out, by reason."""
+    files_skipped: Mapping[str, str]
+    """Files left out, and why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Some of a buffer's rows, such as those that are new enough for replay."""
+
+    buffer: "RolloutBuffer"
+    members: Members
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.members.rows)
+
+    def num_groups(self, min_size: int = 2) -> int:
+        """How many prompts have at least `min_size` of these rows."""
+        return int((self.members.counts >= min_size).sum())
+
+    def plan_epoch(self, seed: int, epoch: int, group_size: int) -> GroupPlan:
+        """As RolloutBuffer.plan_epoch; prompts with a single row among these are passed over, whatever
+        on_bad_row."""
+        return self.members.plan(seed, epoch, group_size)
+
+    def rows_of(self, prompt: str | Prompt) -> np.ndarray:
+        """As RolloutBuffer.rows_of."""
+        return self.buffer.rows_of(prompt, self.members)
+
+    def groups(self, rows: Sequence[Sequence[int]]) -> list[PromptGroup]:
+        """As RolloutBuffer.groups."""
+        return self.buffer.groups(rows)
+
+
+class RolloutBuffer:
+    """The completions of any number of row files, grouped by prompt.
+
+    Rows are numbered from 0 in the order in which files are loaded, and keep their numbers. A draw reads only
+    the rows that it returns; what stays in memory is about 20 bytes a row.
+    """
+
+    def __init__(
+        self,
+        paths: str | Path | Sequence[str | Path],
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        max_prompt_tokens: int | None = None,
+        max_completion_tokens: int | None = None,
+        on_bad_row: Literal["error", "drop"] = "error",
+        on_bad_file: Literal["error", "skip"] = "error",
+        append_eos: bool = True,
+        source_name: str | None = None,
+        live: bool = False,
+        accept: Callable[[str], bool] | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        """
+        Args:
+            paths: files, folders (`*.parquet` and `*.jsonl` at any depth; names starting with "." or "_" are
+                not looked at), or globs.
+            tokenizer: the run's; tokenises rows that have only text.
+            vocab_size: rows of the model's embedding; token ids must lie below.
+            max_prompt_tokens: longest prompt accepted.
+            max_completion_tokens: longest completion accepted, EOS included.
+            on_bad_row: stop with an error that names file and row, or drop such rows and count them.
+            on_bad_file: stop with an error that names the file, or skip such files and count them.
+            append_eos: end completions that are tokenised from text with EOS, unless their finish_reason is
+                "length".
+            source_name: what drawn completions give as their source; default what their row says, else
+                "offline".
+            live: the folders are still being filled: they may be missing or empty now, see `refresh`.
+            accept: called with the label of each file that is not loaded yet; False leaves it for a later
+                refresh.
+            cache_dir: where packed copies of large files are kept; default `row_store.default_cache()`.
+
+        Raises:
+            BadFileError, BadRowError: a file or row cannot be used, and is neither dropped nor skipped.
+            ValueError: nothing was found (unless `live`), or an option is wrong.
+        """
+        if on_bad_row not in ("error", "drop"):
+            raise ValueError(f"on_bad_row is {on_bad_row!r}; it must be error or drop")
+        if on_bad_file not in ("error", "skip"):
+            raise ValueError(f"on_bad_file is {on_bad_file!r}; it must be error or skip")
+        self._strict_rows = on_bad_row == "error"
+        self._source_name = source_name
+        self._live = live
+        self.accept = accept
+        checker = row_checker(tokenizer, vocab_size, max_prompt_tokens, max_completion_tokens, append_eos)
+        self.tokenizer_id = checker.tokens.tokenizer_id
+        store = RowStore(checker, strict=self._strict_rows, directory=Path(cache_dir) if cache_dir else None)
+        listed = [str(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+        self._set = FileSet(listed, store, strict=on_bad_file == "error", live=live)
+        self._planned: tuple[tuple[int, int, int], GroupPlan] | None = None
+        self.refresh()
+        if not live and not self.num_rows:
+            skipped = list(self._set.skipped.values())
+            raise ValueError(
+                f"no row can be drawn from {', '.join(listed) or 'no paths'}: {len(self.files)} files read, "
+                f"{len(skipped)} skipped, rows dropped: {dict(self.counts.dropped) or 'none'}. "
+                f"{skipped[0] if skipped else 'Give .parquet or .jsonl files, or folders that hold some.'}"
+            )
+
+    def refresh(self) -> int:
+        """Loads files added since, and forgets files that are gone; returns how many rows came and went.
+
+        Only new files are read. With `on_bad_file: skip`, a skipped file is tried again once it has changed.
+
+        Raises:
+            BadFileError, BadRowError: as in the constructor; also a file that changed after it was loaded.
+        """
+        changed = -1
+        try:
+            changed = self._set.refresh(self.accept)
+        finally:
+            if changed != 0:
+                self.__dict__.pop("_members", None)
+                self._planned = None
+        return changed
+
+    @property
+    def files(self) -> list[RowFile]:
+        """The loaded files, oldest first: by their newest policy version, then by label."""
+        return self._set.files
+
+    @property
+    def num_rows(self) -> int:
+        return self._set.num_rows
+
+    def num_groups(self, min_size: int = 2) -> int:
+        """How many prompts have at least `min_size` rows."""
+        return int((self._members.counts >= min_size).sum())
+
+    @property
+    def counts(self) -> BufferCounts:
+        """What is there and what was left out, over all files that are loaded now."""
+        dropped: Counter[str] = Counter()
+        for file in self.files:
+            dropped.update(file.source.dropped)
+        if not self._strict_rows:
+            singles = int((self._members.counts == 1).sum())
+            dropped.update({"prompt_mismatch": self._members.mismatched, "group_of_one": singles})
+        return BufferCounts(
+            rows=self.num_rows,
+            files=len(self.files),
+            dropped={reason: count for reason, count in sorted(dropped.items()) if count},
+            files_skipped=self._set.skipped,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the files do: what a plan depends on besides its arguments."""
+        content = [(file.label, file.source.size, len(file.source.rows)) for file in self.files]
+        return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
+
+    def select(
+        self,
+        *,
+        min_policy_version: int | None = None,
+        newest: int | None = None,
+        rows: np.ndarray | None = None,
+    ) -> Selection:
+        """The rows that may be drawn, for replay.
+
+        Args:
+            min_policy_version: leaves out rows of older policies: the current version minus max_staleness.
+            newest: of all rows, only so many of the newest: the capacity.
+            rows: only these, such as UseLedger.available gives.
+        """
+        chosen = self._set.order if newest is None else self._set.order[max(0, self.num_rows - newest) :]
+        if min_policy_version is not None:
+            versions = self._set.column("policy_versions")[self.num_rows - len(chosen) :]
+            chosen = chosen[versions >= min_policy_version]
+        if rows is not None:
+            chosen = np.intersect1d(chosen, rows)
+        return Selection(buffer=self, members=self._members.only(chosen))
+
+    def plan_epoch(self, seed: int, epoch: int, group_size: int) -> GroupPlan:
+        """Parts each prompt's rows into groups of up to `group_size`, in random order; see
+        `plan.plan_groups`.
+
+        The plan depends on the arguments and the files alone, so (epoch, i) is all that a checkpoint has to
+        keep. The last plan is kept, so asking for it again costs nothing.
+
+        Args:
+            seed: of the run.
+            epoch: how often the buffer has been gone through.
+            group_size: completions a group, at least 2.
+
+        Raises:
+            BadRowError: a prompt has a single row in the whole buffer, and bad rows are errors.
+        """
+        key = (seed, epoch, group_size)
+        if self._planned is not None and self._planned[0] == key:
+            return self._planned[1]
+        members = self._members
+        single = np.flatnonzero(members.counts == 1)
+        if self._strict_rows and len(single):
+            row = int(members.rows[members.starts[single[0]]])
+            raise BadRowError(
+                f"{self.row_id(row)}: the only completion of prompt {self._read(row).prompt_id!r}; a group "
+                f"needs at least 2 to compare, and {len(single)} prompts have one. {FIX_ROW}",
+                reason="group_of_one",
+            )
+        self._planned = (key, members.plan(seed, epoch, group_size))
+        return self._planned[1]
+
+    def rows_of(self, prompt: str | Prompt, among: Members | None = None) -> np.ndarray:
+        """The rows of one prompt, oldest first; none if it is not in the buffer.
+
+        Args:
+            prompt: a prompt_id; or a Prompt, which also finds rows without prompt_id whose prompt has the
+                same tokens.
+            among: look only here; default all rows.
+
+        Raises:
+            BadRowError: rows of that prompt_id have another prompt than the given one.
+        """
+        members = self._members if among is None else among
+        if isinstance(prompt, str):
+            return members.rows_of(prompt_key(prompt))
+        named = members.rows_of(prompt_key(prompt.prompt_id))
+        tokens = np.asarray(prompt.prompt_ids, "<i4").tobytes()
+        if len(named) and self._read(int(named[0])).prompt_tokens != tokens:
+            raise BadRowError(
+                f"{self.row_id(int(named[0]))}: prompt_id {prompt.prompt_id!r} has other tokens here "
+                "than in the run; were the prompts made with another chat template? Give one of them new ids",
+                reason="prompt_mismatch",
+            )
+        same_tokens = prompt_id_of(prompt.prompt_ids)
+        unnamed = members.rows_of(prompt_key(same_tokens)) if same_tokens != prompt.prompt_id else named[:0]
+        return np.concatenate([named, unnamed])
+
+    def groups(self, rows: Sequence[Sequence[int]]) -> list[PromptGroup]:
+        """Reads groups, each given as row numbers of one prompt, none twice.
+
+        Raises:
+            ValueError: a row stands twice in a group (that would bias the variance), or prompts differ.
+            KeyError: a row's file is gone.
+        """
+        return [self._group(members) for members in rows]
+
+    def iter_groups(self) -> Iterator[PromptGroup]:
+        """Every prompt with all its rows, single ones included, in the order of the prompts' first rows."""
+        members = self._members
+        ends = members.starts + members.counts
+        for place in np.argsort(members.rows[members.starts], kind="stable"):
+            yield self._group(members.rows[members.starts[place] : ends[place]].tolist())
+
+    def by_file(self, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[RowFile, np.ndarray]]:
+        """Each file that has some of these rows, with their places among its rows."""
+        return self._set.by_file(rows)
+
+    def row_id(self, row: int) -> str:
+        """Names a row by its file and its number there."""
+        file, place = self._set.locate(row)
+        return f"{file.source.path}:{file.source.rows.read(place).number}"
+
+    def evict(self, keep_rows: int) -> list[Path]:
+        """Removes the oldest files whose rows are all beyond the newest `keep_rows`; see
+        `writer.evict_files`.
+
+        Raises:
+            ValueError: the buffer is not `live`: files that a run did not make are never removed.
+        """
+        if not self._live:
+            raise ValueError("only a live buffer's files may be evicted; this one was opened with live=False")
+        files = [(file.source.path, len(file.source.rows)) for file in self.files]
+        removed = remove_files(beyond_capacity(files, keep_rows))
+        self.refresh()
+        return removed
+
+    def _group(self, rows: Sequence[int]) -> PromptGroup:
+        if not len(rows) or len(set(rows)) != len(rows):
+            raise ValueError(
+                f"group {list(rows)} is empty or has a row twice; name distinct rows of one prompt"
+            )
+        first: Record | None = None
+        completions: list[Completion] = []
+        for row in rows:
+            file, place = self._set.locate(row)
+            record = file.source.rows.read(place)
+            first = first or record
+            if record.prompt_tokens != first.prompt_tokens:
+                raise ValueError(
+                    f"group {list(rows)} mixes prompts {first.prompt_id!r} and {record.prompt_id!r}; take one"
+                )
+            completions.append(record.completion(f"{file.source.path}:{record.number}", self._source_name))
+        assert first is not None
+        return PromptGroup(prompt=first.prompt(), completions=tuple(completions))
+
+    def _read(self, row: int) -> Record:
+        file, place = self._set.locate(row)
+        return file.source.rows.read(place)
+
+    @cached_property
+    def _members(self) -> Members:
+        keys = self._set.column("prompt_keys")
+        order = np.argsort(keys, kind="stable").astype(self._set.order.dtype)
+        keys = keys[order]
+        return Members.of(
+            self._set.order[order], keys, self._set.column("prompt_checks")[order], self._refuse_mismatch
+        )
+
+    def _refuse_mismatch(self, row: int, first: int) -> None:
+        if self._strict_rows:
+            raise BadRowError(
+                f"{self.row_id(row)}: prompt_id {self._read(row).prompt_id!r} has another prompt here than "
+                f"in {self.row_id(first)}; rows with one prompt_id are compared with each other. {FIX_ROW}",
+                reason="prompt_mismatch",
+            )

@@ -1,0 +1,191 @@
+"""Tokens for rows that have only text, text for rows that have only tokens, and retokenising foreign ids."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from transformers import PreTrainedTokenizerBase
+
+from agro_lightning.data.buffer.schema import READ_SCHEMA, prompt_id_of, tokenizer_id
+from agro_lightning.primitives.ragged import Ragged
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of prompt texts, special tokens included.
+
+    The tokenizer's own BOS is added unless the text already starts with it, as it does after many chat
+    templates. An EOS that the tokenizer would put at the end is left out: the completion goes on from here.
+    """
+    ids = _encode(tokenizer, prompts, special=True)
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token_id
+    doubled = [place for place, text in enumerate(prompts) if isinstance(bos, str) and text.startswith(bos)]
+    for place, plain in zip(
+        doubled, _encode(tokenizer, [prompts[i] for i in doubled], special=False), strict=True
+    ):
+        ids[place] = plain
+    adds_eos = eos is not None and _encode(tokenizer, ["a"], special=True)[0][-1:] == [eos]
+    return [row[:-1] if adds_eos and row[-1:] == [eos] else row for row in ids]
+
+
+def encode_completions(tokenizer: PreTrainedTokenizerBase, completions: Sequence[str]) -> list[list[int]]:
+    """Token ids of completion texts, nothing added."""
+    return _encode(tokenizer, completions, special=False)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    return tokenizer(
+        list(texts),
+        add_special_tokens=special,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # the limits that count here are max_prompt_tokens and max_completion_tokens
+    )["input_ids"]
+
+
+class RowTokens:
+    """Tokenises a batch's text-only rows, and rows whose ids belong to another tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, append_eos: bool) -> None:
+        """
+        Args:
+            tokenizer: the run's.
+            append_eos: end completions that are tokenised from text with EOS, unless their finish_reason is
+                "length".
+
+        Raises:
+            ValueError: EOS is to be appended and the tokenizer has none.
+        """
+        eos = tokenizer.eos_token_id
+        if append_eos and not isinstance(eos, int):
+            raise ValueError(
+                "the tokenizer has no EOS token, so none can end completions that are given as text: set its "
+                "eos_token, or append_eos: false"
+            )
+        self.tokenizer = tokenizer
+        self.append_eos = append_eos
+        self._eos = eos if isinstance(eos, int) else None
+        self.tokenizer_id = tokenizer_id(tokenizer)
+        specials = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        self._ends = np.array(sorted(specials | set(tokenizer.all_special_ids)), dtype=np.int64)
+        self._warned = False
+
+    def encode(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Fills in prompt_ids, completion_ids and finish_reason where they are missing or foreign.
+
+        Log-probs of a completion that is retokenised belong to its old tokens and are dropped.
+        """
+        columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+        foreign = self._foreign(batch) & ~_without_text(batch, "prompt") & ~_without_text(batch, "completion")
+        encoded = np.zeros(batch.num_rows, dtype=bool)
+        for side in ("prompt", "completion"):
+            text, ids = columns[side], columns[f"{side}_ids"]
+            chosen = _mask(text.is_valid()) & (~_mask(ids.is_valid()) | foreign)
+            if not chosen.any():
+                continue
+            texts = text.filter(pa.array(chosen)).to_pylist()
+            if side == "prompt":
+                tokens = encode_prompts(self.tokenizer, texts)
+            else:
+                finish = columns["finish_reason"].filter(pa.array(chosen)).to_pylist()
+                tokens = self._ended(encode_completions(self.tokenizer, texts), finish)
+                encoded = chosen
+            columns[f"{side}_ids"] = _scatter(chosen, tokens, ids)
+            if (chosen & foreign).any():
+                self._warn(batch.column("tokenizer_id").filter(pa.array(chosen & foreign))[0].as_py())
+        columns["finish_reason"] = self._finish_reasons(columns["finish_reason"], columns["completion_ids"])
+        if encoded.any():
+            for name in ("behavior_logprobs", "ref_logprobs"):
+                nothing = pa.nulls(batch.num_rows, columns[name].type)
+                columns[name] = pc.call_function("if_else", [pa.array(encoded), nothing, columns[name]])
+        return _batch(columns)
+
+    def problems(self, found: pa.RecordBatch) -> Iterator[tuple[str, np.ndarray, Callable[[int], str]]]:
+        """Rows, as found in the file, whose ids belong to another tokenizer and cannot be retokenised."""
+        foreign = self._foreign(found)
+        for side in ("prompt", "completion"):
+            stuck = foreign & _without_text(found, side)
+
+            def describe(row: int, side: str = side) -> str:
+                other = found.column("tokenizer_id")[row].as_py()
+                return (
+                    f"{side}_ids were made with tokenizer_id {other!r}, the run's is {self.tokenizer_id!r}, "
+                    f"and there is no {side} text to tokenise again"
+                )
+
+            yield "foreign_tokenizer", stuck, describe
+
+    def complete(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Fills in texts from tokens and prompt_id from the prompt's tokens, in rows that passed the
+        checks."""
+        columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+        for side, skip in (("prompt", False), ("completion", True)):
+            missing = _mask(columns[side].is_null())
+            if missing.any():
+                ids = columns[f"{side}_ids"].filter(pa.array(missing)).to_pylist()
+                texts = self.tokenizer.batch_decode(
+                    ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False
+                )
+                columns[side] = _scatter(missing, texts, columns[side])
+        unnamed = _mask(columns["prompt_id"].is_null())
+        if unnamed.any():
+            ids = columns["prompt_ids"].filter(pa.array(unnamed)).to_pylist()
+            columns["prompt_id"] = _scatter(unnamed, [prompt_id_of(row) for row in ids], columns["prompt_id"])
+        return _batch(columns)
+
+    def _foreign(self, batch: pa.RecordBatch) -> np.ndarray:
+        found = batch.column("tokenizer_id").to_pylist()
+        return np.array([name is not None and name != self.tokenizer_id for name in found], dtype=bool)
+
+    def _ended(self, tokens: list[list[int]], finish: Sequence[str | None]) -> list[list[int]]:
+        eos = self._eos
+        if not self.append_eos or eos is None:
+            return tokens
+        return [
+            row if not row or row[-1] == eos or reason == "length" else [*row, eos]
+            for row, reason in zip(tokens, finish, strict=True)
+        ]
+
+    def _finish_reasons(self, found: pa.Array, ids: pa.ListArray) -> pa.Array:
+        """Where none is recorded: stop when the last token is a special one, else length."""
+        unknown = _mask(found.is_null())
+        if not unknown.any():
+            return found
+        tokens = Ragged.of(ids.filter(pa.array(unknown)))
+        ended = np.zeros(len(tokens.present), dtype=bool)
+        filled = tokens.lengths > 0
+        ended[filled] = np.isin(tokens.values[tokens.offsets[1:][filled] - 1], self._ends)
+        return _scatter(unknown, np.where(ended, "stop", "length").tolist(), found)
+
+    def _warn(self, other: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"rows made with tokenizer_id {other!r} are tokenised again from their text, since the run's "
+                f"is {self.tokenizer_id!r}; their recorded log-probs are not used",
+                stacklevel=2,
+            )
+
+
+def _batch(columns: dict[str, pa.Array]) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([columns[name] for name in READ_SCHEMA.names], schema=READ_SCHEMA)
+
+
+def _without_text(batch: pa.RecordBatch, side: str) -> np.ndarray:
+    """Rows that have the ids of a side and not its text."""
+    return _mask(batch.column(f"{side}_ids").is_valid()) & _mask(batch.column(side).is_null())
+
+
+def _mask(flags: pa.Array) -> np.ndarray:
+    return flags.to_numpy(zero_copy_only=False).astype(bool, copy=False)
+
+
+def _scatter(chosen: np.ndarray, values: Sequence[object], others: pa.Array) -> pa.Array:
+    """`others` with `values`, in order, at the chosen rows."""
+    spread: list[object] = [None] * len(chosen)
+    for row, value in zip(np.flatnonzero(chosen), values, strict=True):
+        spread[row] = value
+    return pc.call_function("if_else", [pa.array(chosen), pa.array(spread, others.type), others])

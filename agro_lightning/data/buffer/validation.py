@@ -1,0 +1,176 @@
+"""From rows as they stand in a file to rows that can be trained on: tokenised, checked, nothing missing."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from agro_lightning.data.buffer.reader import RawRows
+from agro_lightning.data.buffer.schema import FINISH_REASONS, READ_SCHEMA, Rejections
+from agro_lightning.data.buffer.tokenization import RowTokens
+from agro_lightning.primitives.ragged import Ragged
+
+Problem = tuple[str, np.ndarray, Callable[[int], str]]
+"""Why rows are bad, which they are (a mask over the batch), and what to say of the one at an index."""
+
+DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "policy_version": -1, "source": "offline"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowChecker:
+    """Tokenises, completes and checks rows against the run's tokenizer and limits."""
+
+    tokens: RowTokens
+    vocab_size: int
+    """Token ids must lie in 0..vocab_size-1."""
+    max_prompt_tokens: int | None
+    max_completion_tokens: int | None
+
+    def check(self, raw: RawRows, rejections: Rejections) -> tuple[pa.RecordBatch, np.ndarray]:
+        """Returns the good rows of READ_SCHEMA with tokens, texts and defaults filled in, and their row
+        numbers.
+
+        Raises:
+            BadRowError: a row is bad and `rejections` is strict.
+        """
+        batch = self.tokens.encode(raw.batch)
+        bad = np.zeros(batch.num_rows, dtype=bool)
+        for reason, mask, describe in self._problems(raw.batch, batch):
+            rows = np.flatnonzero(mask & ~bad)  # a row counts under its first problem only
+            if len(rows):
+                rejections.add(reason, raw.numbers[rows], lambda: describe(int(rows[0])))  # noqa: B023
+                bad[rows] = True
+        return self.tokens.complete(_fill_defaults(batch.filter(pa.array(~bad)))), raw.numbers[~bad]
+
+    def _problems(self, found: pa.RecordBatch, batch: pa.RecordBatch) -> Iterator[Problem]:
+        """Every check, in the order in which a row's first problem is named."""
+        yield from self.tokens.problems(found)
+        yield from self._token_problems(batch, "prompt", self.max_prompt_tokens)
+        yield from self._token_problems(batch, "completion", self.max_completion_tokens)
+        yield from _value_problems(batch)
+        completion = Ragged.of(batch.column("completion_ids"))
+        yield from _logprob_problems(batch, "behavior_logprobs", completion, finite=False)
+        yield from _logprob_problems(batch, "ref_logprobs", completion, finite=True)
+
+    def _token_problems(self, batch: pa.RecordBatch, side: str, limit: int | None) -> Iterator[Problem]:
+        column = f"{side}_ids"
+        ids = Ragged.of(batch.column(column))
+        yield (
+            f"missing_{side}",
+            ~ids.present,
+            lambda _: f"has neither {side} nor {column}; one of them is needed",
+        )
+        yield "wrong_type", ids.nulls, lambda _: f"{column} has a null in it; every token needs an id"
+        yield (
+            f"empty_{side}",
+            ids.lengths == 0,
+            lambda _: f"the {side} has 0 tokens; it needs at least 1",
+        )
+        outside = (ids.values < 0) | (ids.values >= self.vocab_size)
+
+        def describe_outside(row: int) -> str:
+            place = int(np.flatnonzero((ids[row] < 0) | (ids[row] >= self.vocab_size))[0])
+            value, last = ids[row][place], self.vocab_size - 1
+            return f"{column}[{place}] is {value}; this vocabulary has ids 0 to {last}: is it another's?"
+
+        yield "token_outside_vocabulary", ids.rows_with(outside), describe_outside
+        if limit is not None:
+            yield (
+                f"{side}_too_long",
+                ids.lengths > limit,
+                lambda row: f"the {side} has {ids.lengths[row]} tokens; max_{side}_tokens is {limit}",
+            )
+
+
+def _value_problems(batch: pa.RecordBatch) -> Iterator[Problem]:
+    def numbers(name: str) -> np.ndarray:
+        return batch.column(name).fill_null(DEFAULTS.get(name, np.nan)).to_numpy(zero_copy_only=False)
+
+    def told(name: str, accepted: str) -> Callable[[int], str]:
+        return lambda row: f"{name} is {batch.column(name)[row].as_py()!r}; it must be {accepted}"
+
+    yield "bad_reward", ~np.isfinite(numbers("reward")), told("reward", "a finite number")
+    finish = np.array(batch.column("finish_reason").to_pylist(), dtype=object)
+    known = np.isin(finish, FINISH_REASONS)
+    yield "bad_finish_reason", ~known, told("finish_reason", f"one of {', '.join(FINISH_REASONS)}")
+    yield (
+        "finish_reason_error",
+        finish == "error",
+        told("finish_reason", "stop or length: a failed generation is no sample"),
+    )
+    temperature, top_p, top_k = numbers("temperature"), numbers("top_p"), numbers("top_k")
+    yield (
+        "bad_sampling",
+        ~(np.isfinite(temperature) & (temperature >= 0)),
+        told("temperature", "finite and 0 or more"),
+    )
+    yield "bad_sampling", ~((top_p > 0) & (top_p <= 1)), told("top_p", "in (0, 1]")
+    yield "bad_sampling", top_k < 0, told("top_k", "0 (all tokens) or more")
+    version = numbers("policy_version")
+    limit = np.iinfo(np.int32).max
+    yield (
+        "bad_policy_version",
+        (version < -1) | (version > limit),
+        told("policy_version", f"-1 (unknown) to {limit}"),
+    )
+
+
+def _logprob_problems(
+    batch: pa.RecordBatch, column: str, tokens: Ragged, *, finite: bool
+) -> Iterator[Problem]:
+    logprobs = Ragged.of(batch.column(column))
+    yield (
+        "wrong_type",
+        logprobs.nulls,
+        lambda _: f"{column} has a null in it; give one number a token, or no list",
+    )
+    yield (
+        "bad_logprobs",
+        logprobs.present & (logprobs.lengths != tokens.lengths),
+        lambda row: (
+            f"{logprobs.lengths[row]} {column} for {tokens.lengths[row]} completion_ids; "
+            "there must be one a token, EOS included"
+        ),
+    )
+    if finite:
+        unusable = logprobs.rows_with(~np.isfinite(logprobs.values))
+        yield (
+            "bad_logprobs",
+            unusable,
+            lambda _: f"{column} has a value that is not finite; leave the column out",
+        )
+
+
+def _fill_defaults(batch: pa.RecordBatch) -> pa.RecordBatch:
+    columns = [
+        column.fill_null(DEFAULTS[name]) if name in DEFAULTS else column
+        for name, column in zip(READ_SCHEMA.names, batch.columns, strict=True)
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=READ_SCHEMA)
+
+
+def row_checker(
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    max_prompt_tokens: int | None,
+    max_completion_tokens: int | None,
+    append_eos: bool,
+) -> RowChecker:
+    """Checks the limits themselves, then makes the checker.
+
+    Raises:
+        ValueError: a limit below 1, a tokenizer that does not fit the vocabulary, or one without EOS that is
+            to be appended.
+    """
+    limits = {"vocab_size": vocab_size, "max_prompt_tokens": max_prompt_tokens}
+    for name, limit in {**limits, "max_completion_tokens": max_completion_tokens}.items():
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name} is {limit}; it must be at least 1")
+    return RowChecker(
+        tokens=RowTokens(tokenizer, append_eos=append_eos),
+        vocab_size=vocab_size,
+        max_prompt_tokens=max_prompt_tokens,
+        max_completion_tokens=max_completion_tokens,
+    )

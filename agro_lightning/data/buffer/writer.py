@@ -1,0 +1,189 @@
+"""Appending rollouts: every append is one new immutable Parquet file; eviction removes whole files."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from agro_lightning.data.buffer.schema import FILE_SCHEMA, FINISH_REASONS, BadFileError
+from agro_lightning.primitives.atomic_files import sync_directory, write_once
+from agro_lightning.types import Completion, Prompt, PromptGroup
+
+
+def append_rollouts(
+    directory: str | Path,
+    groups: Sequence[PromptGroup],
+    *,
+    name: str,
+    tokenizer_id: str,
+    created_at: datetime | None = None,
+) -> Path:
+    """Writes prompt groups as one new Parquet file that is whole or absent, and durable once this returns.
+
+    Rows stand in the order of the groups and of their completions. Appending the same rollouts under the same
+    name again (after a restart, say) changes nothing.
+
+    Args:
+        directory: the buffer; made if missing.
+        groups: what to write, at least one completion in all.
+        name: the file's name without suffix, such as `step-00000012-rank-0`. Buffers read files of equal
+            policy version in the order of their names, so pad numbers with zeros.
+        tokenizer_id: `schema.tokenizer_id` of the tokenizer that the ids belong to.
+        created_at: the time to record; default now.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        FileExistsError: a file of that name holds other rollouts.
+        DiskFullError: there is no room; the buffer is as it was.
+        ValueError: a completion that no reader would accept (no tokens, a reward that is not finite, ...).
+    """
+    if not name or name.startswith((".", "_")) or "/" in name:
+        raise ValueError(
+            f"name is {name!r}; a file name without suffix is needed, not starting with '.' or '_'"
+        )
+    rows = [
+        _row(group.prompt, completion, tokenizer_id) for group in groups for completion in group.completions
+    ]
+    if not rows:
+        raise ValueError(f"no completions to append as {name!r}; pass at least one")
+    moment = created_at or datetime.now(UTC)
+    table = pa.Table.from_pylist([{**row, "created_at": moment} for row in rows], schema=FILE_SCHEMA)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    folder = Path(directory)
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        sync_directory(folder.parent)
+    path = folder / f"{name}.parquet"
+    try:
+        write_once(path, sink.getvalue().to_pybytes())
+    except FileExistsError:
+        if not _holds(path, table):
+            raise FileExistsError(
+                f"{path} exists and holds other rollouts than the {len(rows)} to append; a buffer's files "
+                "are never overwritten. Choose another name, or another directory for another run"
+            ) from None
+    return path
+
+
+def _row(prompt: Prompt, completion: Completion, tokenizer: str) -> dict[str, Any]:
+    """One file row; refuses what the reader would."""
+    where = f"a completion of prompt {prompt.prompt_id!r}"
+    count = len(completion.completion_ids)
+    if not prompt.prompt_ids or not count:
+        raise ValueError(
+            f"{where} has {len(prompt.prompt_ids)} prompt and {count} completion tokens; both need one"
+        )
+    if not np.isfinite(completion.reward):
+        raise ValueError(
+            f"{where} has reward {completion.reward}; it must be finite: drop and count it instead"
+        )
+    if completion.finish_reason not in FINISH_REASONS or completion.finish_reason == "error":
+        raise ValueError(
+            f"{where} has finish_reason {completion.finish_reason!r}; only stop and length are written"
+        )
+    for column in ("behavior_logprobs", "ref_logprobs"):
+        values = getattr(completion, column)
+        if values is not None and len(values) != count:
+            raise ValueError(
+                f"{where} has {len(values)} {column} for {count} tokens; there must be one a token"
+            )
+    if completion.ref_logprobs is not None and not np.isfinite(completion.ref_logprobs).all():
+        raise ValueError(f"{where} has ref_logprobs that are not finite; leave them out (None)")
+    return {
+        "prompt_id": prompt.prompt_id,
+        "prompt": prompt.prompt,
+        "prompt_ids": prompt.prompt_ids,
+        "completion": completion.completion,
+        "completion_ids": completion.completion_ids,
+        "reward": completion.reward,
+        "reward_parts": list(completion.reward_parts.items()),
+        "finish_reason": completion.finish_reason,
+        "source": completion.source,
+        "policy_version": completion.policy_version,
+        "temperature": completion.temperature,
+        "top_p": completion.top_p,
+        "top_k": completion.top_k,
+        "behavior_logprobs": completion.behavior_logprobs,
+        "ref_logprobs": completion.ref_logprobs,
+        "reference_id": completion.reference_id,
+        "tokenizer_id": tokenizer,
+        "answer": prompt.answer,
+    }
+
+
+def _holds(path: Path, table: pa.Table) -> bool:
+    """Whether the file holds exactly these rows, whenever it was written (NaN equals NaN here)."""
+    try:
+        found = pq.ParquetFile(path).read()
+    except (pa.ArrowException, OSError):
+        return False
+    if found.schema.names != table.schema.names:
+        return False
+    without = [name for name in table.schema.names if name != "created_at"]
+    return repr(found.select(without).to_pylist()) == repr(table.select(without).to_pylist())
+
+
+def evict_files(directory: str | Path, keep_rows: int) -> list[Path]:
+    """Removes the oldest files of a replay buffer whose rows are all beyond its capacity.
+
+    Files are removed whole and oldest first, so that a kill at any moment leaves the newest ones. A file is
+    as new as its newest policy version, and files of equal version are as new as their names sort. At least
+    `keep_rows` rows stay. A reader that has a file open goes on reading it.
+
+    Args:
+        directory: the buffer; only its own `*.parquet` files are considered, not folders within.
+        keep_rows: capacity in rows (completions).
+
+    Returns:
+        The files that were removed, oldest first.
+
+    Raises:
+        BadFileError: a file that cannot be read, so its rows cannot be counted.
+    """
+    if keep_rows < 0:
+        raise ValueError(f"keep_rows is {keep_rows}; it must be 0 or more")
+    folder = Path(directory)
+    files = [path for path in folder.glob("*.parquet") if not path.name.startswith((".", "_"))]
+    sizes = sorted((*_extent(path), path) for path in files)
+    return remove_files(
+        path for path in beyond_capacity([(path, rows) for _, _, rows, path in sizes], keep_rows)
+    )
+
+
+def beyond_capacity(files: Sequence[tuple[Path, int]], keep_rows: int) -> list[Path]:
+    """The leading (path, rows) files, given oldest first, that `keep_rows` rows do not reach."""
+    newest_first = [rows for _, rows in reversed(files)]
+    newer = [0, *itertools.accumulate(newest_first)][: len(files)]  # rows newer than each file
+    gone = sum(count >= keep_rows for count in newer)
+    return [path for path, _ in files[:gone]]
+
+
+def remove_files(paths: Iterable[Path]) -> list[Path]:
+    """Removes files in the given order, durably; one that another process removed first does not matter."""
+    removed = []
+    for path in paths:
+        path.unlink(missing_ok=True)
+        removed.append(path)
+    for folder in sorted({path.parent for path in removed}):
+        sync_directory(folder)
+    return removed
+
+
+def _extent(path: Path) -> tuple[int, str, int]:
+    """(newest policy version, name, rows) of a file; -1 where it records no version."""
+    try:
+        with pq.ParquetFile(path) as file:
+            recorded = "policy_version" in file.schema_arrow.names
+            versions = file.read(["policy_version"]).column(0).to_pylist() if recorded else []
+            rows = file.metadata.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise BadFileError(f"{path} is not a readable Parquet file ({error}). Remove it by hand") from None
+    return max((version for version in versions if version is not None), default=-1), path.name, rows

@@ -1,0 +1,1 @@
+"""FSDP2, tensor parallelism, and what starts the ranks."""

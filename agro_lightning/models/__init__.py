@@ -1,0 +1,1 @@
+"""Language models: the policy, its reference, and the packed batch that they read."""

@@ -1,0 +1,306 @@
+"""TokenBatch: whole prompt groups packed into one row of tokens, and how one is cut to a bounded size."""
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from agro_lightning.types import PromptGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenBatch:
+    """Whole prompt groups, packed into one row of tokens without padding; each prompt's tokens stand once.
+
+    A group is laid out as its prompt followed by its completions. A completion's last token predicts nothing
+    and is left out of the input, so a completion of n tokens takes n - 1 places. T input tokens, N target
+    (completion) tokens, B completions, G groups.
+    """
+
+    input_ids: Int[Tensor, " T"]
+    position_ids: Int[Tensor, " T"]
+    """Position within the token's own sequence: completions continue their prompt's count."""
+    prompt_lengths: Int[Tensor, " G"]
+    """Input tokens of each group's prompt (on the CPU; the layout is planned there)."""
+    completion_lengths: Int[Tensor, " B"]
+    """Input tokens of each completion, its length - 1 (on the CPU)."""
+    predictors: Int[Tensor, " N"]
+    """For each target, the input place whose hidden state predicts it."""
+    targets: Int[Tensor, " N"]
+    sequence_ids: Int[Tensor, " N"]
+    """For each target, the completion (0..B-1) that it belongs to."""
+    group_ids: Int[Tensor, " B"]
+    """For each completion, the group (0..G-1) that it belongs to."""
+    rewards: Float[Tensor, " B"]
+    ref_logprobs: Float[Tensor, " N"] | None
+    behavior_logprobs: Float[Tensor, " N"] | None
+    """NaN where a completion has none; None when no completion has any."""
+    truncated: Bool[Tensor, " B"]
+    policy_versions: Int[Tensor, " B"]
+    sources: tuple[str, ...]
+    """The source of each completion, B entries."""
+    prompt_ids: tuple[str, ...]
+    """The prompt_id of each group, G entries."""
+    num_groups: float
+    """Groups of the whole optimiser step, over all micro-batches and ranks: what the loss is divided by."""
+    policy_version: int
+    """Optimiser steps taken when the batch was drawn; staleness is this minus policy_versions."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Input tokens, prompts once."""
+        return self.input_ids.numel()
+
+    @property
+    def num_completions(self) -> int:
+        return self.rewards.numel()
+
+    def to(self, device: torch.device | str) -> "TokenBatch":
+        """The batch with its tensors on `device`; the two length tensors stay on the CPU."""
+        stay = {"prompt_lengths", "completion_lengths"}
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name in self.__dataclass_fields__
+            if name not in stay and isinstance(value := getattr(self, name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+def pack_groups(
+    groups: Sequence[PromptGroup],
+    *,
+    num_groups: float,
+    policy_version: int = 0,
+    reference_id: str | None = None,
+) -> TokenBatch:
+    """Packs groups into one row of tokens: each prompt once, then its completions without their last token.
+
+    Args:
+        groups: whole prompt groups; every prompt and completion has at least one token.
+        num_groups: groups of the whole optimiser step, what the loss is divided by.
+        policy_version: optimiser steps taken so far.
+        reference_id: cached ref_logprobs count only where their reference_id equals this; when every
+            completion has them the batch carries them, otherwise it carries none.
+
+    Raises:
+        ValueError: no groups, a group of fewer than 2 completions, or an empty prompt or completion.
+    """
+    _check(groups)
+    completions = [completion for group in groups for completion in group.completions]
+    sizes = np.array([len(group) for group in groups])
+    prompt_lengths = np.array([len(group.prompt.prompt_ids) for group in groups])
+    lengths = np.array([len(completion) for completion in completions])
+    group_ids = np.repeat(np.arange(len(groups)), sizes)
+
+    pieces: list[Sequence[int]] = []
+    positions: list[np.ndarray] = []
+    at = 0
+    starts = np.empty(len(completions), dtype=np.int64)  # place of each completion's first input token
+    prompt_ends = np.empty(len(groups), dtype=np.int64)  # place of each prompt's last token
+    row = 0
+    for g, group in enumerate(groups):
+        prompt_length = int(prompt_lengths[g])
+        pieces.append(group.prompt.prompt_ids)
+        positions.append(np.arange(prompt_length))
+        at += prompt_length
+        prompt_ends[g] = at - 1
+        for completion in group.completions:
+            pieces.append(completion.completion_ids[:-1])
+            positions.append(np.arange(prompt_length, prompt_length + len(completion) - 1))
+            starts[row] = at
+            at += len(completion) - 1
+            row += 1
+
+    sequence_ids = np.repeat(np.arange(len(completions)), lengths)
+    within = np.arange(len(sequence_ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    predictors = np.where(
+        within == 0, prompt_ends[group_ids][sequence_ids], starts[sequence_ids] + within - 1
+    )
+    cached = reference_id is not None and all(
+        c.ref_logprobs is not None and c.reference_id == reference_id for c in completions
+    )
+    return TokenBatch(
+        input_ids=torch.from_numpy(np.concatenate([np.asarray(piece, dtype=np.int64) for piece in pieces])),
+        position_ids=torch.from_numpy(np.concatenate(positions)),
+        prompt_lengths=torch.from_numpy(prompt_lengths),
+        completion_lengths=torch.from_numpy(lengths - 1),
+        predictors=torch.from_numpy(predictors),
+        targets=torch.from_numpy(
+            np.concatenate([np.asarray(c.completion_ids, dtype=np.int64) for c in completions])
+        ),
+        sequence_ids=torch.from_numpy(sequence_ids),
+        group_ids=torch.from_numpy(group_ids),
+        rewards=torch.tensor([c.reward for c in completions], dtype=torch.float32),
+        ref_logprobs=_tokens([c.ref_logprobs for c in completions], lengths) if cached else None,
+        behavior_logprobs=_tokens([c.behavior_logprobs for c in completions], lengths),
+        truncated=torch.tensor([c.finish_reason == "length" for c in completions]),
+        policy_versions=torch.tensor([c.policy_version for c in completions]),
+        sources=tuple(c.source for c in completions),
+        prompt_ids=tuple(group.prompt.prompt_id for group in groups),
+        num_groups=float(num_groups),
+        policy_version=policy_version,
+    )
+
+
+def _check(groups: Sequence[PromptGroup]) -> None:
+    if not groups:
+        raise ValueError("a batch needs at least one prompt group; 0 came")
+    for group in groups:
+        name = group.prompt.prompt_id
+        if len(group) < 2:
+            raise ValueError(
+                f"group {name} has {len(group)} completion; AGRO compares completions of one prompt and "
+                "needs at least 2: raise group_size, or drop the group (on_bad_row: drop)"
+            )
+        if not group.prompt.prompt_ids:
+            raise ValueError(f"group {name} has an empty prompt; give it at least one token (a BOS, say)")
+        for i, completion in enumerate(group.completions):
+            if not len(completion):
+                raise ValueError(
+                    f"completion {i} of group {name} (source {completion.source}) is empty; it needs at "
+                    "least one token, the EOS: drop it, or append the EOS"
+                )
+
+
+def _tokens(values: Sequence[Sequence[float] | None], lengths: np.ndarray) -> Tensor | None:
+    """Lays per-token values of all completions end to end, NaN where a completion has none."""
+    if all(value is None for value in values):
+        return None
+    parts = [
+        np.full(length, np.nan, dtype=np.float32) if value is None else np.asarray(value, dtype=np.float32)
+        for value, length in zip(values, lengths, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def split_batch(batch: TokenBatch, max_tokens: int) -> list[TokenBatch]:
+    """Cuts a packed batch into pieces of at most max_tokens input tokens, each holding whole completions.
+
+    A group may span pieces, and its prompt then stands in each of them; a single completion longer than the
+    budget makes a piece of its own. Group ids are renumbered in each piece, so statistics over groups must be
+    made from the whole batch. Targets keep their order: the pieces' targets laid end to end are the batch's.
+    """
+    prompt_lengths, lengths = batch.prompt_lengths.numpy(), batch.completion_lengths.numpy()
+    group_ids = batch.group_ids.cpu().numpy()
+    pieces: list[list[int]] = []
+    used, last_group = max_tokens + 1, -1
+    for row, (group, length) in enumerate(zip(group_ids, lengths, strict=True)):
+        cost = int(length) + (int(prompt_lengths[group]) if group != last_group else 0)
+        if used + cost > max_tokens:
+            pieces.append([])
+            used, cost = 0, int(length) + int(prompt_lengths[group])
+        pieces[-1].append(row)
+        used += cost
+        last_group = group
+    return [batch] if len(pieces) == 1 else [select_completions(batch, rows) for rows in pieces]
+
+
+def select_completions(batch: TokenBatch, rows: Sequence[int]) -> TokenBatch:
+    """The packed batch that holds only the given completions (indices in rising order) and their prompts."""
+    device = batch.input_ids.device
+    prompts, lengths, groups = batch.prompt_lengths, batch.completion_lengths, batch.group_ids.cpu()
+    keep = torch.zeros(lengths.numel(), dtype=torch.bool)
+    keep[list(rows)] = True
+    keep_group = torch.zeros(prompts.numel(), dtype=torch.bool)
+    keep_group[groups[keep]] = True
+    new_group = torch.cumsum(keep_group, 0) - 1
+
+    flags, sizes, row = [], [], 0
+    for g, count in enumerate(torch.bincount(groups, minlength=prompts.numel()).tolist()):
+        flags += [keep_group[g : g + 1], keep[row : row + count]]
+        sizes += [prompts[g : g + 1], lengths[row : row + count]]
+        row += count
+    kept_inputs = torch.repeat_interleave(torch.cat(flags), torch.cat(sizes)).to(device)
+    kept_targets = torch.repeat_interleave(keep, lengths + 1).to(device)
+    new_place = torch.cumsum(kept_inputs, 0) - 1
+    new_row = (torch.cumsum(keep, 0) - 1).to(device)
+    on_device = keep.to(device)
+
+    def tokens(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[kept_targets]
+
+    return replace(
+        batch,
+        input_ids=batch.input_ids[kept_inputs],
+        position_ids=batch.position_ids[kept_inputs],
+        prompt_lengths=prompts[keep_group],
+        completion_lengths=lengths[keep],
+        predictors=new_place[batch.predictors[kept_targets]],
+        targets=batch.targets[kept_targets],
+        sequence_ids=new_row[batch.sequence_ids[kept_targets]],
+        group_ids=new_group.to(device)[batch.group_ids[on_device]],
+        rewards=batch.rewards[on_device],
+        ref_logprobs=tokens(batch.ref_logprobs),
+        behavior_logprobs=tokens(batch.behavior_logprobs),
+        truncated=batch.truncated[on_device],
+        policy_versions=batch.policy_versions[on_device],
+        sources=tuple(source for source, kept in zip(batch.sources, keep.tolist(), strict=True) if kept),
+        prompt_ids=tuple(
+            name for name, kept in zip(batch.prompt_ids, keep_group.tolist(), strict=True) if kept
+        ),
+    )
+
+
+class PlainRows(NamedTuple):
+    """Completions with their prompts in rows, one after another, each behind its own copy of the prompt."""
+
+    places: Int[Tensor, "rows width"]
+    """The place in the packed batch whose token stands there; 0 behind a row's last sequence."""
+    position_ids: Int[Tensor, "rows width"]
+    """Restart at 0 with each sequence, which is how transformers tells them apart; 0 behind the last one."""
+    predictors: Int[Tensor, " N"]
+    """For each target, its predicting place in the rows laid end to end."""
+
+
+def repeat_prompts(batch: TokenBatch, *, one_row: bool = False) -> PlainRows:
+    """Plain packing: rows as wide as the longest sequence, each filled with as many as fit.
+
+    Args:
+        batch: whole groups.
+        one_row: put all into a single row, for attention that needs no mask to keep sequences apart. With a
+            mask, one row would take the square of all tokens.
+    """
+    device = batch.input_ids.device
+    prompts, lengths, groups = batch.prompt_lengths, batch.completion_lengths, batch.group_ids.cpu()
+    per_group = torch.zeros_like(prompts).index_add_(0, groups, lengths)
+    group_starts = torch.cumsum(prompts + per_group, 0) - prompts - per_group
+    within = torch.cumsum(lengths, 0) - lengths - (torch.cumsum(per_group, 0) - per_group)[groups]
+    completion_starts = group_starts[groups] + prompts[groups] + within
+
+    pieces = torch.stack([prompts[groups], lengths], 1)  # (B, 2): a prompt, then a completion
+    starts = torch.stack([group_starts[groups], completion_starts], 1)
+    sizes = pieces.flatten()
+    offsets = torch.cumsum(sizes, 0) - sizes
+    sources = torch.arange(int(sizes.sum())) + torch.repeat_interleave(starts.flatten() - offsets, sizes)
+
+    whole = pieces.sum(1)  # (B,) tokens of each sequence
+    rows, columns, width = _fill_rows(whole.tolist(), int(whole.sum() if one_row else whole.max()))
+    position_ids = torch.arange(len(sources)) - torch.repeat_interleave(offsets[::2], whole)
+    targets_at = torch.repeat_interleave(rows * width + columns, whole) + position_ids
+    table = torch.zeros(2, (int(rows.max()) + 1) * width, dtype=torch.long)
+    table[0, targets_at], table[1, targets_at] = sources, position_ids
+
+    targets = lengths + 1
+    first = torch.cumsum(targets, 0) - targets
+    # the prompt's last token predicts the first target
+    begins = rows * width + columns + prompts[groups] - 1
+    predictors = torch.arange(int(targets.sum())) + torch.repeat_interleave(begins - first, targets)
+    places, position_ids = table.view(2, -1, width).to(device)
+    return PlainRows(places, position_ids, predictors.to(device))
+
+
+def _fill_rows(lengths: list[int], width: int) -> tuple[Tensor, Tensor, int]:
+    """Row and first column of each sequence, longest first into the fullest row that has room."""
+    rows, columns = torch.empty(len(lengths), dtype=torch.long), torch.empty(len(lengths), dtype=torch.long)
+    room: list[tuple[int, int]] = []  # (columns left, row), sorted
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        at = bisect.bisect_left(room, (lengths[index], 0))
+        left, row = room.pop(at) if at < len(room) else (width, len(room))
+        rows[index], columns[index] = row, width - left
+        bisect.insort(room, (left - lengths[index], row))
+    return rows, columns, width

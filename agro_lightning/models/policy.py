@@ -1,0 +1,246 @@
+"""The policy: a causal LM seen as hidden states and a head; log-probs, losses and generation over packed
+groups."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from agro_kernels import linear_agro_loss, linear_logprobs, linear_logprobs_known
+from agro_lightning.distributed.fsdp import unsharded
+from agro_lightning.models import packed_attention as attention
+from agro_lightning.models.batch import TokenBatch, repeat_prompts
+from agro_lightning.models.config import PolicySettings
+from agro_lightning.models.pretrained import add_lora, load_lm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadOptions:
+    """How the model turns h Wᵀ into logits, read off its config."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, settings: PolicySettings, config: Any) -> "HeadOptions":
+        """The settings' own values, else Cohere's logit_scale, Granite's logits_scaling and Gemma's
+        final_logit_softcapping."""
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return cls(
+            logit_scale=scale if settings.logit_scale is None else settings.logit_scale,
+            softcap=softcap if settings.softcap is None else settings.softcap,
+        )
+
+
+class TokenLogprobs(NamedTuple):
+    """Per target token: log-prob and logsumexp of its logits, both fp32, at the sampling temperature."""
+
+    logprobs: Float[Tensor, " N"]
+    logsumexp: Float[Tensor, " N"]
+    entropy: Float[Tensor, " N"] | None
+
+
+class GroupLoss(NamedTuple):
+    """The fused AGRO loss of a batch; the fields of agro_kernels.LinearAgroLoss."""
+
+    loss: Float[Tensor, ""]
+    objective: Float[Tensor, ""]
+    logprobs: Float[Tensor, " N"]
+    log_ratios: Float[Tensor, " B"]
+    coefficients: Float[Tensor, " B"]
+
+
+class Policy(nn.Module):
+    """A causal LM whose log-probs come from the fused head. The FSDP root; always in eval mode, without
+    dropout.
+
+    Args:
+        settings: model, packing, head.
+        temperature: the sampling temperature; log-probs are of softmax(logits / temperature).
+        lm: the model, where the caller built it already; by default it is loaded from settings.
+    """
+
+    def __init__(
+        self, settings: PolicySettings, *, temperature: float = 1.0, lm: PreTrainedModel | None = None
+    ):
+        super().__init__()
+        if not 0.0 < temperature < float("inf"):
+            raise ValueError(
+                f"the sampling temperature is {temperature}; log-probs need a positive, finite one"
+            )
+        base = load_lm(settings) if lm is None else lm
+        # cuDNN's attention builds a plan for each new shape, in tenths of a second; rollouts and packed
+        # batches have new shapes all the time. For good, as recomputation must choose alike.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        self.settings, self.temperature = settings, temperature
+        self.tensor_group: ProcessGroup | None = (
+            None  # ranks that hold slices of each weight, set by the sharding
+        )
+        self.reshard_after_forward = True
+        self.held = False
+        self.compute_dtype: torch.dtype = base.dtype
+        self.head_options = HeadOptions.of(settings, base.config)
+        self.plain_attention = base.get_decoder().config._attn_implementation or "sdpa"
+        if settings.gradient_checkpointing:
+            for layer in self.layers_of(base):
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        self.lm: nn.Module = add_lora(base, settings.lora) if settings.lora else base
+        self.share_prompts(settings.packing != "plain")
+        self.train(False)
+
+    def share_prompts(self, shared: bool) -> None:
+        """Chooses whether a packed batch computes each group's prompt once, or repeats it for each
+        completion."""
+        self.shared_prompts = shared
+        # set for good and not around each call: a checkpointed layer recomputes with the same attention
+        self.base.get_decoder().config._attn_implementation = (
+            attention.NAME if shared else self.plain_attention
+        )
+
+    def train(self, mode: bool = True) -> "Policy":
+        """Stays in eval mode: dropout would change the log-probs that the objective compares."""
+        return super().train(False)
+
+    @staticmethod
+    def layers_of(lm: PreTrainedModel) -> nn.ModuleList:
+        """The decoder layers: the longest ModuleList of the decoder."""
+        lists = [m for m in lm.get_decoder().modules() if isinstance(m, nn.ModuleList)]
+        if not lists:
+            raise ValueError(
+                f"{type(lm).__name__} has no list of decoder layers; such a model cannot be sharded or "
+                "checkpointed layer by layer"
+            )
+        return max(lists, key=len)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model, adapters inside where there are any."""
+        return self.lm.get_base_model() if self.settings.lora else self.lm  # type: ignore[operator,return-value]
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.layers_of(self.base)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The LM head, whose weight the fused kernels read."""
+        head = self.base.get_output_embeddings()
+        if head is None:
+            raise ValueError(f"{type(self.base).__name__} has no LM head; give a causal language model")
+        return cast(nn.Linear, head)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the LM head; token ids must be below it."""
+        return self.head.weight.shape[0]
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence (prompt and completion) of the model's config."""
+        return int(getattr(self.base.config, "max_position_embeddings", None) or 2**31)
+
+    def hidden_states(self, batch: TokenBatch) -> Float[Tensor, "N H"]:
+        """The decoder's last hidden states at the places that predict the batch's targets."""
+        decoder = self.base.get_decoder()
+        if self.shared_prompts:
+            flex = self.settings.attention == "flex" or (
+                self.settings.attention == "auto" and batch.input_ids.is_cuda
+            )
+            out = decoder(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                use_cache=False,
+                packed_layout=attention.plan_layout(batch, flex=flex),
+            )
+            return out.last_hidden_state[0].index_select(0, batch.predictors)
+        rows = repeat_prompts(batch, one_row="flash" in self.plain_attention)
+        out = decoder(input_ids=batch.input_ids[rows.places], position_ids=rows.position_ids, use_cache=False)
+        return out.last_hidden_state.flatten(0, 1).index_select(0, rows.predictors)
+
+    def _head(self, hidden: Tensor) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+        head = self.head
+        weight, bias = _slice_here(head.weight), _slice_here(getattr(head, "bias", None))
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        options = dict(
+            bias=bias,
+            temperature=self.temperature,
+            logit_scale=self.head_options.logit_scale,
+            softcap=self.head_options.softcap,
+            backend=self.settings.head_backend,
+            vocab_group=self.tensor_group,
+        )
+        return (hidden, weight), options
+
+    def logprobs(self, batch: TokenBatch, *, entropy: bool = False) -> TokenLogprobs:
+        """Log-probs of the batch's targets, fp32, at the sampling temperature; differentiable."""
+        tensors, options = self._head(self.hidden_states(batch))
+        out = linear_logprobs(*tensors, batch.targets, entropy=entropy, **options)
+        return TokenLogprobs(out.logprobs, out.logsumexp, out.entropy)
+
+    def agro_loss(self, batch: TokenBatch, ref_logprobs: Float[Tensor, " N"], *, beta: float) -> GroupLoss:
+        """The AGRO loss of whole groups, fused with the head (agro_kernels.linear_agro_loss)."""
+        tensors, options = self._head(self.hidden_states(batch))
+        out = linear_agro_loss(
+            *tensors,
+            batch.targets,
+            batch.sequence_ids,
+            ref_logprobs,
+            batch.rewards,
+            batch.group_ids,
+            beta=beta,
+            num_groups=batch.num_groups,
+            **options,
+        )
+        return GroupLoss(out.loss, out.objective, out.logprobs, out.log_ratios, out.coefficients)
+
+    def weighted_logprobs(
+        self, batch: TokenBatch, logsumexp: Float[Tensor, " N"], coefficients: Float[Tensor, " N"]
+    ) -> Float[Tensor, ""]:
+        """A scalar whose gradient is that of sum(coefficients * logprobs), without a second pass of the head.
+
+        Args:
+            logsumexp: from an earlier pass with the same weights.
+            coefficients: of each target token, known from that pass.
+        """
+        tensors, options = self._head(self.hidden_states(batch))
+        return linear_logprobs_known(*tensors, batch.targets, logsumexp, coefficients, **options)
+
+    def wake(self) -> None:
+        """Does nothing but count as a forward: FSDP then knows that this module is its root."""
+
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[nn.Module]:
+        """Yields the model as transformers made it: no gradients, its own attention, whole weights on every
+        rank."""
+        config = self.base.get_decoder().config
+        with torch.no_grad(), unsharded(self):
+            config._attn_implementation = self.plain_attention
+            try:
+                yield self.lm
+            finally:
+                self.share_prompts(self.shared_prompts)
+
+    @contextlib.contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """The LoRA policy's own base: the reference that costs no memory."""
+        with self.lm.disable_adapter():  # type: ignore[operator]
+            yield
+
+
+def _slice_here(weight: Any) -> Any:
+    """This rank's slice of a tensor-parallel weight; any other as it is."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight

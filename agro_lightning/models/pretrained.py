@@ -1,0 +1,124 @@
+"""A causal LM, its tokenizer and its adapters, from a local folder, the hub, or the quick start."""
+
+import contextlib
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from agro_lightning import quickstart
+from agro_lightning.models.config import LoraSettings, PolicySettings
+
+
+def resolve_path(path: str) -> str:
+    """The folder of the shipped quick start for "quickstart", else the path itself.
+
+    Raises:
+        FileNotFoundError: the path looks like a local folder and is not one, or holds no config.json.
+    """
+    if path == "quickstart":
+        return str(quickstart.FOLDER / "policy")
+    folder = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists()
+    if looks_local and not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"model folder {path} {what}; give a folder written by save_pretrained, a hub id such "
+            "as Qwen/Qwen3-0.6B, or quickstart"
+        )
+    return str(folder) if folder.exists() else path
+
+
+@contextlib.contextmanager
+def _clear_hub_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(
+            f"cannot load {path}: it is no local folder, and the hub did not give it ({reason}). Download it "
+            "where there is a network and set the path to the folder"
+        ) from error
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer that stands beside a model. Raises OSError naming the path when there is none."""
+    with _clear_hub_errors(path):
+        return AutoTokenizer.from_pretrained(resolve_path(path), trust_remote_code=trust_remote_code)
+
+
+def load_lm(settings: PolicySettings) -> PreTrainedModel:
+    """Loads the causal LM: safetensors only, no code from the folder unless trusted, dropout off.
+
+    Raises:
+        FileNotFoundError, OSError: the folder or hub id cannot be loaded.
+    """
+    path, dtype = resolve_path(settings.path), getattr(torch, settings.dtype)
+    with _clear_hub_errors(settings.path):
+        if settings.weights == "random":
+            config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
+            lm = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=settings.trust_remote_code
+            )
+        else:
+            lm = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, use_safetensors=True, trust_remote_code=settings.trust_remote_code
+            )
+    return lm.eval()
+
+
+def add_lora(lm: PreTrainedModel, settings: LoraSettings) -> nn.Module:
+    """Wraps the model with peft adapters.
+
+    Raises:
+        ImportError: peft is missing.
+        ValueError: adapters on the LM head, which the fused head does not express.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("policy.lora needs peft: pip install 'agro-lightning[lora]'") from error
+    adapted = get_peft_model(
+        lm,
+        LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=0.0,
+            target_modules=settings.target_modules,
+            task_type="CAUSAL_LM",
+        ),
+    )
+    if hasattr(lm.get_output_embeddings(), "lora_A"):
+        raise ValueError(
+            f"policy.lora.target_modules = {settings.target_modules!r} puts an adapter on the LM head; "
+            "the fused head reads the head's weight itself. Leave the head out of target_modules"
+        )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name and not parameter.is_meta:
+                parameter.copy_(adapter_values(name, parameter.shape))
+    return adapted
+
+
+def adapter_values(name: str, shape: tuple[int, ...]) -> Tensor:
+    """What an adapter's parameter starts as: peft's distributions, drawn from the run's seed and the name.
+
+    Sharded or not, and in whatever order parameters are made, a run thus starts from the same adapters.
+    """
+    generator = torch.Generator().manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2**63)
+    if "lora_embedding_B" in name:
+        return torch.randn(shape, generator=generator)
+    if "lora_A" in name and len(shape) > 1:
+        bound = 1 / math.sqrt(math.prod(shape[1:]))  # Kaiming's uniform with a = sqrt(5)
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return torch.zeros(shape)

@@ -1,0 +1,1 @@
+"""Files, arrays and clocks: nothing of reinforcement learning."""

@@ -1,0 +1,1 @@
+"""The LightningModule, its data module, strategy, metrics and callbacks."""

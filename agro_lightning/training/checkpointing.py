@@ -1,0 +1,119 @@
+"""A run's folder and its checkpoints: every so many steps, the last two kept, whole or absent."""
+
+import os
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from agro_lightning.checkpoints.sharded import newest_checkpoint
+from agro_lightning.training.strategy import Sharded
+
+
+def run_dir(trainer: L.Trainer) -> Path:
+    """The folder of this run: metrics, checkpoints, samples, replay buffer."""
+    return Path(trainer.default_root_dir)
+
+
+def check_start(folder: Path, ckpt_path: str | None, *, fitting: bool, may_be_new: bool) -> None:
+    """Looks at the run's folder before anything is loaded.
+
+    A new run must not write over a former one, and one that should go on must not start anew in silence.
+
+    Args:
+        folder: of the run.
+        ckpt_path: as given.
+        fitting: whether this is `fit`.
+        may_be_new: whether the folder was named by somebody, so that its first start is one with `last` too.
+
+    Raises:
+        ValueError: the folder cannot be written to; no checkpoint is named, and there are some; or the last
+            one is named, and there is none.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if fitting and not (there.is_dir() and os.access(there, os.W_OK)):
+        what = "cannot be written to" if there.is_dir() else "is no folder"
+        raise ValueError(f"the run folder {folder} cannot be made: {there} {what}; give another --run_dir")
+    newest = newest_checkpoint(folder / "checkpoints")
+    if fitting and ckpt_path is None and newest is not None:
+        raise ValueError(
+            f"{folder} holds a run already (its newest checkpoint is {newest.name}): go on with it by "
+            "--ckpt_path last, or give another --run_dir"
+        )
+    if ckpt_path == "last" and newest is None:
+        if not (fitting and may_be_new):
+            raise ValueError(
+                f"--ckpt_path last means the newest checkpoint of --run_dir, and {folder} holds none; "
+                "give the folder of the run, or the checkpoint's path"
+            )
+        rank_zero_info(f"{folder} holds no checkpoint yet: the run starts from its beginning")
+        warnings.filterwarnings("ignore", message=r".*there is no last checkpoint available")  # just said
+
+
+def last_checkpoint(trainer: L.Trainer) -> str:
+    """Path of the newest checkpoint of this run, or "none" in words."""
+    callback = trainer.checkpoint_callback
+    path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+    return path or "none was saved yet"
+
+
+def _move_link(link: Path, target: Path) -> None:
+    """In one step: killed in between, a run would find no checkpoint and start anew."""
+    aside = link.with_name(".last.tmp")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(os.path.relpath(target, link.parent))
+    aside.replace(link)
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Checkpoints between optimiser steps, the last two and that of the run's end; see ModelCheckpoint."""
+
+    def __init__(self, folder: Path, every: int, keep: int = 2):
+        super().__init__(
+            dirpath=folder,
+            filename="step-{step:08d}",
+            auto_insert_metric_name=False,
+            every_n_train_steps=every,
+            save_top_k=keep,
+            monitor="step",
+            mode="max",
+            save_last="link",
+            enable_version_counter=False,  # a run that goes on would leave last.ckpt where it was
+        )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # never within a step: the gradient of its first micro-batches would be lost
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @staticmethod
+    def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
+        """Lets the link point to the checkpoint once that is complete."""
+        move = partial(_move_link, Path(linkpath), Path(filepath))
+        if isinstance(trainer.strategy, Sharded):
+            trainer.strategy.saver.afterwards(move)
+        elif trainer.is_global_zero:
+            move()
+
+    def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
+        """What --ckpt_path last means: the newest complete one, wherever the link points."""
+        assert self.dirpath is not None
+        newest = newest_checkpoint(Path(self.dirpath))
+        return set() if newest is None else {str(newest)}
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.save_now(trainer)
+
+    def save_now(self, trainer: L.Trainer) -> str:
+        """Saves the present step unless it is saved already; returns the checkpoint's path."""
+        if not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+        return self._last_checkpoint_saved

@@ -1,0 +1,481 @@
+"""AgroDataModule: prompts, sources, rewards and the engine, put together into the training feed and
+validation."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_info
+
+from agro_lightning.data.buffer.buffer import RolloutBuffer
+from agro_lightning.data.buffer.discover import offline_paths
+from agro_lightning.data.buffer.schema import tokenizer_id
+from agro_lightning.data.prompts.dataset import PromptDataset, PromptSettings
+from agro_lightning.data.replay import ReplayFolder
+from agro_lightning.data.sources import (
+    Live,
+    Mixing,
+    Offline,
+    Replay,
+    Source,
+    Stream,
+    check_sources,
+    check_streams,
+)
+from agro_lightning.data.stream import StreamReader, stream_dir
+from agro_lightning.data.use_log import UseLog
+from agro_lightning.distributed.fsdp import DataRank, data_rank, unsharded
+from agro_lightning.models.batch import TokenBatch
+from agro_lightning.models.policy import Policy
+from agro_lightning.models.pretrained import load_tokenizer
+from agro_lightning.models.reference import fill_ref_logprobs
+from agro_lightning.rewards import ExactMatch, Reward, RewardSet
+from agro_lightning.rollout import AutoEngine, RolloutEngine, Sampling
+from agro_lightning.rollout.collect import rollout_groups
+from agro_lightning.training.evaluation import PromptResult, answer_prompts, summarize
+from agro_lightning.training.sampler import FeedSettings, TrainFeed
+from agro_lightning.training.trainer_checks import check_steps
+from agro_lightning.types import Prompt, PromptGroup
+
+
+class AgroDataModule(L.LightningDataModule):
+    """Draws prompt groups from live rollouts, replay and offline files.
+
+    Args:
+        train: prompts of live rollouts.
+        validation: the fixed prompts that accuracy is measured on.
+        sources: where groups come from, with weights: Live, Replay, Stream, Offline.
+        rewards: what scores live completions; the total is the weighted sum.
+        batch_size: prompt groups of one micro-batch on one rank.
+        group_size: completions of each prompt.
+        sampling: how completions are sampled; the log-probs are taken at its temperature.
+        engine: what generates.
+        mixing: "per_group" draws each group from one source; "within_group" mixes sources within each group.
+        updates_per_rollout: optimiser steps taken on each rollout before the next.
+        validation_samples: completions sampled for each validation prompt.
+        pass_at: report pass@k for these k (at most validation_samples).
+        correct_reward: a completion counts as correct from this total reward on.
+        on_bad_row: what happens to a row that cannot be used: "error", or "drop" (counted).
+        on_bad_file: what happens to a torn or foreign file: "error", or "skip" (counted).
+        max_failure_fraction: stop when more than this fraction of the latest rewards failed.
+        zero_reward_rollouts: rollouts in a row without any reward after which an alarm is raised; 0 switches
+            it off.
+        on_zero_reward: what that alarm does: "warn", or "stop".
+        max_logprob_gap: stop when engine and trainer log-probs differ by more than this on average, in nats.
+        seed: of sampling, order and mixing.
+    """
+
+    def __init__(
+        self,
+        train: PromptSettings = PromptSettings(path="quickstart-train"),  # noqa: B008 - settings, read by the CLI
+        validation: PromptSettings = PromptSettings(path="quickstart-val"),  # noqa: B008
+        sources: Sequence[Source] = (
+            Live(weight=0.875),
+            Offline(paths=["quickstart"], weight=0.125, repeat=True),
+        ),
+        rewards: Sequence[Reward] = (ExactMatch(),),
+        batch_size: int = 64,
+        group_size: int = 8,
+        sampling: Sampling = Sampling(max_new_tokens=5),  # noqa: B008
+        engine: RolloutEngine = AutoEngine(),  # noqa: B008
+        mixing: Mixing = "per_group",
+        updates_per_rollout: int = 1,
+        validation_samples: int = 4,
+        pass_at: Sequence[int] = (4,),
+        correct_reward: float = 1.0,
+        on_bad_row: Literal["error", "drop"] = "error",
+        on_bad_file: Literal["error", "skip"] = "error",
+        max_failure_fraction: float = 0.2,
+        zero_reward_rollouts: int = 20,
+        on_zero_reward: Literal["warn", "stop"] = "warn",
+        max_logprob_gap: float = 0.5,
+        seed: int = 0,
+    ):
+        super().__init__()
+        check_sources(sources)
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("group_size", group_size, 2),
+            ("updates_per_rollout", updates_per_rollout, 1),
+            ("validation_samples", validation_samples, 1),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise ValueError(f"data.{name} is {value}; it must be at least {least}")
+        check_streams(sources, mixing, updates_per_rollout)
+        if bad := [k for k in pass_at if not 1 <= k <= validation_samples]:
+            raise ValueError(
+                f"data.pass_at has {bad}; pass@k needs 1 <= k <= validation_samples = {validation_samples}"
+            )
+        if sampling.temperature == 0:
+            raise ValueError(
+                "data.sampling.temperature is 0 (greedy); a group of equal completions teaches nothing. "
+                "Give a positive temperature, 1.0 say"
+            )
+        self.train_settings, self.validation_settings = train, validation
+        self.sources = list(sources)
+        self.rewards = RewardSet(
+            list(rewards),
+            max_failure_fraction=max_failure_fraction,
+            zero_reward_calls=zero_reward_rollouts,
+            on_zero_reward=on_zero_reward,
+        )
+        self.batch_size, self.group_size, self.sampling = batch_size, group_size, sampling
+        self.engine = engine
+        self.mixing: Mixing = mixing
+        self.updates_per_rollout, self.seed = updates_per_rollout, seed
+        self.validation_samples, self.pass_at = validation_samples, tuple(pass_at)
+        self.correct_reward, self.max_logprob_gap = correct_reward, max_logprob_gap
+        self.on_bad_row: Literal["error", "drop"] = on_bad_row
+        self.on_bad_file: Literal["error", "skip"] = on_bad_file
+        self._rollout_metrics: dict[str, float] = {}
+        self.seconds_drawing = 0.0
+        self.last_groups: list[PromptGroup] = []
+        self.completions_used = 0
+        self.feed: TrainFeed | None = None
+        self._restored: dict[str, Any] | None = None
+        self._attached = False
+        self._pushed_version = self._served_version = -1
+
+    # ------------------------------------------------------------------ set-up
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        return tuple(source.name for source in self.sources)
+
+    @property
+    def policy(self) -> Policy:
+        policy = self._module.policy
+        assert policy is not None
+        return policy
+
+    @property
+    def _place(self) -> DataRank:
+        """This process among those that get different data."""
+        return data_rank(self._module.device_mesh)
+
+    @property
+    def _module(self) -> Any:
+        assert self.trainer is not None
+        return self.trainer.lightning_module
+
+    def setup(self, stage: str) -> None:
+        """Loads tokenizer and prompts; called on every rank."""
+        if stage == "fit":
+            assert self.trainer is not None
+            check_steps(self.trainer)
+        settings = self._module.policy_settings
+        self.tokenizer = load_tokenizer(settings.path, trust_remote_code=settings.trust_remote_code)
+        self.tokenizer_id = tokenizer_id(self.tokenizer)
+        self.val_prompts = self._prompts(self.validation_settings)
+        live = any(isinstance(source, Live) for source in self.sources)
+        self.train_prompts = self._prompts(self.train_settings) if live and stage == "fit" else None
+
+    def _prompts(self, settings: PromptSettings) -> PromptDataset:
+        return PromptDataset(settings, tokenizer=self.tokenizer, on_bad_row=self.on_bad_row)
+
+    def _buffer(self, paths: Sequence[str], name: str, *, live: bool) -> RolloutBuffer:
+        return RolloutBuffer(
+            paths,
+            tokenizer=self.tokenizer,
+            vocab_size=self.policy.vocab_size,
+            on_bad_row=self.on_bad_row,
+            on_bad_file=self.on_bad_file,
+            source_name=name,
+            live=live,
+        )
+
+    @property
+    def _replay_source(self) -> Replay | None:
+        return next((source for source in self.sources if isinstance(source, Replay)), None)
+
+    def _attach(self) -> None:
+        if not self._attached:
+            self.engine.attach(self.policy, self.tokenizer)
+            self._attached, self._pushed_version = True, -1
+
+    def train_dataloader(self) -> TrainFeed:
+        trainer = self.trainer
+        assert trainer is not None
+        self._check_lengths()
+        folder = self._replay_folder = ReplayFolder(Path(trainer.default_root_dir) / "replay")
+        if self._replay_source is not None and trainer.is_global_zero:
+            done = self._restored["micro_batch"] // trainer.accumulate_grad_batches if self._restored else 0
+            if moved := folder.set_aside_from(done):
+                rank_zero_info(moved)
+        trainer.strategy.barrier("replay buffer")
+        self.feed = TrainFeed(
+            FeedSettings(
+                batch_size=self.batch_size,
+                group_size=self.group_size,
+                accumulate=trainer.accumulate_grad_batches,
+                rank=self._place.rank,
+                world_size=self._place.size,
+                total_steps=trainer.max_steps,
+                mixing=self.mixing,
+                updates_per_rollout=self.updates_per_rollout,
+                seed=self.seed,
+            ),
+            self.sources,
+            prompts=self.train_prompts,
+            offline={
+                source.name: self._buffer(offline_paths(source.paths), source.name, live=False)
+                for source in self.sources
+                if isinstance(source, Offline)
+            },
+            replay=self._buffer([str(folder.path)], "", live=True) if self._replay_source else None,
+            streams={s.name: self._stream(s) for s in self.sources if isinstance(s, Stream)},
+            sample_live=self._sample_live,
+            annotate=self._annotate,
+            append=self._append,
+            drawing=self._drawing,
+            on_drawn=self._finish,
+            count_globally=self._count_globally,
+            reference_id=lambda: self._module.reference.reference_id,
+        )
+        if self._restored is not None:
+            self.feed.load_state_dict(self._restored)
+            self._restored = None
+        return self.feed
+
+    def _stream(self, source: Stream) -> StreamReader:
+        assert self.trainer is not None
+        folder = stream_dir(source, Path(self.trainer.default_root_dir))
+        log = Path(self.trainer.default_root_dir) / f"uses-{source.name}.jsonl"
+        return StreamReader(
+            source,
+            folder,
+            self._buffer([str(folder)], source.name, live=True),
+            log=UseLog(log) if self.trainer.is_global_zero else None,
+            agree=self._from_rank_zero,
+        )
+
+    def _check_lengths(self) -> None:
+        limit, new = self.policy.max_positions, self.sampling.max_new_tokens
+        for prompts in (self.train_prompts, self.val_prompts):
+            if prompts is not None and prompts.longest + new > limit:
+                raise ValueError(
+                    f"the longest prompt of {prompts.settings.path} has {prompts.longest} tokens; with "
+                    f"max_new_tokens {new} that exceeds the model's context of {limit}. Lower "
+                    "data.sampling.max_new_tokens, or set max_prompt_tokens with on_bad_row: drop"
+                )
+
+    # ------------------------------------------------------------------ rollouts
+
+    def _sample_live(self, prompts: Sequence[Prompt], n: int, seed: int) -> list[PromptGroup]:
+        name = next(source.name for source in self.sources if isinstance(source, Live))
+        groups, report = rollout_groups(
+            self.engine,
+            prompts,
+            self.sampling,
+            self.rewards,
+            self.tokenizer,
+            n=n,
+            seed=seed,
+            source=name,
+            policy_version=self._served_version,
+        )
+        self._record(report.metrics())
+        return self._place.agree(groups)
+
+    def push_weights(self) -> None:
+        """Gives the engine the current weights, once, and notes which version it then serves.
+
+        All ranks come here together, those with nothing to generate too, and while the policy is sharded: an
+        engine may gather the weights, which shards them again.
+        """
+        self._attach()
+        if self._pushed_version == self._module.global_step:
+            return
+        self._pushed_version = self._module.global_step
+        served = self.engine.update_weights(self._pushed_version)
+        self._served_version = self._pushed_version if served is None else served
+
+    @contextlib.contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Holds whole models while a step is drawn: ranks may generate and annotate different numbers of
+        times."""
+        reference = getattr(self._module.reference, "policy", None) if self._reused else None
+        with contextlib.ExitStack() as held:
+            if self.train_prompts is not None:
+                self.push_weights()
+                held.enter_context(unsharded(self.policy))
+            if reference is not None:
+                held.enter_context(unsharded(reference))
+            yield
+
+    @property
+    def _reused(self) -> bool:
+        return self.updates_per_rollout > 1 or self._replay_source is not None
+
+    def _record(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._rollout_metrics[name] = self._rollout_metrics.get(name, 0.0) + value
+
+    def take_rollout_metrics(self) -> dict[str, float]:
+        """Seconds and counts of the rollouts since the last call; empty where a rollout is used again."""
+        taken, self._rollout_metrics = self._rollout_metrics, {}
+        return taken
+
+    def _annotate(self, groups: list[PromptGroup]) -> list[PromptGroup]:
+        """Adds reference log-probs to groups that lack them, where they are needed more than once."""
+        if not self._reused:
+            return groups
+        module, started = self._module, time.perf_counter()
+        groups = fill_ref_logprobs(
+            groups,
+            module.reference,
+            at_once=self.batch_size,
+            device=module.device,
+            max_tokens=module.max_tokens,
+        )
+        self._record({"seconds/reference": time.perf_counter() - started})
+        return groups
+
+    def _append(self, groups: list[PromptGroup], step: int, part: int) -> None:
+        place = self._place
+        if groups and place.first and self._replay_source is not None:
+            self._replay_folder.append(
+                groups, step=step, rank=place.rank, part=part, tokenizer_id=self.tokenizer_id
+            )
+
+    def _finish(self, groups: list[PromptGroup], seconds: float) -> None:
+        self.last_groups = groups
+        self._record({"seconds/draw": seconds})
+        self.seconds_drawing += seconds
+        for stream in self.feed.streams.values() if self.feed else ():
+            self._record(stream.metrics(self._module.global_step))
+
+    def _from_rank_zero(self, value: Any) -> Any:
+        assert self.trainer is not None
+        if self.trainer.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def _count_globally(self, count: float) -> float:
+        place = self._place
+        if place.size == 1:
+            return count
+        total = torch.tensor(float(count), device=self._module.device)
+        dist.all_reduce(total, group=place.group)
+        return float(total)
+
+    def completions_of_all_ranks(self) -> int:
+        """Completions that were trained on, each as often as it was used."""
+        return round(self._count_globally(self.completions_used))
+
+    # ------------------------------------------------------------------ validation
+
+    def val_dataloader(self) -> "PromptBatches":
+        assert self.trainer is not None
+        prompts = [self.val_prompts[i] for i in range(len(self.val_prompts))]
+        mine = prompts[self._place.rank :: self._place.size]
+        size = max(1, self.batch_size * self.group_size // max(1, self.validation_samples))
+        batches = [mine[start : start + size] for start in range(0, len(mine), size)]
+        return PromptBatches(batches or [[]])  # every rank enters the validation, also without a prompt
+
+    def answer(self, prompts: Sequence[Prompt]) -> list[PromptResult]:
+        """Answers validation prompts greedily and by sampling; the samples are the same at every call."""
+        if not prompts:
+            return []
+        return answer_prompts(
+            prompts,
+            engine=self.engine,
+            sampling=self.sampling,
+            samples=self.validation_samples,
+            seed=self.seed,
+            rewards=self.rewards,
+            correct_reward=self.correct_reward,
+            tokenizer=self.tokenizer,
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracies over all validation prompts and ranks."""
+        self.push_weights()
+        with unsharded(self.policy):  # ranks may have more or fewer prompts
+            results = [result for prompts in self.val_dataloader() for result in self.answer(prompts)]
+        return self.summarize(results)
+
+    def summarize(self, results: list[PromptResult]) -> dict[str, float]:
+        """Gathers results over ranks and averages them over prompts."""
+        assert self.trainer is not None
+        place = self._place
+        if place.size > 1:
+            gathered: list[Any] = [None] * place.size
+            dist.all_gather_object(gathered, results, group=place.group)
+            results = [result for part in gathered for result in part]
+        return summarize(results, ks=self.pass_at)
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The feed's cursors, the alarms and the counts; the replay buffer stays on disk."""
+        if self.feed is None:
+            return {}
+        assert self.trainer is not None
+        replay = self._replay_source
+        if replay is not None and self.feed.replay is not None and self.trainer.is_global_zero:
+            self._replay_folder.evict(self.feed.replay, replay.capacity)
+        return {
+            "feed": self.feed.state_dict(),
+            "rewards": self.rewards.state_dict(),
+            "completions_used": self.completions_used,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict["feed"]
+        self.rewards.load_state_dict(state_dict["rewards"])
+        self.completions_used = state_dict["completions_used"]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Moves training batches; validation prompts are not tensors."""
+        if not isinstance(batch, TokenBatch):
+            return batch
+        self.completions_used += batch.num_completions
+        return batch.to(device)
+
+    def teardown(self, stage: str) -> None:
+        self.engine.close()
+        self.rewards.close()
+        self._attached = False
+
+    # ------------------------------------------------------------------ words
+
+    def describe(self) -> str:
+        """The batch arithmetic and the sources, for the start of a run."""
+        assert self.trainer is not None
+        total = sum(source.weight for source in self.sources)
+        shares = ", ".join(f"{source.name} {source.weight / total:.1%}" for source in self.sources)
+        arithmetic = self.arithmetic(accumulate=self.trainer.accumulate_grad_batches, ranks=self._place.size)
+        return (
+            f"{arithmetic}\n{self.trainer.max_steps} steps, {self.updates_per_rollout} per rollout; "
+            f"sources: {shares} ({self.mixing.replace('_', ' ')})"
+        )
+
+    def arithmetic(self, *, accumulate: int, ranks: int) -> str:
+        """What one optimiser step is made of, over ranks that get different data."""
+        groups = self.batch_size * accumulate * ranks
+        return (
+            f"one step = {self.batch_size} groups × {accumulate} micro-batches × {ranks} ranks = {groups} "
+            f"groups × {self.group_size} completions = {groups * self.group_size} completions"
+        )
+
+
+class PromptBatches:
+    """Sized and iterable; a bare list would mean several data loaders to Lightning."""
+
+    def __init__(self, batches: list[list[Prompt]]):
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[Prompt]]:
+        return iter(self._batches)

@@ -1,0 +1,197 @@
+"""What is measured of each training batch. Every name here has one line in the README."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from agro_lightning.models.batch import TokenBatch
+from agro_lightning.rollout.logprob_gap import logprob_gap
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """One micro-batch's loss and the per-token and per-completion values that metrics are made of."""
+
+    loss: Float[Tensor, ""]
+    objective: Float[Tensor, ""]
+    logprobs: Float[Tensor, " N"]
+    ref_logprobs: Float[Tensor, " N"]
+    log_ratios: Float[Tensor, " B"]
+    regularized_rewards: Float[Tensor, " B"]
+    advantages: Float[Tensor, " B"]
+
+
+class Tally(NamedTuple):
+    """What a micro-batch adds to a metric; all of a step together give what one batch would."""
+
+    count: Tensor | float
+    """Completions, groups or tokens that were measured."""
+    total: Tensor | float
+    """The sum of their values; of a minimum or maximum the extreme; of importance weights log of the sum."""
+    squares: Tensor | float = 0.0
+    """The sum of squares, for a standard deviation; of importance weights the log of it."""
+
+
+NOTHING = Tally(0.0, 0.0)
+
+
+def combined(name: str, tallies: Iterable[Tally]) -> float:
+    """The metric over everything that was tallied; NaN where nothing was. Values that are NaN are left out.
+
+    Args:
+        name: of the metric, which says what it is: a mean, an extreme, a spread or a sample size.
+        tallies: of plain numbers.
+    """
+    known = [tally for tally in tallies if tally.count > 0 and not math.isnan(tally.total)]
+    if not known:
+        return math.nan
+    count = sum(float(tally.count) for tally in known)
+    totals, squares = [float(t.total) for t in known], [float(t.squares) for t in known]
+    kind = name.partition("/")[0]
+    if kind.endswith("_max"):
+        return max(totals)
+    if kind.endswith("_min"):
+        return min(totals)
+    if kind == "effective_sample_size":
+        return math.exp(2 * _log_sum(totals) - _log_sum(squares)) / count
+    mean = sum(totals) / count
+    if kind == "advantage_spread":
+        return math.sqrt(max(0.0, sum(squares) - count * mean**2) / (count - 1)) if count > 1 else math.nan
+    return mean
+
+
+def _log_sum(logs: Sequence[float]) -> float:
+    largest = max(logs)
+    return largest + math.log(sum(math.exp(value - largest) for value in logs))
+
+
+def plain_tallies(tallies: dict[str, Tally]) -> dict[str, Tally]:
+    """The tallies as Python numbers, fetched from the device at once."""
+    tensors = [value for tally in tallies.values() for value in tally if isinstance(value, Tensor)]
+    values = iter(torch.stack([t.float() for t in tensors]).tolist() if tensors else [])
+    return {
+        name: Tally(*(next(values) if isinstance(value, Tensor) else float(value) for value in tally))
+        for name, tally in tallies.items()
+    }
+
+
+def _mean(values: Tensor) -> Tally:
+    """Of values that are not NaN."""
+    return Tally((~values.isnan()).sum(), values.nansum())
+
+
+def _group_spread(values: Tensor, group_ids: Tensor, num_groups: int) -> Tensor:
+    """(G,) standard deviation (n - 1) within each group; NaN where a group has fewer than 2 values."""
+    count = torch.bincount(group_ids, minlength=num_groups)
+    mean = torch.zeros(num_groups, device=values.device).index_add_(0, group_ids, values) / count
+    square = torch.zeros(num_groups, device=values.device).index_add_(
+        0, group_ids, (values - mean[group_ids]) ** 2
+    )
+    return (square / (count - 1).clamp(min=0)).sqrt()
+
+
+def _effective_sample_size(log_weights: Tensor) -> Tally:
+    """Of importance weights exp(log_weights), for Kish's (sum w)^2 / sum w^2 over the number of samples."""
+    if not log_weights.numel():
+        return NOTHING
+    return Tally(log_weights.numel(), log_weights.logsumexp(0), (2 * log_weights).logsumexp(0))
+
+
+@torch.no_grad()
+def batch_metrics(batch: TokenBatch, result: StepResult, sources: tuple[str, ...] = ()) -> dict[str, Tally]:
+    """Metrics of one micro-batch, over its completions, groups or tokens.
+
+    Args:
+        batch: the batch that was trained on.
+        result: what the step computed.
+        sources: names of the run's sources; a source without a completion in the batch counts nothing, so
+            that every rank has the same names.
+    """
+    groups, completions = len(batch.prompt_ids), batch.num_completions
+    lengths = torch.bincount(batch.sequence_ids, minlength=completions).float()
+    reward_spread = _group_spread(batch.rewards, batch.group_ids, groups)
+    metrics = {
+        "reward": _mean(batch.rewards),
+        "objective": Tally(groups, result.objective * batch.num_groups),
+        "log_ratio": _mean(result.log_ratios),
+        "log_ratio_spread": _mean(_group_spread(result.log_ratios, batch.group_ids, groups)),
+        "regularized_reward_spread": _mean(
+            _group_spread(result.regularized_rewards, batch.group_ids, groups)
+        ),
+        "advantage_spread": Tally(completions, result.advantages.sum(), result.advantages.square().sum()),
+        "completion_length": _mean(lengths),
+        "truncated_fraction": _mean(batch.truncated.float()),
+        "equal_reward_fraction": Tally(groups, (reward_spread == 0).sum()),
+    }
+    log_weights = _log_weights(batch, result)
+    metrics["effective_sample_size"] = _effective_sample_size(log_weights[~log_weights.isnan()])
+    metrics |= _of_own_completions(batch, result)
+    for source in sources:
+        metrics |= _of_source(source, batch, result, log_weights)
+    return metrics
+
+
+def _ages(batch: TokenBatch) -> Float[Tensor, " B"]:
+    """Optimiser steps since each completion was sampled; NaN where this run's policy did not sample it."""
+    ages = (batch.policy_version - batch.policy_versions).float()
+    return torch.where(batch.policy_versions >= 0, ages, torch.nan)
+
+
+def _of_own_completions(batch: TokenBatch, result: StepResult) -> dict[str, Tally]:
+    """Staleness, and what only completions of the current policy can tell."""
+    metrics: dict[str, Tally] = {}
+    for name in ("staleness_min", "staleness_mean", "staleness_max", "kl", "entropy"):
+        metrics[name] = NOTHING
+    for name in ("logprob_gap_mean", "logprob_gap_max", "logprob_gap_completion_max"):
+        metrics[name] = NOTHING
+    ages = _ages(batch)
+    ages = ages[~ages.isnan()]
+    if len(ages):
+        metrics["staleness_mean"] = _mean(ages)
+        metrics["staleness_min"], metrics["staleness_max"] = Tally(1, ages.min()), Tally(1, ages.max())
+    fresh = batch.policy_versions == batch.policy_version
+    tokens: Bool[Tensor, " N"] = fresh[batch.sequence_ids]
+    if not bool(fresh.any()):
+        return metrics
+    # k3, Schulman's low-variance estimator: its mean over samples of the policy is KL(policy || reference)
+    ratio = (result.ref_logprobs - result.logprobs)[tokens]
+    metrics["kl"] = Tally(fresh.sum(), (ratio.exp() - 1 - ratio).sum())
+    metrics["entropy"] = Tally(tokens.sum(), -result.logprobs[tokens].sum())
+    if batch.behavior_logprobs is None:
+        return metrics
+    gap = logprob_gap(batch.behavior_logprobs[tokens], result.logprobs[tokens], batch.sequence_ids[tokens])
+    if gap is not None:
+        metrics["logprob_gap_mean"] = Tally(gap.tokens, gap.mean_abs * gap.tokens)
+        metrics["logprob_gap_max"] = Tally(1, gap.max_abs)
+        metrics["logprob_gap_completion_max"] = Tally(1, gap.completion_max_abs)
+    return metrics
+
+
+def _log_weights(batch: TokenBatch, result: StepResult) -> Float[Tensor, " B"]:
+    """log pi - log behaviour of each completion; NaN where the behaviour of one of its tokens is unknown."""
+    if batch.behavior_logprobs is None:
+        return torch.full_like(batch.rewards, torch.nan)
+    gap = result.logprobs - batch.behavior_logprobs
+    return torch.zeros_like(batch.rewards).index_add_(0, batch.sequence_ids, gap)
+
+
+def _of_source(
+    source: str, batch: TokenBatch, result: StepResult, log_weights: Float[Tensor, " B"]
+) -> dict[str, Tally]:
+    """What is measured of one source's completions."""
+    mine = torch.tensor([name == source for name in batch.sources], device=batch.rewards.device)
+    weights = log_weights[mine]
+    spread = _group_spread(result.regularized_rewards[mine], batch.group_ids[mine], len(batch.prompt_ids))
+    return {
+        f"share/{source}": Tally(len(mine), mine.sum()),
+        f"reward/{source}": _mean(batch.rewards[mine]),
+        f"log_ratio/{source}": _mean(result.log_ratios[mine]),
+        f"staleness/{source}": _mean(_ages(batch)[mine]),
+        f"effective_sample_size/{source}": _effective_sample_size(weights[~weights.isnan()]),
+        f"regularized_reward_spread/{source}": _mean(spread),
+    }

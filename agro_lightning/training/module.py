@@ -1,0 +1,443 @@
+"""AgroModule: policy, reference and objective as a LightningModule with automatic optimisation."""
+
+import contextlib
+import math
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from agro_lightning.checkpoints.single_file import CHECKPOINT_KEY, gather_rng, set_rng
+from agro_lightning.distributed.fsdp import (
+    ShardingSettings,
+    clip_by_norm,
+    data_rank,
+    reshard,
+    total_norm,
+    unsharded,
+)
+from agro_lightning.models.batch import TokenBatch, split_batch
+from agro_lightning.models.config import PolicySettings
+from agro_lightning.models.head_check import check_logprobs
+from agro_lightning.models.policy import Policy
+from agro_lightning.models.reference import (
+    AdapterOffReference,
+    CachedReference,
+    FrozenReference,
+    Reference,
+    ReferenceKind,
+    check_reference_id,
+    frozen_copy,
+)
+from agro_lightning.models.sharded_loading import sharded_policy, sharded_reference
+from agro_lightning.objectives import Agro
+from agro_lightning.objectives.base import Objective
+from agro_lightning.primitives.stopwatch import Phases
+from agro_lightning.training.evaluation import PromptResult
+from agro_lightning.training.metrics import StepResult, batch_metrics
+from agro_lightning.training.optimizer import OptimizerSettings
+from agro_lightning.training.strategy import refuse_unsharded
+from agro_lightning.training.trainer_checks import check_trainer
+from agro_lightning.types import Prompt
+
+
+class AgroModule(L.LightningModule):
+    """Trains a policy against a frozen reference with one objective over prompt groups.
+
+    Args:
+        policy: which causal LM is trained, and how.
+        objective: the loss over groups; AGRO unless a baseline is asked for.
+        optimizer: AdamW and its schedule.
+        reference: "frozen" (a second copy), "adapter_off" (the LoRA policy's own base), "cached" (log-probs
+            that `annotate` put into the data), or "auto": adapter_off with LoRA, else frozen.
+        reference_id: with "cached": the id that `annotate` printed.
+        reference_reset_every: make the current policy the reference every so many steps; 0 never does.
+        max_tokens: input tokens that one forward and backward may hold; larger batches are computed in pieces
+            with the same gradient. None: no limit.
+        max_skipped_steps: stop the run after so many steps in a row were skipped for a NaN or infinity.
+        temperature: the sampling temperature (linked to data.sampling.temperature).
+        sharding: how policy and reference are spread over ranks, under the strategy Sharded.
+    """
+
+    def __init__(
+        self,
+        policy: PolicySettings = PolicySettings(),  # noqa: B008 - a dataclass of settings, read by the CLI
+        objective: Objective = Agro(beta=0.02),  # noqa: B008
+        optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008
+        reference: ReferenceKind = "auto",
+        reference_id: str | None = None,
+        reference_reset_every: int = 0,
+        max_tokens: int | None = None,
+        max_skipped_steps: int = 10,
+        temperature: float = 1.0,
+        sharding: ShardingSettings = ShardingSettings(),  # noqa: B008
+    ):
+        super().__init__()
+        for name, value, least in (
+            ("reference_reset_every", reference_reset_every, 0),
+            ("max_tokens", 1 if max_tokens is None else max_tokens, 1),
+            ("max_skipped_steps", max_skipped_steps, 1),
+        ):
+            if value < least:
+                raise ValueError(f"model.{name} is {value}; it must be at least {least}")
+        check_reference_id(reference_id, reference, temperature)
+        self.policy_settings, self.objective, self.optimizer_settings = policy, objective, optimizer
+        self.reference_kind, self.cached_reference_id = reference, reference_id
+        self.reference_reset_every, self.max_tokens = reference_reset_every, max_tokens
+        self.max_skipped_steps, self.temperature = max_skipped_steps, temperature
+        self.sharding = sharding
+        self.policy: Policy | None = None
+        # in a list: optimiser, strategy and checkpoints do not see the reference there
+        self._outside: list[Reference] = []
+        self._pieces: list[tuple[TokenBatch, Tensor, Tensor]] = []
+        self._reference_file: str | None = None
+        self._answers: list[PromptResult] = []
+        self._whole_policy = contextlib.ExitStack()
+        self.phases = Phases()
+
+    # ------------------------------------------------------------------ building
+
+    def setup(self, stage: str) -> None:
+        refuse_unsharded(self.trainer.strategy, self.trainer.world_size)
+        check_trainer(self.trainer)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """The step's metrics and guards come with the module, whoever builds the trainer; not where batches
+        come from a loader of one's own, which counts nothing."""
+        from agro_lightning.training.callbacks.step_metrics import (  # which import this module
+            NonFiniteGuard,
+            StepMetrics,
+        )
+
+        if getattr(self.trainer, "datamodule", None) is None:
+            return []
+        given = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        return [kind() for kind in (StepMetrics, NonFiniteGuard) if kind not in given]
+
+    def configure_model(self) -> None:
+        """Builds policy and reference once; called by Lightning inside the strategy's context."""
+        if self.policy is not None:
+            return
+        mesh = self.device_mesh
+        if mesh is None:
+            policy = Policy(self.policy_settings, temperature=self.temperature)
+        else:
+            policy = sharded_policy(
+                self.policy_settings, self.sharding, mesh, self.device, temperature=self.temperature
+            )
+        kind = self.reference_kind
+        if kind == "auto":
+            kind = "adapter_off" if self.policy_settings.lora else "frozen"
+        if kind == "frozen":
+            reference: Reference = (
+                frozen_copy(policy)
+                if mesh is None
+                else FrozenReference(sharded_reference(policy, self.sharding, mesh, self.device))
+            )
+        elif kind == "adapter_off":
+            reference = AdapterOffReference(policy)
+        else:
+            reference = CachedReference(self.cached_reference_id or "")
+        self.policy, self._outside = policy, [reference]
+
+    @property
+    def reference(self) -> Reference:
+        """The frozen reference; built by configure_model."""
+        return self._outside[0]
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that get different data, over which gradients are averaged."""
+        return self.trainer.world_size if self.device_mesh is None else data_rank(self.device_mesh).size
+
+    def on_fit_start(self) -> None:
+        if isinstance(self.reference, FrozenReference) and self.device_mesh is None:
+            self.reference.to(self.device)
+        assert self.policy is not None
+        if self.policy_settings.attention == "flex" and self.device.type == "cpu":
+            raise ValueError(
+                "model.policy.attention is flex, which has no backward on a CPU; set it to auto or dense"
+            )
+        check_logprobs(self.policy)
+        if isinstance(self.reference, FrozenReference):
+            self.reference.policy.share_prompts(self.policy.shared_prompts)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        settings = self.optimizer_settings
+        trained = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained,
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=False,
+            foreach=True,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _rate_factor(self, step: int) -> float:
+        # asking Lightning to estimate would open the data before a checkpoint has told where it stands
+        limit = self.trainer.max_steps
+        total = limit if limit > 0 else int(self.trainer.estimated_stepping_batches)
+        return self.optimizer_settings.factor(step, total)
+
+    def on_train_start(self) -> None:
+        """A run that goes on takes the present settings: a checkpoint's optimiser brings its former ones."""
+        settings = self.optimizer_settings
+        for config in self.trainer.lr_scheduler_configs:
+            schedule = config.scheduler
+            assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+            schedule.base_lrs = [settings.learning_rate] * len(schedule.base_lrs)
+            rate = settings.learning_rate * self._rate_factor(schedule.last_epoch)
+            for group in schedule.optimizer.param_groups:
+                group.update(
+                    lr=rate,
+                    initial_lr=settings.learning_rate,
+                    betas=settings.betas,
+                    weight_decay=settings.weight_decay,
+                )
+
+    # ------------------------------------------------------------------ training
+
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        self.phases.start(self.device)
+        ref_logprobs = self.reference_logprobs(batch)
+        self.phases.end("reference", self.device)
+        self._pieces = []
+        if self._all_ranks_fit(batch):
+            result = self._whole(batch, ref_logprobs)
+        else:
+            result = self._in_pieces(batch, ref_logprobs)
+        self.last_metrics = batch_metrics(batch, result, self.sources)
+        self.last_log_ratios = result.log_ratios
+        self.phases.end("forward", self.device)
+        # the loss is divided by the whole step's groups already: undo the averages of Lightning and strategy
+        return result.loss * self.world_size * self.trainer.accumulate_grad_batches
+
+    def reference_logprobs(self, batch: TokenBatch) -> Tensor:
+        """(N,) reference log-probs of the batch, cached where the data has them."""
+        known = batch.ref_logprobs
+        if known is not None and not self._over_ranks(0):
+            return known
+        if known is None:
+            self._over_ranks(1)
+        computed = self.reference.logprobs(batch, max_tokens=self.max_tokens)
+        return computed if known is None else known
+
+    def _whole(self, batch: TokenBatch, ref_logprobs: Tensor) -> StepResult:
+        """One pass; AGRO's loss is fused with the head, other objectives take its log-probs."""
+        assert self.policy is not None
+        beta = self.objective.beta
+        if type(self.objective) is Agro:
+            fused = self.policy.agro_loss(batch, ref_logprobs, beta=beta)
+            return StepResult(
+                loss=fused.loss,
+                objective=fused.objective.detach(),
+                logprobs=fused.logprobs.detach(),
+                ref_logprobs=ref_logprobs,
+                log_ratios=fused.log_ratios.detach(),
+                regularized_rewards=batch.rewards - beta * fused.log_ratios.detach(),
+                advantages=-fused.coefficients.detach() * batch.num_groups,
+            )
+        return self._composed(batch, self.policy.logprobs(batch).logprobs, ref_logprobs)
+
+    def _composed(self, batch: TokenBatch, logprobs: Tensor, ref_logprobs: Tensor) -> StepResult:
+        out = self.objective(
+            logprobs,
+            ref_logprobs,
+            batch.rewards,
+            batch.sequence_ids,
+            batch.group_ids,
+            num_groups=batch.num_groups,
+            behavior_logprobs=batch.behavior_logprobs,
+        )
+        return StepResult(
+            loss=out.loss,
+            objective=out.objective,
+            logprobs=logprobs.detach(),
+            ref_logprobs=ref_logprobs,
+            log_ratios=out.log_ratios,
+            regularized_rewards=out.regularized_rewards,
+            advantages=out.advantages,
+        )
+
+    # ------------------------------------------------------------------ batches above the token budget
+
+    def _all_ranks_fit(self, batch: TokenBatch) -> bool:
+        return self.max_tokens is None or self._over_ranks(batch.num_tokens) <= self.max_tokens
+
+    def _over_ranks(self, number: int) -> int:
+        """The largest of all ranks' numbers: ranks must run the same collectives."""
+        if self.trainer.world_size == 1:
+            return number
+        largest = torch.tensor(number, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    def _in_pieces(self, batch: TokenBatch, ref_logprobs: Tensor) -> StepResult:
+        """Measures without gradient, then leaves (piece, logsumexp, dloss/dlogprob) for `backward` to work
+        off."""
+        assert self.policy is not None and self.max_tokens is not None
+        pieces = split_batch(batch, self.max_tokens)
+        if max(piece.num_tokens for piece in pieces) > self.max_tokens:  # Python shows one text once
+            warnings.warn(
+                f"some prompts and completions have more tokens together than model.max_tokens = "
+                f"{self.max_tokens}: each is computed alone, above that limit",
+                stacklevel=1,
+            )
+        idle = self._over_ranks(len(pieces)) - len(pieces)
+        with torch.no_grad():
+            measured = [self.policy.logprobs(piece) for piece in pieces + pieces[:1] * idle][: len(pieces)]
+        logprobs = torch.cat([m.logprobs for m in measured]).requires_grad_()
+        result = self._composed(batch, logprobs, ref_logprobs)
+        (slopes,) = torch.autograd.grad(result.loss, logprobs)
+        sizes = [piece.targets.numel() for piece in pieces]
+        self._pieces = list(zip(pieces, [m.logsumexp for m in measured], slopes.split(sizes), strict=True))
+        self._pieces += [(pieces[0], measured[0].logsumexp, torch.zeros_like(measured[0].logprobs))] * idle
+        return result
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Lightning's hook: the ordinary backward, or piece by piece where the batch was above the budget."""
+        if not self._pieces:
+            loss.backward(*args, **kwargs)
+        assert self.policy is not None
+        for piece, logsumexp, slopes in self._pieces:
+            (self.policy.weighted_logprobs(piece, logsumexp, slopes) * self.world_size).backward()
+        self._pieces = []
+        self.phases.end("backward", self.device)
+
+    # ------------------------------------------------------------------ guards
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        assert self.policy is not None
+        reshard(self.policy)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by global norm, and drops a step whose gradient is not finite on any rank."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = total_norm([p.grad for p in parameters if p.grad is not None])
+        self.last_gradient_norm = norm.detach()
+        self.step_skipped = not bool(torch.isfinite(norm))
+        if self.step_skipped:
+            for parameter in parameters:
+                parameter.grad = (
+                    None  # AdamW leaves parameters without a gradient, and their state, as they are
+                )
+        elif gradient_clip_val:
+            clip_by_norm(parameters, gradient_clip_val, norm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The step, and the reset that is due after it: before callbacks save a checkpoint of the step."""
+        super().optimizer_step(*args, **kwargs)
+        every, step = self.reference_reset_every, self.trainer.global_step + 1  # the step counts from here on
+        if every and step % every == 0:
+            self._reset_reference(step)
+
+    def _reset_reference(self, step: int) -> None:
+        assert self.policy is not None
+        self.reference.reset_to(self.policy)
+        rank_zero_info(f"step {step}: the reference is now the policy (id {self.reference.reference_id})")
+        if isinstance(self.reference, FrozenReference):  # checkpoints leave the reference out
+            path = Path(self.trainer.default_root_dir) / f"reference-step-{step:08d}.safetensors"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.reference.save(path)
+            self._reference_file = path.name
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what resuming and exporting need besides weights; tensors and plain values only."""
+        assert self.policy is not None
+        config = self.policy.base.config
+        generation = getattr(self.policy.base, "generation_config", None)
+        checkpoint[CHECKPOINT_KEY] = {
+            "policy": asdict(self.policy_settings),
+            "model_config": {**config.to_dict(), "model_type": config.model_type},
+            "generation_config": None if generation is None else generation.to_dict(),
+            "reference_id": self.reference.reference_id,
+            "reference_file": self._reference_file,
+            "rng": gather_rng(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the reference and the random generators of this rank."""
+        about = checkpoint[CHECKPOINT_KEY]
+        self._reference_file = about["reference_file"]
+        if self._reference_file and isinstance(self.reference, FrozenReference):
+            found = self._find_reference_file(self._reference_file)
+            self.reference.load(found)
+            here = Path(self.trainer.default_root_dir) / found.name
+            if self.trainer.state.fn == "fit" and found != here:  # a new run goes on from another one's
+                here.parent.mkdir(parents=True, exist_ok=True)
+                self.reference.save(here)
+        if self.reference.reference_id != about["reference_id"]:
+            raise ValueError(
+                f"the checkpoint was trained against reference {about['reference_id']}, this run has "
+                f"{self.reference.reference_id}: model.policy.path, the temperature, or the type that it is "
+                "held in has changed (model.sharding.param_dtype counts under the strategy Sharded alone)"
+            )
+        set_rng(about["rng"])
+
+    def _find_reference_file(self, name: str) -> Path:
+        """What a reset wrote: in this run's folder, or in that of the run that the checkpoint is from.
+
+        Raises:
+            FileNotFoundError: it is in neither.
+        """
+        checkpoint = Path(self.trainer.ckpt_path or "")
+        folders = [Path(self.trainer.default_root_dir), checkpoint.parent.parent, checkpoint.parent]
+        found = next((folder / name for folder in folders if (folder / name).is_file()), None)
+        if found is None:
+            raise FileNotFoundError(
+                f"the checkpoint was trained against a reset reference, and {name} is in none of "
+                f"{', '.join(dict.fromkeys(map(str, folders)))}; copy it there from the folder of its run"
+            )
+        return found
+
+    # ------------------------------------------------------------------ validation
+
+    def on_validation_epoch_start(self) -> None:
+        assert self.policy is not None
+        self.trainer.datamodule.push_weights()  # type: ignore[attr-defined]
+        self._whole_policy.enter_context(unsharded(self.policy))  # ranks may have more or fewer batches
+
+    def validation_step(self, batch: list[Prompt], batch_idx: int) -> None:
+        self._answers += self.trainer.datamodule.answer(batch)  # type: ignore[attr-defined]
+
+    def on_validation_epoch_end(self) -> None:
+        self._whole_policy.close()
+        answers, self._answers = self._answers, []
+        summary = self.trainer.datamodule.summarize(answers)  # type: ignore[attr-defined]
+        metrics = {f"val/{name}": value for name, value in summary.items() if not math.isnan(value)}
+        # the metrics are of all ranks already: sync_dist does nothing but keep Lightning from warning
+        self.log_dict(metrics, batch_size=1, rank_zero_only=True, sync_dist=True)
+        # for callbacks that monitor one, which must decide alike on all ranks
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        self.log(
+            "greedy",
+            summary["greedy_accuracy"],
+            prog_bar=True,
+            logger=False,
+            batch_size=1,
+            rank_zero_only=True,
+            sync_dist=True,
+        )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the data module's sources, for metrics by source."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return tuple(getattr(datamodule, "source_names", ()))

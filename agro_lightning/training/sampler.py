@@ -1,0 +1,344 @@
+"""The training feed: draws each optimiser step's prompt groups from the sources, and hands them out as
+batches.
+
+Everything that is drawn follows from the seed and a few cursors, which are the feed's whole state.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from agro_lightning.data.buffer.buffer import RolloutBuffer, Selection
+from agro_lightning.data.prompts.dataset import PromptDataset
+from agro_lightning.data.replay import step_of
+from agro_lightning.data.sources import Live, Mixing, Offline, Replay, Source, Stream, share_out, split_group
+from agro_lightning.data.stream import StreamReader
+from agro_lightning.models.batch import TokenBatch, pack_groups
+from agro_lightning.types import Completion, Prompt, PromptGroup
+
+LiveSampler = Callable[[Sequence[Prompt], int, int], list[PromptGroup]]
+"""(prompts, completions for each, seed) -> scored groups; prompts without a usable completion are left
+out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedSettings:
+    """The arithmetic of a step."""
+
+    batch_size: int
+    """Prompt groups of one micro-batch on one rank."""
+    group_size: int
+    accumulate: int
+    rank: int
+    world_size: int
+    total_steps: int
+    mixing: Mixing
+    updates_per_rollout: int
+    seed: int
+
+    @property
+    def groups_per_rank(self) -> int:
+        return self.batch_size * self.accumulate
+
+    @property
+    def groups_per_step(self) -> int:
+        return self.groups_per_rank * self.world_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfflineCursor:
+    """Where an offline source stands: groups used of which pass over it."""
+
+    epoch: int = 0
+    index: int = 0
+
+
+class SourceExhausted(RuntimeError):
+    """An offline source without `repeat` has been used up."""
+
+
+class TrainFeed:
+    """Iterates over the micro-batches of a whole run; sized, so that Lightning never draws one ahead.
+
+    Args:
+        settings: the arithmetic of a step.
+        sources: where groups come from, with weights.
+        prompts: the prompts of live rollouts; None when no source is live.
+        offline: the open buffer of each offline source, by name.
+        replay: the open buffer of past rollouts; None without a Replay source.
+        streams: the reader of each Stream source, by name.
+        sample_live: generates and scores.
+        annotate: adds reference log-probs to the groups that lack them, where they are needed more than once.
+        append: called with the groups of one rollout, the step, and a number that tells several rollouts of
+            one step apart; the groups then belong to the replay buffer.
+        drawing: entered by all ranks together around each drawing.
+        on_drawn: told the groups of a step and the seconds that drawing them took.
+        count_globally: sums a number over ranks.
+        reference_id: what cached reference log-probs must have been made with to count.
+    """
+
+    def __init__(
+        self,
+        settings: FeedSettings,
+        sources: Sequence[Source],
+        *,
+        prompts: PromptDataset | None,
+        offline: dict[str, RolloutBuffer],
+        replay: RolloutBuffer | None,
+        streams: dict[str, StreamReader],
+        sample_live: LiveSampler,
+        annotate: Callable[[list[PromptGroup]], list[PromptGroup]],
+        append: Callable[[list[PromptGroup], int, int], None],
+        on_drawn: Callable[[list[PromptGroup], float], None],
+        count_globally: Callable[[float], float],
+        reference_id: Callable[[], str | None],
+        drawing: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ):
+        self.settings, self.sources = settings, list(sources)
+        self.prompts, self.offline, self.replay, self.streams = prompts, offline, replay, streams
+        self._sample_live, self._annotate, self._append = sample_live, annotate, append
+        self._on_drawn = on_drawn
+        self._drawing = drawing
+        self._count_globally, self._reference_id = count_globally, reference_id
+        self.micro_batch = 0
+        self.live_position = 0
+        self.cursors = {source.name: OfflineCursor() for source in sources if isinstance(source, Offline)}
+        self.pending: list[PromptGroup] = []
+        self.uses = 0
+        self._num_groups = 0.0
+
+    # ------------------------------------------------------------------ iteration and state
+
+    def __len__(self) -> int:
+        return self.settings.total_steps * self.settings.accumulate
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        for stream in self.streams.values():
+            stream.begin(-(-self.micro_batch // self.settings.accumulate))
+        while self.micro_batch < len(self):
+            step, part = divmod(self.micro_batch, self.settings.accumulate)
+            if part == 0:
+                self._advance(step)
+            share = self._share(step, part)
+            num_groups = self._num_groups
+            self.micro_batch += 1
+            yield pack_groups(
+                share, num_groups=num_groups, policy_version=step, reference_id=self._reference_id()
+            )
+
+    def _advance(self, step: int) -> None:
+        """Draws new groups, or uses the last ones once more."""
+        if not self.pending or self.uses >= self.settings.updates_per_rollout:
+            started = time.perf_counter()
+            with self._drawing():
+                self.pending, self.uses = self._annotate(self._draw(step)), 0
+            self._on_drawn(self.pending, time.perf_counter() - started)
+        self.uses += 1
+        for stream in self.streams.values():
+            stream.use(step)
+        self._num_groups = self._count_globally(len(self.pending))
+
+    def _share(self, step: int, part: int) -> list[PromptGroup]:
+        """The groups of one micro-batch; their order differs between uses of one rollout."""
+        order = np.arange(len(self.pending))
+        if self.uses > 1:
+            order = self._rng(step, self.settings.rank, 1).permutation(order)
+        chosen = np.array_split(order, self.settings.accumulate)[part]
+        if not len(chosen):
+            raise ValueError(
+                f"step {step}: {len(self.pending)} usable groups are left for {self.settings.accumulate} "
+                "micro-batches of this rank; look at the rollout's failure counts, or lower "
+                "accumulate_grad_batches"
+            )
+        return [self.pending[i] for i in chosen]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Cursors and the unconsumed rollout, as plain Python values."""
+        return {
+            "micro_batch": self.micro_batch,
+            "live_position": self.live_position,
+            "cursors": {name: asdict(cursor) for name, cursor in self.cursors.items()},
+            "pending": [asdict(group) for group in self.pending] if self._pending_is_needed() else [],
+            "uses": self.uses,
+            "num_groups": self._num_groups,
+            "streams": {name: stream.state_dict() for name, stream in self.streams.items()},
+        }
+
+    def _pending_is_needed(self) -> bool:
+        mid_step = self.micro_batch % self.settings.accumulate != 0
+        return mid_step or self.uses < self.settings.updates_per_rollout
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where state_dict was taken; sources that are new since then start at their beginning."""
+        self.micro_batch, self.live_position = state["micro_batch"], state["live_position"]
+        for name, cursor in state["cursors"].items():
+            if name in self.cursors:
+                self.cursors[name] = OfflineCursor(**cursor)
+        for name, stream in state["streams"].items():
+            if name in self.streams:
+                self.streams[name].load_state_dict(stream)
+        self.pending = [_group_from_dict(group) for group in state["pending"]]
+        self.uses, self._num_groups = state["uses"], state["num_groups"]
+
+    def _rng(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self.settings.seed, *key])
+
+    # ------------------------------------------------------------------ drawing
+
+    def _draw(self, step: int) -> list[PromptGroup]:
+        if self.settings.mixing == "within_group":
+            return self._draw_within(step)
+        settings = self.settings
+        places = share_out(
+            [source.weight for source in self.sources], settings.groups_per_step, self._rng(step, 0)
+        )
+        mine = slice(settings.rank * settings.groups_per_rank, (settings.rank + 1) * settings.groups_per_rank)
+        groups: dict[int, PromptGroup] = {}
+        live_places = [place for place, i in enumerate(places) if isinstance(self.sources[i], Live)]
+        for index, source in enumerate(self.sources):
+            wanted = np.flatnonzero(places == index).tolist()
+            if isinstance(source, Offline):
+                drawn = self._draw_offline(source, len(wanted))
+            elif isinstance(source, Stream):
+                drawn = self.streams[source.name].draw(step, len(wanted), settings.updates_per_rollout)
+            elif isinstance(source, Replay):
+                drawn = self._draw_replay(source, step, len(wanted))
+                live_places += wanted[len(drawn) :]
+            else:
+                continue
+            for place, row_ids in zip(wanted, drawn, strict=False):
+                if mine.start <= place < mine.stop:
+                    groups[place] = self._materialise(source, row_ids)
+        live_places.sort()
+        live = self._next_prompts(len(live_places))
+        my_live = [
+            (place, prompt)
+            for place, prompt in zip(live_places, live, strict=True)
+            if mine.start <= place < mine.stop
+        ]
+        sampled = self._sample(step, [prompt for _, prompt in my_live], settings.group_size)
+        by_place = {place: sampled.get(i) for i, (place, _) in enumerate(my_live)}
+        groups |= {place: group for place, group in by_place.items() if group is not None}
+        return [groups[place] for place in sorted(groups)]
+
+    def _draw_within(self, step: int) -> list[PromptGroup]:
+        """Every group mixes completions of one prompt: live ones, and rows of that prompt from the
+        buffers."""
+        settings = self.settings
+        counts = split_group([source.weight for source in self.sources], settings.group_size)
+        mine = slice(settings.rank * settings.groups_per_rank, (settings.rank + 1) * settings.groups_per_rank)
+        prompts = self._next_prompts(settings.groups_per_step)[mine]
+        extra: list[list[Completion]] = []
+        for i, prompt in enumerate(prompts):
+            rng = self._rng(step, 2, mine.start + i)
+            extra.append([])
+            for source, count in zip(self.sources, counts, strict=True):
+                if not isinstance(source, Live):
+                    extra[-1] += self._rows_of(source, prompt, count, step, rng)
+        lacking = [settings.group_size - len(rows) for rows in extra]
+        groups: dict[int, PromptGroup] = {}
+        for missing in sorted(set(lacking)):
+            at = [i for i, count in enumerate(lacking) if count == missing]
+            sampled = self._sample(step, [prompts[i] for i in at], missing) if missing else {}
+            for k, i in enumerate(at):
+                live = sampled[k].completions if k in sampled else ()
+                groups[i] = PromptGroup(prompt=prompts[i], completions=(*live, *extra[i]))
+        return [groups[i] for i in sorted(groups) if len(groups[i]) >= 2]
+
+    def _next_prompts(self, count: int) -> list[Prompt]:
+        if not count:
+            return []
+        if self.prompts is None:
+            raise ValueError(
+                f"{count} groups of this step must be sampled live, but the run has no live source"
+            )
+        drawn = []
+        for position in range(self.live_position, self.live_position + count):
+            epoch, index = divmod(position, len(self.prompts))
+            drawn.append(self.prompts[int(self.prompts.order(self.settings.seed, epoch)[index])])
+        self.live_position += count
+        return drawn
+
+    def _sample(self, step: int, prompts: list[Prompt], n: int) -> dict[int, PromptGroup]:
+        """Live groups by index of the prompt; a prompt may be left out (failures are counted by the
+        sampler)."""
+        if not prompts:
+            return {}
+        seed = int(self._rng(step, 3, self.settings.rank, n).integers(2**31))
+        groups = self._annotate(self._sample_live(prompts, n, seed))
+        self._append(groups, step, n)
+        waiting: dict[str, list[PromptGroup]] = {}
+        for group in groups:
+            waiting.setdefault(group.prompt.prompt_id, []).append(group)
+        return {
+            i: waiting[prompt.prompt_id].pop(0)
+            for i, prompt in enumerate(prompts)
+            if waiting.get(prompt.prompt_id)
+        }
+
+    def _draw_offline(self, source: Offline, count: int) -> list[list[int]]:
+        cursor, buffer = self.cursors[source.name], self.offline[source.name]
+        drawn: list[list[int]] = []
+        while len(drawn) < count:
+            plan = buffer.plan_epoch(self.settings.seed, cursor.epoch, self.settings.group_size)
+            if not len(plan):
+                raise ValueError(
+                    f"source {source.name} ({', '.join(source.paths)}) holds no group of 2 or more "
+                    "completions of one prompt"
+                )
+            taken = min(count - len(drawn), len(plan) - cursor.index)
+            drawn += [plan[i] for i in range(cursor.index, cursor.index + taken)]
+            cursor = replace(cursor, index=cursor.index + taken)
+            if cursor.index >= len(plan):
+                if not source.repeat and len(drawn) < count:
+                    raise SourceExhausted(
+                        f"source {source.name} ran dry after its {len(plan)} groups; give it more "
+                        "data, set repeat: true, or lower trainer.max_steps"
+                    )
+                if source.repeat:
+                    cursor = OfflineCursor(epoch=cursor.epoch + 1)
+        self.cursors[source.name] = cursor
+        return drawn
+
+    def _replayable(self, source: Replay, step: int) -> Selection:
+        """The past rollouts that may be drawn at this step: those of earlier steps, on every rank alike."""
+        assert self.replay is not None
+        self.replay.accept = lambda label: step_of(label) < step
+        self.replay.refresh()
+        oldest = None if source.max_staleness is None else step - source.max_staleness
+        return self.replay.select(min_policy_version=oldest, newest=source.capacity)
+
+    def _draw_replay(self, source: Replay, step: int, count: int) -> list[list[int]]:
+        plan = self._replayable(source, step).plan_epoch(self.settings.seed, step, self.settings.group_size)
+        return [plan[i] for i in range(min(count, len(plan)))]
+
+    def _rows_of(
+        self, source: Source, prompt: Prompt, count: int, step: int, rng: np.random.Generator
+    ) -> list[Completion]:
+        buffer = self._replayable(source, step) if isinstance(source, Replay) else self.offline[source.name]
+        chosen = rng.permutation(buffer.rows_of(prompt))[:count].tolist()
+        return list(self._materialise(source, chosen).completions) if chosen else []
+
+    def _materialise(self, source: Source, row_ids: list[int]) -> PromptGroup:
+        """Reads a group from its buffer, under the source's name; offline rows have no version of this
+        run."""
+        changes: dict[str, Any] = {"source": source.name}
+        if isinstance(source, Replay):
+            buffer = self.replay
+        elif isinstance(source, Stream):
+            buffer = self.streams[source.name].buffer
+        else:
+            buffer = self.offline[source.name]
+            changes["policy_version"] = -1
+        assert buffer is not None
+        (group,) = buffer.groups([row_ids])
+        return replace(group, completions=tuple(replace(c, **changes) for c in group.completions))
+
+
+def _group_from_dict(group: dict[str, Any]) -> PromptGroup:
+    completions = tuple(Completion(**completion) for completion in group["completions"])
+    return PromptGroup(prompt=Prompt(**group["prompt"]), completions=completions)
