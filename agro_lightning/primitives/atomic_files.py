@@ -1,12 +1,16 @@
-"""Writing files that are whole or absent, whatever happens meanwhile."""
+"""Writing files and folders that are whole or absent, whatever happens meanwhile."""
 
+import contextlib
 import errno
 import os
+import re
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
@@ -19,14 +23,85 @@ def is_disk_full(error: OSError) -> bool:
     return error.errno in _FULL
 
 
-def disk_full_error(error: OSError, target: Path, needed: int) -> DiskFullError:
+def disk_full_error(error: OSError, target: Path, needed: int | None = None) -> DiskFullError:
     """What was needed to write `target` and what is free."""
-    free = shutil.disk_usage(target.parent).free
+    folder = next((parent for parent in target.absolute().parents if parent.exists()), Path("/"))
+    need = "more" if needed is None else f"{needed:,} bytes"
     return DiskFullError(
         error.errno,
-        f"no room to write {target.name}: {needed:,} bytes are needed, {free:,} are free in {target.parent} "
-        f"({error.strerror}). Files already there are untouched; free space, or write elsewhere",
+        f"no room to write {target.name}: {need} are needed, {shutil.disk_usage(folder).free:,} are free in "
+        f"{folder} ({error.strerror}). Files already there are untouched; free space, or write elsewhere",
     )
+
+
+@contextlib.contextmanager
+def atomic_path(
+    path: Path, *, replace: bool = True, needed: int | Callable[[], int] | None = None
+) -> Iterator[Path]:
+    """Yields a hidden name beside `path` to write a file or folder at; then syncs and renames it.
+
+    A reader, and a run that starts after a kill or a power loss, finds what was there before or the whole new
+    file. Missing parent folders are made. Where the block fails, what it wrote is removed.
+
+    Args:
+        path: the final name. A folder of that name must be moved away within the block.
+        replace: whether a file of that name may be there already.
+        needed: bytes that are written, for the message of a full disk.
+
+    Raises:
+        FileExistsError: `replace` is False and the name is taken.
+        DiskFullError: there is no room; nothing new is visible.
+        OSError: the folder cannot be written to; names `path`.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}-{time.monotonic_ns()}.tmp")
+    try:
+        with writing(path, needed):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield aside
+            _sync(aside)
+            if replace:
+                os.replace(aside, path)
+            else:
+                _name_once(aside, path)
+            sync_directory(path.parent)
+    finally:
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):  # the block's own error is the one to see
+                aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path, needed: int | Callable[[], int] | None = None) -> Iterator[None]:
+    """Explains what the operating system says while `path` is written, also where a library wraps it.
+
+    Raises:
+        DiskFullError: there is no room.
+        OSError: the folder cannot be written to; names `path`.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = None if isinstance(error, DiskFullError) else _cause(error)
+        if cause is not None and is_disk_full(cause):
+            raise disk_full_error(cause, path, needed() if callable(needed) else needed) from None
+        if cause is not None and cause.errno in _NOT_WRITABLE:
+            raise OSError(
+                cause.errno, f"cannot write {path}: {os.strerror(cause.errno or 0)}; give another folder"
+            ) from error
+        raise
+
+
+def _cause(error: BaseException | None) -> OSError | None:
+    """What the operating system said: torch hides it in the context, safetensors in the words."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        if code := re.search(r"\(os error (\d+)\)", str(error)):
+            return OSError(int(code[1]), os.strerror(int(code[1])))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def sync_directory(directory: Path) -> None:
@@ -39,36 +114,27 @@ def sync_directory(directory: Path) -> None:
 
 
 def write_once(path: Path, data: bytes) -> None:
-    """Writes a new immutable file: aside under a hidden name, synced, then given its name in one step.
-
-    A reader sees the whole file or none. Nothing is ever overwritten.
+    """Writes a new immutable file, which is never overwritten.
 
     Raises:
         FileExistsError: there is a file of that name.
         DiskFullError: there is no room; nothing new is visible and nothing is left behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{time.monotonic_ns()}.tmp")
-    try:
-        with temporary.open("xb", buffering=0) as handle:
-            view = memoryview(data)
-            while view:
-                view = view[handle.write(view) :]
-            os.fsync(handle.fileno())
-        _name_once(temporary, path)
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        raise disk_full_error(error, path, len(data)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    with atomic_path(path, replace=False, needed=len(data)) as aside:
+        aside.write_bytes(data)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a small text file aside and renames it: readers, and a kill, find the old text or the new."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text)
-    aside.replace(path)
+    """Writes a small text file: readers, and a kill, find the old text or the new."""
+    with atomic_path(path, needed=len(text)) as aside:
+        aside.write_text(text)
+
+
+def _sync(path: Path) -> None:
+    """Writes a file, or a folder with all in it, through to the disk."""
+    for inner in (*(path.rglob("*") if path.is_dir() else ()), path):
+        if not inner.is_symlink():
+            sync_directory(inner)  # a file's descriptor is synced alike
 
 
 def _name_once(temporary: Path, path: Path) -> None:
@@ -89,7 +155,7 @@ def remove_temporaries(directory: Path, *, older_than_s: float = 3600.0) -> int:
     for leftover in directory.glob(".*.tmp"):
         try:
             if time.time() - leftover.stat().st_mtime >= older_than_s:
-                leftover.unlink()
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
                 removed += 1
         except FileNotFoundError:  # its writer ended meanwhile
             continue
