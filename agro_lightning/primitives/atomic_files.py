@@ -86,11 +86,12 @@ def writing(path: Path, needed: int | Callable[[], int] | None = None) -> Iterat
         cause = None if isinstance(error, DiskFullError) else _cause(error)
         if cause is not None and is_disk_full(cause):
             raise disk_full_error(cause, path, needed() if callable(needed) else needed) from None
-        if cause is not None and cause.errno in _NOT_WRITABLE:
-            raise OSError(
-                cause.errno, f"cannot write {path}: {os.strerror(cause.errno or 0)}; give another folder"
-            ) from error
-        raise
+        code = 0 if cause is None or cause.errno is None else cause.errno
+        if code == errno.EEXIST and not path.parent.is_dir():  # a file where a folder was to be made
+            code = errno.ENOTDIR
+        if code not in _NOT_WRITABLE:
+            raise
+        raise OSError(code, f"cannot write {path}: {os.strerror(code)}; give another folder") from error
 
 
 def _cause(error: BaseException | None) -> OSError | None:
