@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: what is left after success, failure, and a disk without room."""
+"""Files and folders that are whole or absent: what is left after success, failure, and a full disk."""
 
 import os
 import resource
