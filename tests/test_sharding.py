@@ -203,8 +203,8 @@ def test_a_file_of_another_shape_is_refused(model_folder):
 
 
 def test_bf16_compute_keeps_fp32_master_weights(model_folder):
-    settings = PolicySettings(path=model_folder("llama"))
-    results = run_ranks(load_and_measure, 2, settings, ShardingSettings(param_dtype="bfloat16"))
+    settings = PolicySettings(path=model_folder("llama"), compute_dtype="bfloat16")
+    results = run_ranks(load_and_measure, 2, settings, ShardingSettings())
     policy, _ = one_process(settings)
     cast = Policy(PolicySettings(path=settings.path, dtype="bfloat16"), temperature=0.7)
     groups = make_groups(4)
@@ -221,8 +221,9 @@ def test_bf16_compute_keeps_fp32_master_weights(model_folder):
 def bf16_step(rank, world, path, reduce_dtype):
     """Gradients of a batch that differs by rank, and what a step too small for bf16 makes of the weights."""
     mesh = mesh_of(world)
-    sharding = ShardingSettings(param_dtype="bfloat16", reduce_dtype=reduce_dtype)
-    policy = sharded_policy(PolicySettings(path=path), sharding, mesh, torch.device("cpu"), temperature=0.7)
+    settings = PolicySettings(path=path, compute_dtype="bfloat16")
+    sharding = ShardingSettings(reduce_dtype=reduce_dtype)
+    policy = sharded_policy(settings, sharding, mesh, torch.device("cpu"), temperature=0.7)
     before = {name: full(p) for name, p in policy.lm.named_parameters()}
     policy.logprobs(pack_groups(make_groups(2, seed=rank), num_groups=2)).logprobs.sum().backward()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)

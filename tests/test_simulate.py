@@ -100,7 +100,7 @@ def test_state_and_traffic_follow_from_the_models_size(folder, sizes, ranks, rep
 
 def test_half_precision_halves_what_is_gathered_and_the_reference(folder):
     full = simulate(module_of(folder), load_of(ranks=2))
-    half = simulate(module_of(folder, sharding=ShardingSettings(param_dtype="bfloat16")), load_of(ranks=2))
+    half = simulate(module_of(folder, compute_dtype="bfloat16"), load_of(ranks=2))
     assert whole_bytes(half)["all-gather", 2] == whole_bytes(full)["all-gather", 2] / 2
     assert whole_bytes(half)["reduce-scatter", 2] == whole_bytes(full)["reduce-scatter", 2]  # in fp32
     assert half.state[PARAMETERS] == full.state[PARAMETERS]

@@ -27,6 +27,8 @@ CLASSES = {
     "logger": "lightning.pytorch.loggers",
 }
 """Where the classes are that keys of this name may have as their values."""
+RENAMED = {"model.sharding.param_dtype": "model.policy.compute_dtype"}
+"""Keys of earlier versions, and what they are called now."""
 
 
 @contextmanager
@@ -153,7 +155,7 @@ def _can_be_chosen(kind: type) -> bool:
 
 
 def _unknown(key: str, valid: set[str], args: list[str]) -> str:
-    near = _nearest(key, valid)
+    near = RENAMED.get(key.removeprefix("fit.")) or _nearest(key, valid)
     parent = key.rpartition(".")[0]
     if near in (None, parent):
         siblings = {name.rpartition(".")[2] for name in valid if name.rpartition(".")[0] == parent}

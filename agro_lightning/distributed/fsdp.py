@@ -27,11 +27,6 @@ FORWARD_METHODS = ("logprobs", "agro_loss", "weighted_logprobs", "wake")
 class ShardingSettings:
     """How the policy and its frozen reference are spread over ranks, under the strategy Sharded."""
 
-    param_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type that parameters are gathered and computed in; None: that of policy.dtype.
-
-    The shards, their gradients and the optimiser stay in policy.dtype: float32 there and bfloat16 here are
-    fp32 master weights and bf16 compute."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that gradients are summed over ranks in."""
     reshard_after_forward: bool = True
@@ -116,19 +111,21 @@ def shard(
     mesh: DeviceMesh,
     settings: ShardingSettings,
     *,
+    param_dtype: torch.dtype | None = None,
     frozen: bool = False,
 ) -> None:
     """Makes every decoder layer an FSDP unit and the policy their root, in place.
 
     The root's inputs are not cast to param_dtype: reference log-probs and coefficients are fp32 and stay so.
+    Shards, their gradients and the optimiser keep the type of the parameters.
 
     Args:
         policy: on the meta device, or with real weights that are the same on all ranks.
         layers: its decoder layers.
         mesh: 1-D, or (replicate, shard).
+        param_dtype: type that parameters are gathered and computed in; None: their own.
         frozen: the reference, which is never run backward and may live in CPU memory.
     """
-    param_dtype = None if settings.param_dtype is None else getattr(torch, settings.param_dtype)
     reduce_dtype = getattr(torch, settings.reduce_dtype)
     offload = frozen and settings.offload_reference and mesh.device_type != "cpu"
     offload_policy = CPUOffloadPolicy() if offload else OffloadPolicy()

@@ -24,7 +24,12 @@ class PolicySettings:
     """Local folder or hub id of a transformers causal LM; "quickstart" is the one that ships with the
     package."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type that the weights are held in."""
+    """Type that the weights are held in; float16 gives log-probs and rollouts, but does not train."""
+    compute_dtype: Literal["bfloat16", "float16"] | None = None
+    """Type that every forward of policy and reference computes in, rollouts included; None: that of `dtype`.
+
+    dtype float32 and compute_dtype bfloat16 are mixed precision: fp32 weights, gradients and optimiser. One
+    device enters autocast; under the strategy Sharded the weights are gathered in this type."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """"random" builds the architecture of `path` with fresh weights."""
     packing: Literal["auto", "shared", "plain"] = "auto"
@@ -44,3 +49,10 @@ class PolicySettings:
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model folder."""
+
+    def __post_init__(self) -> None:
+        if self.dtype != "float32" and self.compute_dtype not in (None, self.dtype):
+            raise ValueError(
+                f"model.policy.compute_dtype is {self.compute_dtype} and dtype is {self.dtype}; such weights "
+                "compute in their own type. Leave compute_dtype out, or set dtype: float32"
+            )

@@ -300,6 +300,7 @@ def packed_attention(
             f"{type(module).__name__} called attention {NAME!r} with {asked}; it computes causal "
             "attention with sliding windows and soft-capping only. Set `model.policy.packing: plain`"
         )
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings leave fp32
     attend = _flex_attention if packed_layout.flex else _dense_attention
     return attend(query, key, value, packed_layout, scaling, sliding_window, softcap), None
 

@@ -2,7 +2,8 @@
 groups."""
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -69,10 +70,16 @@ class Policy(nn.Module):
         settings: model, packing, head.
         temperature: the sampling temperature; log-probs are of softmax(logits / temperature).
         lm: the model, where the caller built it already; by default it is loaded from settings.
+        autocast: compute in settings.compute_dtype by autocast; False where FSDP casts the parameters.
     """
 
     def __init__(
-        self, settings: PolicySettings, *, temperature: float = 1.0, lm: PreTrainedModel | None = None
+        self,
+        settings: PolicySettings,
+        *,
+        temperature: float = 1.0,
+        lm: PreTrainedModel | None = None,
+        autocast: bool = True,
     ):
         super().__init__()
         if not 0.0 < temperature < float("inf"):
@@ -89,12 +96,17 @@ class Policy(nn.Module):
         )
         self.reshard_after_forward = True
         self.held = False
-        self.compute_dtype: torch.dtype = base.dtype
+        chosen = settings.compute_dtype
+        self.compute_dtype: torch.dtype = base.dtype if chosen is None else getattr(torch, chosen)
+        self.autocasts = autocast and self.compute_dtype != base.dtype
         self.head_options = HeadOptions.of(settings, base.config)
         self.plain_attention = base.get_decoder().config._attn_implementation or "sdpa"
         if settings.gradient_checkpointing:
             for layer in self.layers_of(base):
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if self.autocasts:
+            for module in {id(m): m for m in (base, base.get_decoder())}.values():
+                module.forward = _autocasting(module.forward, self.compute_dtype)
         self.lm: nn.Module = add_lora(base, settings.lora) if settings.lora else base
         self.share_prompts(settings.packing != "plain")
         self.train(False)
@@ -141,6 +153,12 @@ class Policy(nn.Module):
         return cast(nn.Linear, head)
 
     @property
+    def cacheable(self) -> bool:
+        """Whether a completion's log-probs may be kept for another batch: fp32 ones move by 1e-6 with the
+        batch that they are computed in, those of half precision by 0.01."""
+        return self.compute_dtype.itemsize >= 4
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the LM head; token ids must be below it."""
         return self.head.weight.shape[0]
@@ -171,10 +189,8 @@ class Policy(nn.Module):
     def _head(self, hidden: Tensor) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
         head = self.head
         weight, bias = _slice_here(head.weight), _slice_here(getattr(head, "bias", None))
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+        hidden, weight = hidden.to(self.compute_dtype), weight.to(self.compute_dtype)
+        bias = None if bias is None else bias.to(self.compute_dtype)
         options = dict(
             bias=bias,
             temperature=self.temperature,
@@ -227,7 +243,9 @@ class Policy(nn.Module):
         """Yields the model as transformers made it: no gradients, its own attention, whole weights on every
         rank."""
         config = self.base.get_decoder().config
-        with torch.no_grad(), unsharded(self):
+        # Around the whole rollout too: autocast keeps its casts of the weights until the outermost exit.
+        cast = _autocast(self.base, self.compute_dtype) if self.autocasts else contextlib.nullcontext()
+        with torch.no_grad(), unsharded(self), cast:
             config._attn_implementation = self.plain_attention
             try:
                 yield self.lm
@@ -239,6 +257,22 @@ class Policy(nn.Module):
         """The LoRA policy's own base: the reference that costs no memory."""
         with self.lm.disable_adapter():  # type: ignore[operator]
             yield
+
+
+def _autocasting(forward: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    """A module's forward under autocast, whoever calls it and in whatever thread; can be deep-copied."""
+    wrapped = partial(_forward_under_autocast, forward, dtype)
+    wrapped.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined] - read by `generate`
+    return wrapped
+
+
+def _forward_under_autocast(forward: Any, dtype: torch.dtype, /, *args: Any, **kwargs: Any) -> Any:
+    with _autocast(forward.__self__, dtype):
+        return forward(*args, **kwargs)
+
+
+def _autocast(lm: PreTrainedModel, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(lm.device.type, dtype=dtype)
 
 
 def _slice_here(weight: Any) -> Any:

@@ -60,7 +60,8 @@ class Reference(Protocol):
     """Gives the reference's log-probs of a batch's targets, at the policy's temperature."""
 
     reference_id: str
-    """Hash of the weights and the temperature; cached log-probs count only where it matches."""
+    """Hash of the weights, the type computed in and the temperature; cached log-probs count only where it
+    matches."""
 
     def logprobs(self, batch: TokenBatch, *, max_tokens: int | None = None) -> Tensor:
         """(N,) fp32, without gradient; in pieces of at most max_tokens input tokens."""
@@ -69,6 +70,13 @@ class Reference(Protocol):
     def reset_to(self, policy: Policy) -> None:
         """Makes the current policy the reference."""
         ...
+
+
+def _identify(weights: nn.Module, policy: Policy) -> str:
+    """HASH@TEMPERATURE, or HASH.TYPE@TEMPERATURE where log-probs are not computed in fp32."""
+    computed_in = str(policy.compute_dtype).removeprefix("torch.")
+    suffix = "" if computed_in == "float32" else f".{computed_in}"
+    return f"{weights_hash(weights)}{suffix}@{policy.temperature:g}"
 
 
 def _in_pieces(policy: Policy, batch: TokenBatch, max_tokens: int | None) -> Tensor:
@@ -89,10 +97,7 @@ class FrozenReference:
 
     def __init__(self, policy: Policy):
         self.policy = policy.requires_grad_(False)
-        self.reference_id = self._identify()
-
-    def _identify(self) -> str:
-        return f"{weights_hash(self.policy.base)}@{self.policy.temperature:g}"
+        self.reference_id = _identify(self.policy.base, self.policy)
 
     def to(self, device: torch.device) -> None:
         self.policy.to(device)
@@ -103,7 +108,7 @@ class FrozenReference:
 
     def reset_to(self, policy: Policy) -> None:
         copy_shards(policy, self.policy)
-        self.reference_id = self._identify()
+        self.reference_id = _identify(self.policy.base, self.policy)
 
     def save(self, path: Path) -> None:
         """Writes the weights as safetensors, aside and then renamed; rank 0 does, in whose CPU memory
@@ -130,7 +135,7 @@ class FrozenReference:
         with safe_open(path, framework="pt") as handle:
             for name, parameter in self.policy.named_parameters():
                 fill(parameter, handle.get_slice(name).__getitem__)
-        self.reference_id = self._identify()
+        self.reference_id = _identify(self.policy.base, self.policy)
 
 
 class AdapterOffReference:
@@ -149,7 +154,7 @@ class AdapterOffReference:
                 if "lora_" not in name
             }
         )
-        self.reference_id = f"{weights_hash(frozen)}@{policy.temperature:g}"
+        self.reference_id = _identify(frozen, policy)
 
     @torch.no_grad()
     def logprobs(self, batch: TokenBatch, *, max_tokens: int | None = None) -> Tensor:

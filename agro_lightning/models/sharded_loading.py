@@ -65,17 +65,17 @@ def sharded_reference(
     policy: Policy, sharding: ShardingSettings, mesh: DeviceMesh, device: torch.device
 ) -> Policy:
     """A frozen instance with the policy's present weights, held in the type that is computed in."""
-    settings = reference_settings(policy.settings, sharding)
+    settings = reference_settings(policy.settings)
     meshes = plan_meshes(mesh, sharding.replicate)
     reference = empty_policy(settings, sharding, meshes, device, temperature=policy.temperature, frozen=True)
     copy_shards(policy, reference)
     return reference
 
 
-def reference_settings(settings: PolicySettings, sharding: ShardingSettings) -> PolicySettings:
+def reference_settings(settings: PolicySettings) -> PolicySettings:
     """The policy's settings for a sharded reference: the type that is computed in, nothing recomputed."""
-    dtype = sharding.param_dtype or settings.dtype
-    return replace(settings, gradient_checkpointing=False, dtype=dtype)
+    dtype = settings.compute_dtype or settings.dtype
+    return replace(settings, gradient_checkpointing=False, dtype=dtype, compute_dtype=None)
 
 
 @torch.no_grad()
@@ -108,14 +108,12 @@ def empty_policy(
             f"tensor_parallel_size is {meshes.tensor.size()} with model.policy.lora; adapters are not split. "
             "Set tensor_parallel_size: 1, so that FSDP alone spreads the frozen base"
         )
-    policy = Policy(settings, temperature=temperature, lm=empty_lm(settings))
+    policy = Policy(settings, temperature=temperature, lm=empty_lm(settings), autocast=False)
     if frozen:
         policy.requires_grad_(False)
     if meshes.tensor is not None:
         policy.tensor_group = parallelize(policy.base, meshes.tensor)
-    shard(policy, policy.layers, meshes.data, sharding, frozen=frozen)
-    if sharding.param_dtype is not None:
-        policy.compute_dtype = getattr(torch, sharding.param_dtype)
+    shard(policy, policy.layers, meshes.data, sharding, param_dtype=policy.compute_dtype, frozen=frozen)
     policy.reshard_after_forward = sharding.reshard_after_forward or frozen
     offloaded = frozen and sharding.offload_reference
     materialise(policy, torch.device("cpu") if offloaded else device)

@@ -311,7 +311,9 @@ class AgroDataModule(L.LightningDataModule):
 
     @property
     def _reused(self) -> bool:
-        return self.updates_per_rollout > 1 or self._replay_source is not None
+        """Whether groups are used again and their reference log-probs may be kept."""
+        used_again = self.updates_per_rollout > 1 or self._replay_source is not None
+        return used_again and self.policy.cacheable
 
     def _record(self, values: dict[str, float]) -> None:
         for name, value in values.items():

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -44,7 +45,7 @@ from agro_lightning.training.evaluation import PromptResult
 from agro_lightning.training.metrics import StepResult, batch_metrics
 from agro_lightning.training.optimizer import OptimizerSettings
 from agro_lightning.training.strategy import refuse_unsharded
-from agro_lightning.training.trainer_checks import check_trainer
+from agro_lightning.training.trainer_checks import check_precision, check_trainer
 from agro_lightning.types import Prompt
 
 
@@ -106,6 +107,7 @@ class AgroModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         refuse_unsharded(self.trainer.strategy, self.trainer.world_size)
+        check_precision(self.trainer, self.policy_settings, training=stage == "fit")
         check_trainer(self.trainer)
 
     def configure_callbacks(self) -> list[L.Callback]:
@@ -223,8 +225,11 @@ class AgroModule(L.LightningModule):
         return result.loss * self.world_size * self.trainer.accumulate_grad_batches
 
     def reference_logprobs(self, batch: TokenBatch) -> Tensor:
-        """(N,) reference log-probs of the batch, cached where the data has them."""
-        known = batch.ref_logprobs
+        """(N,) reference log-probs: those of the data where they may be kept, else of this very batch, so
+        that log-ratios are 0 where policy and reference are one."""
+        assert self.policy is not None
+        kept = self.policy.cacheable or isinstance(self.reference, CachedReference)
+        known = batch.ref_logprobs if kept else None
         if known is not None and not self._over_ranks(0):
             return known
         if known is None:
@@ -383,11 +388,14 @@ class AgroModule(L.LightningModule):
             if self.trainer.state.fn == "fit" and found != here:  # a new run goes on from another one's
                 here.parent.mkdir(parents=True, exist_ok=True)
                 self.reference.save(here)
-        if self.reference.reference_id != about["reference_id"]:
+        known = self.reference.reference_id
+        if "compute_dtype" not in about["policy"]:  # ids of the version before did not name the type
+            known = re.sub(r"\.\w+@", "@", known)
+        if known != about["reference_id"]:
             raise ValueError(
                 f"the checkpoint was trained against reference {about['reference_id']}, this run has "
-                f"{self.reference.reference_id}: model.policy.path, the temperature, or the type that it is "
-                "held in has changed (model.sharding.param_dtype counts under the strategy Sharded alone)"
+                f"{self.reference.reference_id}: model.policy.path, dtype or compute_dtype, or the "
+                "temperature has changed"
             )
         set_rng(about["rng"])
 

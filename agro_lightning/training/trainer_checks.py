@@ -2,8 +2,29 @@
 
 import lightning as L
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-"""Values of trainer.precision that leave the weights' type alone."""
+from agro_lightning.models.config import PolicySettings
+
+
+def check_precision(trainer: L.Trainer, settings: PolicySettings, *, training: bool) -> None:
+    """Refuses precision that the policy does not know of, and types that cannot train.
+
+    Raises:
+        ValueError: names the setting, its value and the key to set instead.
+    """
+    if trainer.precision != "32-true":
+        mixed = trainer.precision.endswith("-mixed")
+        raise ValueError(
+            f"trainer.precision is {trainer.precision}; leave it out and set "
+            f"{'model.policy.compute_dtype' if mixed else 'model.policy.dtype'}: bfloat16, so that rollouts, "
+            "reference and training all compute in one type"
+        )
+    if training:
+        for key, dtype in (("compute_dtype", settings.compute_dtype), ("dtype", settings.dtype)):
+            if dtype == "float16":
+                raise ValueError(
+                    f"model.policy.{key} is float16, in which small gradients become 0; to train, set it to "
+                    "bfloat16 or float32"
+                )
 
 
 def check_trainer(trainer: L.Trainer) -> None:
@@ -12,11 +33,6 @@ def check_trainer(trainer: L.Trainer) -> None:
     Raises:
         ValueError: names the setting, its value and what is accepted.
     """
-    if trainer.precision not in PRECISIONS:
-        raise ValueError(
-            f"trainer.precision is {trainer.precision}; accepted are {', '.join(PRECISIONS)}. Weights of "
-            "another type come from model.policy.dtype (bfloat16, say), with trainer.precision left out"
-        )
     if (clip := trainer.gradient_clip_val) is not None and clip < 0:
         raise ValueError(
             f"trainer.gradient_clip_val is {clip}; it must be positive, or 0 or null for no clipping"

@@ -295,7 +295,6 @@ def _workload(cli: DoctorCLI, ranks: int, *, gpu: bool, prompt_tokens: int, cach
     config, data = cli.trainer_config, cli.datamodule
     engine: Any = data.engine
     limit = (engine.memory_bytes or cache) if hasattr(engine, "memory_bytes") else 0  # others have their own
-    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
     return Workload(
         ranks=ranks,
         tensor_parallel=_tensor_parallel(config),
@@ -306,7 +305,6 @@ def _workload(cli: DoctorCLI, ranks: int, *, gpu: bool, prompt_tokens: int, cach
         completion_tokens=data.sampling.max_new_tokens,
         accumulate=config.get("accumulate_grad_batches") or 1,
         clip=config.get("gradient_clip_val"),
-        autocast=mixed.get(str(config.get("precision"))),
         cache_bytes=limit,
     )
 

@@ -193,7 +193,8 @@ class VLLMEngine(RolloutEngine):
         lm = self._policy.base
         command = [self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
         command += ["--served-model-name", self._model, "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--dtype", str(lm.dtype).removeprefix("torch."), "--generation-config", "vllm"]
+        computed_in = str(self._policy.compute_dtype).removeprefix("torch.")
+        command += ["--dtype", computed_in, "--generation-config", "vllm"]
         command += ["--logprobs-mode", "processed_logprobs", *self.options]
         environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1"}
         # it must not take itself for a rank of the trainer

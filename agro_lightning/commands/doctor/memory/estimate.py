@@ -60,7 +60,6 @@ class Workload:
     completion_tokens: int
     accumulate: int = 1
     clip: float | None = None
-    autocast: torch.dtype | None = None
     cache_bytes: int | None = None
     """Most bytes that the rollout engine gives keys, values and logits; None: no limit."""
 
@@ -128,7 +127,7 @@ class _Module(AgroModule):
         if kind == "frozen":
             held = self.policy_settings
             if self._device_mesh is not None:
-                held = reference_settings(held, self.sharding)
+                held = reference_settings(held)
             reference = FrozenReference(self._build(held, frozen=True))
         elif kind == "adapter_off":
             reference = AdapterOffReference(self.policy)
@@ -254,8 +253,7 @@ class _Run:
                     parameter.register_post_accumulate_grad_hook(self._has_gradient)
             with tracker.phase(ROLLOUT, GATHERED), policy.generating():
                 pass
-            with self._autocast():
-                self._pass(optimizer)
+            self._pass(optimizer)
             with tracker.phase(STEP, OPTIMIZER):
                 self._step(optimizer)
         return self._results(policy)
@@ -273,10 +271,6 @@ class _Run:
             optimizer.step()
             self.tracker.assign(GRADIENTS, [p.grad for p in parameters if p.grad is not None])
         self.state = {part: self.tracker.now[part] for part in (PARAMETERS, GRADIENTS, OPTIMIZER, REFERENCE)}
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        dtype = self.workload.autocast
-        return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
 
     def _pass(self, optimizer: torch.optim.Optimizer) -> None:
         """Forward and backward of all micro-batches, with Lightning's moment of freeing gradients."""
@@ -312,7 +306,7 @@ class _Run:
         load, config = self.workload, policy.base.config.get_text_config(decoder=True)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        item = (load.autocast or policy.compute_dtype).itemsize
+        item = policy.compute_dtype.itemsize
         token = 2 * config.num_hidden_layers * heads // load.tensor_parallel * width * item
         row = (load.prompt_tokens + load.completion_tokens) * token + 20 * policy.vocab_size
         wanted = load.groups * load.accumulate * load.group_size * row
