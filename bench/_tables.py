@@ -7,7 +7,7 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from agro_lightning.objectives import Objective
+from agro_lightning.objectives import LossInputs, Objective
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,15 +99,16 @@ def expected_gradient(objective: Objective, problem: Problem, logits: Tensor, be
     logits = logits.detach().requires_grad_()
     logprobs = problem.token_logprobs(logits)
     chosen = logprobs.detach()[places].requires_grad_()
-    output = objective(
-        chosen,
-        problem.token_logprobs(problem.reference)[places],
-        problem.rewards[picks.flatten()],
-        sequence_ids,
-        group_ids,
+    inputs = LossInputs(
+        logprobs=chosen,
+        ref_logprobs=problem.token_logprobs(problem.reference)[places],
+        rewards=problem.rewards[picks.flatten()],
+        sequence_ids=sequence_ids,
+        group_ids=group_ids,
         num_groups=1,
         behavior_logprobs=problem.token_logprobs(behavior)[places],
     )
+    output = objective(inputs)
     (per_token,) = torch.autograd.grad(output.loss, chosen)
     probability = problem.logprobs(behavior).exp()[picks].prod(dim=1)[group_ids[sequence_ids]]
     return torch.autograd.grad((probability * per_token * logprobs[places]).sum(), logits)[0]

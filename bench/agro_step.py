@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from agro_lightning.models.batch import TokenBatch, pack_groups
 from agro_lightning.models.config import PolicySettings
 from agro_lightning.models.policy import Policy
-from agro_lightning.objectives.agro import agro_loss
+from agro_lightning.objectives import LossInputs, agro_loss
 from agro_lightning.types import Completion, Prompt, PromptGroup
 from bench._records import absent, emit, parser, record
 
@@ -159,16 +159,15 @@ class Step:
         ).logits[:, :-1]
         logprobs = logits.float().log_softmax(-1).gather(-1, ids[:, left:, None])[..., 0]
         batch = self.batch
-        out = agro_loss(
-            logprobs[mask[:, left:].bool()],
-            self.ref_logprobs,
-            batch.rewards,
-            batch.sequence_ids,
-            batch.group_ids,
-            beta=BETA,
+        inputs = LossInputs(
+            logprobs=logprobs[mask[:, left:].bool()],
+            ref_logprobs=self.ref_logprobs,
+            rewards=batch.rewards,
+            sequence_ids=batch.sequence_ids,
+            group_ids=batch.group_ids,
             num_groups=batch.num_groups,
         )
-        return out.loss
+        return agro_loss(inputs, beta=BETA).loss
 
     def take(self, provider: str) -> float:
         """One optimiser step; its seconds."""

@@ -1,34 +1,39 @@
-"""AGRO and four baselines on data that is not their own: a small language model, trained by the trainer.
+"""AGRO and its rivals on data that is not their own: a small language model, trained by the trainer.
 
-`python -m bench.off_policy [--quick] [--json PATH] [--plot PATH] [--work DIR]`. The task is arithmetic with
-three-digit numbers, "412-178=", additions and subtractions mixed, exact-match reward. All runs start from one
-policy (`bench.off_policy_task`) and make the same number of steps on the same number of completions.
+`python -m bench.off_policy [--quick] [--report] [--json PATH] [--plot PATH] [--work DIR]`. The task is
+arithmetic with three-digit numbers, "412-178=", additions and subtractions mixed, exact-match reward. All
+runs start from one policy (`bench.off_policy_task`) and make the same number of steps on the same number of
+completions.
 
-Data, in cases such as `stale16/step100`:
+Data:
 
 * `live`; `stale4`, `stale16`, `stale64`: completions of the policy of 0, 4, 16, 64 updates ago;
 * `offline_reference`: completions of the start policy, which is the reference, and nothing else;
 * `offline_other`: of a weaker policy, with one correct answer in each group of eight;
 * `half`: half of the groups live, half from `offline_other`'s buffer.
 
-Providers: `ours` (AGRO), `rloo` (KL of the current policy in the reward; by the mathematics it has AGRO's
-gradient, so it takes its settings), `rloo_frozen_kl` (KL of the policy that generated), `grpo` (clipped),
-`regularized_pg` (KL in the loss). Each has its learning rate and beta searched over a grid of one size, on a
-seed that is not used again (`search/...`): on `live` for live and stale4, on `stale16` for stale16 and
-stale64, on `offline_other` for the others. Figures are means over seeds; `NAME_interval` is half the width of
-the 95% interval (Student's t over seeds), and the note holds the seeds' own figures.
-`sampled_accuracy_less_ours` compares seed by seed.
+Providers (`bench.off_policy_plan.PROVIDERS`), each with twelve settings searched on the kind of data that it
+is reported on, with a seed that is not used again: `ours` (AGRO, rate x beta x weight of negatives; **one**
+setting for all kinds of data, the best by its mean over them), `agro_weight1` (the paper's loss), `grpo`
+(clipped), `regularized_pg` (KL in the loss), `regularized_pg_weighted` (its negatives weighted by 0.3),
+`topr` (its negatives tapered by pi/mu), `rloo_frozen_kl` (KL of the policy that generated). The last two take
+the weaker policy's log-probs for the right answers in its buffer, which nobody sampled.
 
-Each run is kept in DIR as it ends, so that a benchmark that was stopped goes on where it was.
+Cases: `DATA` (the end of training), `DATA/step50`, `DATA/400_steps` (longer runs with the settings chosen for
+the short ones), `search/DATA/...`, `chosen/DATA`. Metrics: `exact_accuracy` (each prompt has one right
+answer: the mean of exp of its log-prob, without sampling noise), `greedy_accuracy`, `kl_to_reference` (nats a
+completion), `value_betaB` (E[r] - B KL) and `value_gap_betaB` (the optimum's minus that). Figures are means
+over seeds; `NAME_interval` is half the width of the 95% interval (Student's t), and the note holds the seeds'
+own figures. `exact_accuracy_less_ours` compares seed by seed.
+
+Each run is kept in DIR as it ends, so that a benchmark that was stopped goes on where it was; --report writes
+what is finished and runs nothing.
 """
 
-import itertools
-import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,143 +41,19 @@ os.environ["OMP_NUM_THREADS"] = "1"  # one thread a worker, which must know befo
 
 from bench import off_policy_plot
 from bench._records import emit, parser, record
-from bench.off_policy_run import DATA, LAGS, OBJECTIVES, Run, train
-from bench.off_policy_task import Scale, prepare
-from bench.off_policy_workers import in_processes
+from bench.off_policy_plan import FULL, QUICK, Plan, Results, choose, phases
+from bench.off_policy_run import LAGS, Run, train
+from bench.off_policy_task import VALUE_BETAS, prepare
+from bench.off_policy_workers import processes
 
 BENCH = "off_policy"
 ROOT = Path(__file__).parents[1]
-METRICS = {"greedy_accuracy": "ratio", "sampled_accuracy": "ratio", "kl_to_reference": "nat"}
-LEARNING_RATES = (1e-4, 2.5e-4, 6e-4)
-BETAS = {name: (0.02, 0.1, 0.5, 2.0) for name in OBJECTIVES} | {"grpo": (0.04, 0.2, 1.0, 4.0)}
-"""GRPO's is per nat of normalised advantage, and its rewards' standard deviation is about 1/2."""
-SEARCHED = {data: "offline_other" for data in DATA} | {"live": "live", "stale4": "live"}
-SEARCHED |= {"stale16": "stale16", "stale64": "stale16"}
-"""On which data the settings for each kind are searched."""
-SAME_GRADIENT = {"rloo": "ours"}
-"""Takes the settings that were found for the other."""
-SEARCH_SEED = 1000
+VALUES = tuple(f"value_beta{beta:g}" for beta in VALUE_BETAS)
+METRICS = {"exact_accuracy": "ratio", "greedy_accuracy": "ratio", "kl_to_reference": "nat"}
+METRICS |= dict.fromkeys(VALUES, "reward")
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5% quantiles of Student's t for 1, 2, ... degrees of freedom."""
-Settings = dict[tuple[str, str], tuple[float, float]]
-"""(objective, data) -> learning rate and beta."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is run."""
-
-    scale: Scale = Scale()
-    objectives: tuple[str, ...] = tuple(OBJECTIVES)
-    data: tuple[str, ...] = DATA
-    seeds: int = 5
-    steps: int = 100
-    measure_at: tuple[int, ...] = (50, 100)
-    prompts: int = 8
-    search: bool = True
-
-    def run(self, objective: str, data: str, settings: tuple[float, float], seed: int) -> Run:
-        """One run of the comparison; those of the search are measured at their end only."""
-        return Run(
-            objective=objective, data=data, learning_rate=settings[0], beta=settings[1], seed=seed,
-            steps=self.steps, prompts=self.prompts,
-            measure_at=(self.steps,) if seed == SEARCH_SEED else self.measure_at,
-        )  # fmt: skip
-
-    def searches(self) -> list[Run]:
-        """Every objective with every setting, on the data that settings are chosen on."""
-        return [
-            self.run(objective, data, settings, SEARCH_SEED)
-            for data in sorted({SEARCHED[data] for data in self.data})
-            for objective in self.objectives
-            if objective not in SAME_GRADIENT
-            for settings in itertools.product(LEARNING_RATES, BETAS[objective])
-        ]
-
-    def comparison(self, chosen: Settings) -> list[Run]:
-        """Every objective on every kind of data, seed by seed."""
-        return [
-            self.run(objective, data, chosen[objective, data], seed)
-            for objective in self.objectives
-            for data in self.data
-            for seed in range(1, self.seeds + 1)
-        ]
-
-
-FULL = Plan()
-QUICK = Plan(
-    scale=Scale(supervised_steps=300, weak_steps=150, train_prompts=1024),
-    objectives=("ours", "rloo_frozen_kl", "grpo"),
-    data=("live", "stale16", "offline_other"),
-    seeds=2,
-    steps=30,
-    measure_at=(15, 30),
-    search=False,
-)
-UNSEARCHED = (1e-4, 0.2)
-"""Learning rate and beta of all objectives with --quick."""
-
-
-class Results:
-    """The runs that were made, one JSON line each, in `folder/runs.jsonl`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "runs.jsonl"
-        self._by_run: dict[str, dict[str, Any]] = {}
-        if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
-            if whole != lines:  # stopped while it wrote
-                self.path.write_text("".join(whole))
-            for result in map(json.loads, whole):
-                self._by_run[json.dumps(result["run"])] = result
-
-    def __getitem__(self, run: Run) -> dict[str, Any]:
-        return self._by_run[json.dumps(asdict(run))]
-
-    def __contains__(self, run: Run) -> bool:
-        return json.dumps(asdict(run)) in self._by_run
-
-    def add(self, result: dict[str, Any]) -> None:
-        self._by_run[json.dumps(result["run"])] = result
-        with self.path.open("a") as handle:
-            handle.write(json.dumps(result) + "\n")
-
-
-def make_runs(runs: Iterable[Run], results: Results, task: Path, workers: int) -> None:
-    """Makes the runs that are lacking, in processes of one thread each; one worker is this process."""
-    lacking = [run for run in dict.fromkeys(runs) if run not in results]
-    for done, result in enumerate(in_processes(train, [(run, task) for run in lacking], workers), 1):
-        results.add(result)
-        print(f"{done}/{len(lacking)} {line(result)}", flush=True)
-
-
-def line(result: dict[str, Any]) -> str:
-    """What a run came to, in one line."""
-    run, last = result["run"], result["points"][-1]
-    return (
-        f"{run['data']} {run['objective']} lr {run['learning_rate']:g} beta {run['beta']:g} "
-        f"seed {run['seed']}: greedy {last['greedy_accuracy']:.3f}, sampled {last['sampled_accuracy']:.3f}, "
-        f"KL {last['kl_to_reference']:.3f}, {result['seconds']:.0f} s"
-    )
-
-
-def choose(plan: Plan, results: Results) -> Settings:
-    """The setting with the best sampled accuracy at the end of its search run."""
-
-    def score(run: Run) -> float:
-        return results[run]["points"][-1]["sampled_accuracy"]
-
-    chosen = {}
-    for objective, data in itertools.product(plan.objectives, plan.data):
-        if not plan.search:
-            chosen[objective, data] = UNSEARCHED
-            continue
-        searched = SAME_GRADIENT.get(objective, objective), SEARCHED[data]
-        tried = [run for run in plan.searches() if (run.objective, run.data) == searched]
-        best = max(tried, key=score)
-        chosen[objective, data] = best.learning_rate, best.beta
-    return chosen
+Records = list[dict[str, Any]]
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -185,9 +66,7 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), width
 
 
-def over_seeds(
-    case: str, provider: str, metric: str, unit: str, values: Sequence[float]
-) -> list[dict[str, Any]]:
+def over_seeds(case: str, provider: str, metric: str, unit: str, values: Sequence[float]) -> Records:
     """The records of a figure: its mean, with the seeds' own figures in the note, and its interval."""
     mean, interval = mean_and_interval(values)
     note = "seeds: " + " ".join(f"{value:.6g}" for value in values)
@@ -197,95 +76,134 @@ def over_seeds(
     ]
 
 
-def task_records(about: dict[str, Any]) -> list[dict[str, Any]]:
-    """Where everything starts from."""
+def task_records(about: dict[str, Any]) -> Records:
+    """The figures of the start policy, the weaker one and the optimum."""
     records = [
-        record(BENCH, case, provider, metric, about[provider][metric], unit)
-        for case, provider in (("start", "start"), ("start", "weak"))
+        record(BENCH, "start", provider, metric, about[provider][metric], unit)
+        for provider in ("start", "weak", "optimum")
         for metric, unit in METRICS.items()
+        if metric in about[provider]
     ]
     return [*records, record(BENCH, "start", "other_buffer", "reward", about["other_buffer"], "ratio")]
 
 
-def search_records(plan: Plan, results: Results, chosen: Settings) -> list[dict[str, Any]]:
-    """The points of the search, which are also the frontier, and what was chosen."""
+def search_records(plan: Plan, results: Results) -> Records:
+    """Every finished point of the searches, and what was chosen."""
     records = []
-    for run in plan.searches() if plan.search else ():
-        case = f"search/{run.data}/lr{run.learning_rate:g}_beta{run.beta:g}"
-        for metric, unit in METRICS.items():
-            value = results[run]["points"][-1][metric]
-            records.append(record(BENCH, case, run.objective, metric, value, unit, results[run]["stopped"]))
-    for (objective, data), (rate, beta) in chosen.items():
-        records.append(record(BENCH, f"chosen/{data}", objective, "learning_rate", rate, ""))
-        records.append(record(BENCH, f"chosen/{data}", objective, "beta", beta, "reward/nat"))
+    for name in plan.providers:
+        for data in plan.data:
+            for run in [run for run in plan.search(name, data) if run in results]:
+                case = f"search/{data}/lr{run.learning_rate:g}_beta{run.beta:g}_weight{run.negative_weight:g}"
+                (point,), stopped = results[run]["points"], results[run]["stopped"]
+                accuracy = point["exact_accuracy"]
+                records.append(record(BENCH, case, name, "exact_accuracy", accuracy, "ratio", stopped))
+            chosen = choose(plan, results, name, data)
+            for field, value in chosen._asdict().items() if chosen else ():
+                records.append(record(BENCH, f"chosen/{data}", name, field, value, ""))
     return records
 
 
-def cell_records(plan: Plan, results: Results, chosen: Settings) -> list[dict[str, Any]]:
-    """Accuracy and KL of every objective on every kind of data at equal steps."""
-    records = []
-    for data, step in itertools.product(plan.data, plan.measure_at):
-        sampled: dict[str, list[float]] = {}
-        for objective in plan.objectives:
-            runs = [r for r in plan.comparison(chosen) if (r.objective, r.data) == (objective, data)]
-            points = [p for r in runs for p in results[r]["points"] if p["step"] == step]
-            for metric, unit in METRICS.items():
-                values = [point[metric] for point in points]
-                records += over_seeds(f"{data}/step{step}", objective, metric, unit, values)
-            sampled[objective] = [point["sampled_accuracy"] for point in points]
-            stopped = [results[r]["stopped"] for r in runs if results[r]["stopped"]]
-            if stopped and step == plan.steps:
-                records.append(record(BENCH, data, objective, "stopped_runs", len(stopped), "", stopped[0]))
-        for objective in [name for name in plan.objectives if name != "ours"]:
-            differences = [a - b for a, b in zip(sampled[objective], sampled["ours"], strict=True)]
-            name = "sampled_accuracy_less_ours"
-            records += over_seeds(f"{data}/step{step}", objective, name, "ratio", differences)
-    return records
+def finished(plan: Plan, results: Results, provider: str, data: str, *, long: bool = False) -> list[Run]:
+    """The comparison's runs of a provider on one kind of data, where all of them were made; else none."""
+    settings = choose(plan, results, provider, data)
+    runs = plan.comparison(provider, data, settings, long=long) if settings else []
+    return runs if runs and results.have(runs) else []
 
 
-def staleness_records(plan: Plan, results: Results, chosen: Settings) -> list[dict[str, Any]]:
-    """The staleness that the trainer logged from the step on from which it can be as large as asked for."""
-    records = []
+def cell_records(plan: Plan, results: Results, about: dict[str, Any], *, long: bool = False) -> Records:
+    """The figures of every provider on every kind of data at equal steps."""
+    records: Records = []
     for data in plan.data:
-        runs = [run for run in plan.comparison(chosen) if run.data == data and LAGS.get(data)]
-        for metric, combine in (("staleness_min", min), ("staleness_max", max)):
-            logged = [value for run in runs for value in results[run][metric][LAGS[data] :]]
-            if logged:
-                records.append(record(BENCH, data, "ours", metric, combine(logged), "steps"))
+        cells = {name: finished(plan, results, name, data, long=long) for name in plan.providers}
+        for step in (plan.long_steps,) if long else plan.measure_at:
+            case = f"{data}/{step}_steps" if long else data if step == plan.steps else f"{data}/step{step}"
+            found = {
+                name: [p for run in runs for p in results[run]["points"] if p["step"] == step]
+                for name, runs in cells.items()
+                if runs
+            }
+            for name, points in found.items():
+                for metric, unit in METRICS.items():
+                    records += over_seeds(case, name, metric, unit, [point[metric] for point in points])
+                for metric in VALUES:
+                    gaps = [about["optimum"][metric] - point[metric] for point in points]
+                    records += over_seeds(case, name, metric.replace("_", "_gap_"), "reward", gaps)
+                if name != "ours" and "ours" in found:
+                    both = zip(points, found["ours"], strict=True)
+                    less = [its["exact_accuracy"] - ours["exact_accuracy"] for its, ours in both]
+                    records += over_seeds(case, name, "exact_accuracy_less_ours", "ratio", less)
+        records += run_records(data, cells, results, long=long)
     return records
 
 
-def table(records: list[dict[str, Any]], plan: Plan) -> str:
-    """Accuracy and KL after the last step, a line for each objective and kind of data."""
+def run_records(data: str, cells: dict[str, list[Run]], results: Results, *, long: bool) -> Records:
+    """Runs that ended early, and the logged staleness once it can be as large as asked for."""
+    records = []
+    for name, runs in cells.items():
+        stopped = [results[run]["stopped"] for run in runs if results[run]["stopped"]]
+        if stopped:
+            case = f"{data}/long" if long else data
+            records.append(record(BENCH, case, name, "stopped_runs", len(stopped), "", stopped[0]))
+    for metric, combine in (("staleness_min", min), ("staleness_max", max)) if LAGS.get(data) else ():
+        logged = [
+            value for runs in cells.values() for run in runs for value in results[run][metric][LAGS[data] :]
+        ]
+        if logged and not long:
+            records.append(record(BENCH, data, "ours", metric, combine(logged), "steps"))
+    return records
+
+
+def table(records: Records, plan: Plan) -> str:
+    """Accuracy, KL and value after the last step, a line for each provider and kind of data."""
     found = {(r["case"], r["provider"], r["metric"]): r["value"] for r in records}
-    heads = "".join(f"{name:>15}" for name in ("greedy", "sampled", "KL"))
-    lines = [f"{'data':<18} {'objective':<15} {'lr':>6} {'beta':>6}{heads}"]
-    for data, objective in itertools.product(plan.data, plan.objectives):
-        cells = []
-        for metric in METRICS:
-            mean, half = (
-                found[f"{data}/step{plan.steps}", objective, f"{metric}{end}"] for end in ("", "_interval")
-            )
-            cells.append(f"{mean:.3f} ± {half:.3f}".rjust(14))
-        rate, beta = (found[f"chosen/{data}", objective, name] for name in ("learning_rate", "beta"))
-        lines.append(f"{data:<18} {objective:<15} {rate:>6g} {beta:>6g} {' '.join(cells)}")
+    shown = ("exact_accuracy", "kl_to_reference", VALUES[-1])
+    heads = "".join(f"{name:>17}" for name in shown)
+    lines = [f"{'data':<18} {'provider':<24} {'lr':>7} {'beta':>5} {'weight':>6}{heads}"]
+    cases = [(data, data) for data in plan.data]
+    cases += [(f"{data}/{plan.long_steps}_steps", data) for data in plan.data]
+    for case, data in cases:
+        for name in [name for name in plan.providers if (case, name, shown[0]) in found]:
+            cells = [(found[case, name, m], found[case, name, f"{m}_interval"]) for m in shown]
+            fields = ("learning_rate", "beta", "negative_weight")
+            rate, beta, weight = (found.get((f"chosen/{data}", name, field), math.nan) for field in fields)
+            figures = "".join(f"{mean:.3f} ± {half:.3f}".rjust(17) for mean, half in cells)
+            lines.append(f"{case:<18} {name:<24} {rate:>7g} {beta:>5g} {weight:>6g}{figures}")
     return "\n".join(lines)
 
 
-def run_plan(plan: Plan, work: Path, workers: int) -> list[dict[str, Any]]:
-    """Makes what is lacking and returns all records."""
+def line(result: dict[str, Any]) -> str:
+    """What a run came to, in one line."""
+    run, last = result["run"], result["points"][-1]
+    figures = ", ".join(f"{name} {last[name]:.3f}" for name in METRICS if name in last)
+    return (
+        f"{run['data']} {run['objective']} lr {run['learning_rate']:g} beta {run['beta']:g} weight "
+        f"{run['negative_weight']:g} seed {run['seed']} steps {run['steps']}: {figures}, "
+        f"{result['seconds']:.0f} s"
+    )
+
+
+def make_runs(plan: Plan, results: Results, task: Path, workers: int) -> None:
+    """Makes the runs that are lacking, phase by phase, in processes of one thread each."""
+    with processes(workers) as run_all:
+        for runs in phases(plan, results):
+            lacking = [run for run in dict.fromkeys(runs) if run not in results]
+            for done, result in enumerate(run_all(train, [(run, task) for run in lacking]), 1):
+                results.add(result)
+                print(f"{done}/{len(lacking)} {line(result)}", flush=True)
+
+
+def run_plan(plan: Plan, work: Path, workers: int, *, report: bool = False) -> Records:
+    """Makes what is lacking, unless only a report is wanted, and returns all records."""
     about = prepare(work, plan.scale)
-    print(f"start policy {about['start']}\nweak policy {about['weak']}", flush=True)
     results = Results(work)
-    if plan.search:
-        make_runs(plan.searches(), results, work, workers)
-    chosen = choose(plan, results)
-    make_runs(plan.comparison(chosen), results, work, workers)
+    if not report:
+        print(f"start policy {about['start']}\nweak policy {about['weak']}", flush=True)
+        make_runs(plan, results, work, workers)
     return [
         *task_records(about),
-        *search_records(plan, results, chosen),
-        *cell_records(plan, results, chosen),
-        *staleness_records(plan, results, chosen),
+        *search_records(plan, results),
+        *cell_records(plan, results, about),
+        *(cell_records(plan, results, about, long=True) if plan.long_steps else ()),
     ]
 
 
@@ -293,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs everything, prints the table, writes what was asked for."""
     options = parser(__doc__)
     options.add_argument("--plot", type=Path, metavar="PATH", help="also draw the figures into this file")
+    options.add_argument("--report", action="store_true", help="run nothing; report the finished runs")
     options.add_argument(
         "--work", type=Path, metavar="DIR", help="where everything is kept (default: runs/off_policy)"
     )
@@ -300,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = options.parse_args(arguments)
     plan = QUICK if chosen.quick else FULL
     work = chosen.work or ROOT / "runs" / ("off_policy_quick" if chosen.quick else "off_policy")
-    records = run_plan(plan, work, chosen.workers)
+    records = run_plan(plan, work, chosen.workers, report=chosen.report)
     emit(records, chosen.json, table(records, plan))
     if chosen.plot is not None:
         off_policy_plot.plot(records, chosen.plot)

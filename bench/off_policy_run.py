@@ -5,7 +5,7 @@ import tempfile
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,22 +19,27 @@ from torch import Tensor
 from agro_lightning.data.prompts.dataset import PromptSettings
 from agro_lightning.data.sources import Live, Offline, Source
 from agro_lightning.models.config import PolicySettings
-from agro_lightning.objectives import Agro, Grpo, Objective, RegularizedPG, Rloo, RlooFrozenKL
+from agro_lightning.objectives import Agro, Grpo, Objective, RegularizedPG, RlooFrozenKL
 from agro_lightning.rollout import AutoEngine, Generation, RolloutEngine, Sampling
 from agro_lightning.training.callbacks.step_metrics import NonFiniteError, NonFiniteGuard, StepMetrics
 from agro_lightning.training.datamodule import AgroDataModule
 from agro_lightning.training.module import AgroModule
 from agro_lightning.training.optimizer import OptimizerSettings
+from bench.off_policy_objectives import Topr, WeightedRegularizedPG
 from bench.off_policy_task import SAMPLING, measure
 
-OBJECTIVES: dict[str, type[Objective]] = {
-    "ours": Agro,
-    "rloo": Rloo,
-    "rloo_frozen_kl": RlooFrozenKL,
-    "grpo": Grpo,
-    "regularized_pg": RegularizedPG,
+OBJECTIVES: dict[str, Callable[[float, float], Objective]] = {
+    "agro": lambda beta, weight: Agro(beta, negative_weight=weight),
+    "rloo_frozen_kl": lambda beta, weight: RlooFrozenKL(beta),
+    "grpo": lambda beta, weight: Grpo(beta),
+    "regularized_pg": lambda beta, weight: (
+        RegularizedPG(beta) if weight == 1 else WeightedRegularizedPG(beta, weight)
+    ),
+    "topr": lambda beta, weight: Topr(beta),
 }
-"""By provider name; `ours` is AGRO."""
+"""From beta and the weight of negatives, which the first and the fourth read."""
+NEEDS_EVERY_LOGPROB = ("rloo_frozen_kl", "topr")
+"""Trained on the weaker policy's log-probs of its whole buffer, the right answers in it included."""
 LAGS = {"live": 0, "stale4": 4, "stale16": 16, "stale64": 64, "half": 0}
 """How many updates old the weights are that generate, by kind of data; the other kinds generate nothing."""
 DATA = ("live", "stale4", "stale16", "stale64", "offline_reference", "offline_other", "half")
@@ -48,9 +53,12 @@ class Run:
     data: str
     learning_rate: float
     beta: float
+    negative_weight: float = 1.0
     seed: int
     steps: int
     measure_at: tuple[int, ...]
+    samples: int = 2
+    """Samples of each validation prompt for the KL; 0 leaves it out."""
     prompts: int = 16
     """Prompt groups of a step."""
     group_size: int = 8
@@ -106,36 +114,32 @@ class StaleEngine(RolloutEngine):
 
 
 class Watch(Callback):
-    """Measures accuracy and KL at some steps, and notes the staleness and the shares that the trainer logs.
+    """Measures accuracy and KL after some steps, and notes the staleness that the trainer logs."""
 
-    Args:
-        steps: optimiser steps after which is measured.
-    """
-
-    def __init__(self, steps: Sequence[int]) -> None:
-        self.steps = frozenset(steps)
+    def __init__(self, run: Run) -> None:
+        self.steps, self.samples = frozenset(run.measure_at), run.samples
         self.points: list[dict[str, float]] = []
         self.logged: list[dict[str, float]] = []
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        wanted = ("train/staleness_min", "train/staleness_max", "train/share/live")
+        wanted = ("train/staleness_min", "train/staleness_max")
         logged = trainer.callback_metrics
         self.logged.append({name: float(logged[name]) for name in wanted if name in logged})
         if trainer.global_step in self.steps:
-            self.points.append({"step": trainer.global_step} | accuracies(trainer, pl_module))
+            self.points.append({"step": trainer.global_step} | self.figures(trainer, pl_module))
 
-
-def accuracies(trainer: L.Trainer, module: Any) -> dict[str, float]:
-    """What is measured of the policy as it is, on all validation prompts."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    return measure(module.policy, module.reference, data.tokenizer, list(data.val_prompts))
+    def figures(self, trainer: L.Trainer, module: Any) -> dict[str, float]:
+        """What is measured of the policy as it is, on all validation prompts."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        prompts = list(data.val_prompts)
+        return measure(module.policy, module.reference.policy, data.tokenizer, prompts, samples=self.samples)
 
 
 def sources_of(run: Run, task: Path) -> list[Source]:
     """Where the run's groups come from."""
-    scored = "other_scored" if run.objective == "rloo_frozen_kl" else "other"  # it needs every log-prob
+    scored = "other_scored" if run.objective in NEEDS_EVERY_LOGPROB else "other"
     other = Offline(paths=[str(task / scored)], repeat=True, name="other")
     if run.data == "offline_reference":
         return [Offline(paths=[str(task / "reference")], repeat=True, name="reference")]
@@ -187,17 +191,17 @@ def train(run: Run, task: Path) -> dict[str, Any]:
     """Makes the run.
 
     Returns:
-        The run's settings; `points`, the accuracies and the KL after some steps; the `staleness_min` and
+        The run's settings; `points`, the figures after some steps; the `staleness_min` and
         `staleness_max` that the trainer logged of each step; `seconds`; and `stopped`, why it ended early.
     """
     started = time.perf_counter()
     L.seed_everything(run.seed, verbose=False)
     module = AgroModule(
         policy=PolicySettings(path=str(task / "policy")),
-        objective=OBJECTIVES[run.objective](beta=run.beta),  # type: ignore[call-arg]
+        objective=OBJECTIVES[run.objective](run.beta, run.negative_weight),
         optimizer=OptimizerSettings(learning_rate=run.learning_rate, warmup_steps=10, schedule="cosine"),
     )
-    watch, stopped = Watch(run.measure_at), None
+    watch, stopped = Watch(run), None
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
             accelerator="cpu",
@@ -219,7 +223,7 @@ def train(run: Run, task: Path) -> dict[str, Any]:
             trainer.fit(module, datamodule=data_of(run, task))
         except NonFiniteError as error:
             stopped = str(error)
-            lasting = accuracies(trainer, module)  # skipped steps change nothing
+            lasting = watch.figures(trainer, module)  # skipped steps change nothing
             done = {point["step"] for point in watch.points}
             watch.points += [{"step": step} | lasting for step in run.measure_at if step not in done]
     return {

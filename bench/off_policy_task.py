@@ -23,7 +23,7 @@ from agro_lightning.models.batch import pack_groups
 from agro_lightning.models.config import PolicySettings
 from agro_lightning.models.policy import Policy
 from agro_lightning.models.pretrained import load_tokenizer
-from agro_lightning.models.reference import FrozenReference, Reference
+from agro_lightning.models.reference import FrozenReference
 from agro_lightning.rewards import ExactMatch, RewardSet
 from agro_lightning.rollout import AutoEngine, RolloutEngine, Sampling
 from agro_lightning.rollout.collect import rollout_groups
@@ -92,25 +92,70 @@ def quick_start_model() -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(quickstart.FOLDER / "policy", dtype=torch.float32)
 
 
-@torch.no_grad()
-def measure(
-    policy: Policy, reference: Reference, tokenizer: Any, prompts: Sequence[Prompt], *, samples: int = 4
-) -> dict[str, float]:
-    """Accuracies and the KL to the reference on some prompts; the same draws at every call.
+VALUE_BETAS = (0.02, 0.1)
+"""KL coefficients at which the regularised value E[r] - beta KL is reported."""
 
-    The KL is in nats a completion: the k3 estimate, a sum over tokens, on the policy's own samples.
-    """
+
+@torch.no_grad()
+def answer_logits(model: Any, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The logits (tokens, vocabulary) that predict each answer's tokens, from one padded forward."""
+    rows = [[*prompt.prompt_ids, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    width = max(map(len, rows))
+    logits = model(torch.tensor([row + [0] * (width - len(row)) for row in rows])).logits
+    starts = [len(prompt.prompt_ids) - 1 for prompt in prompts]
+    return [row[at : at + len(ids)] for row, at, ids in zip(logits, starts, answers, strict=True)]
+
+
+def right_answers(policy: Policy, tokenizer: Any, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+    """For each prompt, the log-prob of its one right answer, and whether greedy decoding writes it."""
+    answers = [make.correct_completion(tokenizer, prompt).completion_ids for prompt in prompts]
+    with policy.generating() as model:
+        rows = answer_logits(model, prompts, answers)
+    logprobs, greedy = [], []
+    for logits, answer in zip(rows, answers, strict=True):
+        ids = torch.tensor(answer)
+        logprobs.append(logits.double().log_softmax(-1).gather(1, ids[:, None]).sum())
+        greedy.append((logits.argmax(-1) == ids).all())
+    return torch.stack(logprobs), torch.stack(greedy)
+
+
+@torch.no_grad()
+def kl_to(
+    policy: Policy, reference: Policy, tokenizer: Any, prompts: Sequence[Prompt], samples: int
+) -> float:
+    """KL(policy || reference), nats a completion: the exact KL of each token's distribution, summed along the
+    policy's own samples (the same draws at every call)."""
     engine = AutoEngine()
     engine.attach(policy, tokenizer)
-    greedy = sample(engine, tokenizer, prompts, n=1, sampling=replace(SAMPLING, temperature=0.0))
-    sampled = sample(engine, tokenizer, prompts, n=samples, sampling=SAMPLING)
-    batch = pack_groups(sampled, num_groups=len(sampled))
-    assert batch.behavior_logprobs is not None
-    ratios = reference.logprobs(batch) - batch.behavior_logprobs
+    groups = sample(engine, tokenizer, prompts, n=samples, sampling=SAMPLING)
+    repeated = [group.prompt for group in groups for _ in group.completions]
+    answers = [completion.completion_ids for group in groups for completion in group.completions]
+    found = []
+    for which in (policy, reference):
+        with which.generating() as model:
+            found.append(torch.cat(answer_logits(model, repeated, answers)).double().log_softmax(-1))
+    return float((found[0].exp() * (found[0] - found[1])).sum()) / len(answers)
+
+
+def measure(
+    policy: Policy, reference: Policy, tokenizer: Any, prompts: Sequence[Prompt], *, samples: int = 2
+) -> dict[str, float]:
+    """Exact accuracy and greedy accuracy; with samples > 0, also KL and E[r] - beta KL."""
+    logprobs, greedy = right_answers(policy, tokenizer, prompts)
+    found = {"exact_accuracy": float(logprobs.exp().mean()), "greedy_accuracy": float(greedy.double().mean())}
+    if samples:
+        found["kl_to_reference"] = kl = kl_to(policy, reference, tokenizer, prompts, samples)
+        found |= {f"value_beta{beta:g}": found["exact_accuracy"] - beta * kl for beta in VALUE_BETAS}
+    return found
+
+
+def optimal_values(reference: Policy, tokenizer: Any, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """V* = beta log E_ref exp(r / beta), the largest E[r] - beta KL: exact, as one answer has reward 1."""
+    right = right_answers(reference, tokenizer, prompts)[0]
+    wrong = (-right.expm1()).log()
     return {
-        "greedy_accuracy": mean_reward(greedy),
-        "sampled_accuracy": mean_reward(sampled),
-        "kl_to_reference": float((ratios.exp() - 1 - ratios).sum() / batch.num_completions),
+        f"value_beta{beta:g}": float((beta * torch.logaddexp(wrong, right + 1 / beta)).mean())
+        for beta in VALUE_BETAS
     }
 
 
@@ -150,9 +195,9 @@ def other_policys_groups(
 
 
 @torch.no_grad()
-def with_log_probs_of(policy: Policy, groups: Sequence[PromptGroup]) -> list[PromptGroup]:
-    """The groups with the policy's log-probs as behaviour log-probs of every completion."""
-    filled = []
+def filled(policy: Policy, groups: Sequence[PromptGroup], field: str, **others: Any) -> list[PromptGroup]:
+    """The groups with the policy's log-probs in a field of every completion, and other fields as given."""
+    made = []
     for start in range(0, len(groups), 256):
         part = groups[start : start + 256]
         values = policy.logprobs(pack_groups(part, num_groups=len(part))).logprobs.tolist()
@@ -160,16 +205,17 @@ def with_log_probs_of(policy: Policy, groups: Sequence[PromptGroup]) -> list[Pro
             completions = []
             for completion in group.completions:
                 mine, values = values[: len(completion)], values[len(completion) :]
-                completions.append(replace(completion, behavior_logprobs=tuple(mine)))
-            filled.append(replace(group, completions=tuple(completions)))
-    return filled
+                completions.append(replace(completion, **{field: tuple(mine)}, **others))
+            made.append(replace(group, completions=tuple(completions)))
+    return made
 
 
 def prepare(folder: Path, scale: Scale) -> dict[str, Any]:
     """Makes what `folder` lacks: policy/, prompts, and the buffers reference/, other/ and other_scored/.
 
     Returns:
-        The scale and the accuracies of the start policy and the weak one.
+        The scale, the figures of the start policy and the weak one, the optimal values, and the accuracy of
+        the other policy's buffer.
     """
     about = folder / "about.json"
     if about.exists():
@@ -197,18 +243,21 @@ def prepare(folder: Path, scale: Scale) -> dict[str, Any]:
     start, weak = (Policy(PolicySettings(path=str(folder / name))) for name in ("policy", "weak"))
     engine = AutoEngine()
     engine.attach(start, loaded)
+    own = sample(engine, loaded, train, n=scale.group_size, sampling=SAMPLING, source="reference")
     other = other_policys_groups(weak, loaded, train, scale.group_size)
+    identity = FrozenReference(start).reference_id
     for name, groups in (
-        ("reference", sample(engine, loaded, train, n=scale.group_size, sampling=SAMPLING)),
+        ("reference", own),
         ("other", other),
-        ("other_scored", with_log_probs_of(weak, other)),
+        ("other_scored", filled(weak, other, "behavior_logprobs")),
     ):
+        groups = filled(start, groups, "ref_logprobs", reference_id=identity)  # no run computes them again
         append_rollouts(folder / name, groups, name="completions", tokenizer_id=tokenizer_id(loaded))
-    reference = FrozenReference(Policy(PolicySettings(path=str(folder / "policy"))))
     made = {
         "scale": asdict(scale),
-        "start": measure(start, reference, loaded, val),
-        "weak": measure(weak, reference, loaded, val),
+        "start": measure(start, start, loaded, val),
+        "weak": measure(weak, start, loaded, val),
+        "optimum": optimal_values(start, loaded, val),
         "other_buffer": mean_reward(other),
     }
     about.write_text(json.dumps(made, indent=1))

@@ -6,9 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Any, TypeVar
+from contextlib import contextmanager
+from typing import Any, Protocol
 
-Result = TypeVar("Result")
+
+class RunAll(Protocol):
+    """Yields the results of function(*call) for each call, as they come; see :func:`processes`."""
+
+    def __call__(self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]: ...
 
 
 def end_with(parent: int) -> None:
@@ -22,20 +27,20 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def in_processes(
-    function: Callable[..., Result], calls: Sequence[tuple[Any, ...]], workers: int
-) -> Iterator[Result]:
-    """The results of function(*call) for each call, as they come.
+@contextmanager
+def processes(workers: int) -> Iterator[RunAll]:
+    """A pool of processes, started once; with one worker it is this process, and the results come in order.
 
-    Args:
-        function: what to call; importable, since the processes are started afresh.
-        calls: its arguments.
-        workers: processes; with one, it is this one, and the results come in order.
+    The functions that it calls must be importable, since the processes are started afresh.
     """
     if workers == 1:
-        yield from (function(*call) for call in calls)
+        yield lambda function, calls: (function(*call) for call in calls)
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, initializer=end_with, initargs=(os.getpid(),)) as pool:
-        for future in as_completed([pool.submit(function, *call) for call in calls]):
-            yield future.result()
+
+        def run_all(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+            for future in as_completed([pool.submit(function, *call) for call in calls]):
+                yield future.result()
+
+        yield run_all

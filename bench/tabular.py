@@ -30,7 +30,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from agro_lightning.objectives import Agro, AgroScoreTerm, Objective, RegularizedPG, Rloo, RlooFrozenKL
+from agro_lightning.objectives import (
+    Agro,
+    AgroScoreTerm,
+    LossInputs,
+    Objective,
+    RegularizedPG,
+    Rloo,
+    RlooFrozenKL,
+)
 from bench._records import emit, parser, record
 from bench._tables import Problem, exact_kl_gradient, expected_gradient, paper_bandit, small_tree, token_form
 
@@ -115,14 +123,15 @@ def sampled_curves(objective: Objective, n: int, seeds: int, steps: int) -> Tens
         values.append([problem.kl(row[None]) for row in logits])
         picks = torch.multinomial(mu, COMPLETIONS_PER_STEP, replacement=True, generator=generator)
         logits = logits.detach().requires_grad_()
-        loss = objective(
-            logits.log_softmax(-1).gather(1, picks).flatten(),
-            ref[picks.flatten()],
-            problem.rewards[picks.flatten()],
-            sequence_ids,
-            sequence_ids // n,
+        inputs = LossInputs(
+            logprobs=logits.log_softmax(-1).gather(1, picks).flatten(),
+            ref_logprobs=ref[picks.flatten()],
+            rewards=problem.rewards[picks.flatten()],
+            sequence_ids=sequence_ids,
+            group_ids=sequence_ids // n,
             num_groups=groups,  # per seed, so that every seed steps as if alone
-        ).loss
+        )
+        loss = objective(inputs).loss
         logits = logits - STEP * torch.autograd.grad(loss, logits)[0]
     return torch.tensor(values, dtype=torch.float64).T / problem.kl(problem.reference)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from agro_lightning.objectives import Objective
+from agro_lightning.objectives import LossInputs, Objective, ObjectiveOutput, agro_loss
 
 F64 = torch.float64
 
@@ -37,16 +37,16 @@ class Arms:
         """d loss / d log pi of each completion, for groups of arms `picks` (G, n), each divided by 1."""
         chosen = picks.flatten()
         logprobs = theta.log_softmax(0)[chosen].detach().requires_grad_()
-        output = objective(
-            logprobs,
-            self.ref[chosen],
-            self.rewards[chosen],
-            torch.arange(len(chosen)),
-            torch.arange(len(picks)).repeat_interleave(picks.shape[1]),
+        inputs = LossInputs(
+            logprobs=logprobs,
+            ref_logprobs=self.ref[chosen],
+            rewards=self.rewards[chosen],
+            sequence_ids=torch.arange(len(chosen)),
+            group_ids=torch.arange(len(picks)).repeat_interleave(picks.shape[1]),
             num_groups=1,
             behavior_logprobs=None if mu is None else mu.log()[chosen],
         )
-        return torch.autograd.grad(output.loss, logprobs)[0].view_as(picks)
+        return torch.autograd.grad(objective(inputs).loss, logprobs)[0].view_as(picks)
 
     def expected_gradient(self, objective: Objective, theta: Tensor, mu: Tensor, n: int) -> Tensor:
         """Exact mean over all groups of n arms drawn from mu of the gradient with respect to theta."""
@@ -74,3 +74,21 @@ def finite_differences(function: Callable[[Tensor], Tensor], at: Tensor, step: f
 
 def assert_equal(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+def agro_of(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    rewards: Tensor,
+    sequence_ids: Tensor,
+    group_ids: Tensor,
+    **options: float,
+) -> ObjectiveOutput:
+    inputs = LossInputs(
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        rewards=rewards,
+        sequence_ids=sequence_ids,
+        group_ids=group_ids,
+    )
+    return agro_loss(inputs, **options)  # pyright: ignore[reportArgumentType]

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from exact_arms import F64, assert_equal, gradient_of, randn
+from exact_arms import F64, agro_of, assert_equal, gradient_of, randn
 from torch import Tensor
 
-from agro_lightning.objectives import agro_coefficients, agro_loss
+from agro_lightning.objectives import agro_coefficients
 
 # 8. Completions of several tokens
 
@@ -81,7 +81,7 @@ def test_a_tree_is_at_rest_at_the_optimum_with_the_sequence_form_only() -> None:
         theta = tree.optimum.clone().requires_grad_()
         chosen = torch.cat([(tree.leaf_ids == leaf).nonzero()[:, 0] for leaf in group])
         sizes = torch.tensor([len(tree.leaves[leaf]) for leaf in group])
-        loss = agro_loss(
+        loss = agro_of(
             tree.tokens(theta)[0][chosen],
             tree.ref[chosen],
             tree.rewards[group],
@@ -100,7 +100,7 @@ def test_a_tree_is_at_rest_at_the_optimum_with_the_sequence_form_only() -> None:
 def test_a_group_of_one_is_a_clear_error() -> None:
     one = torch.zeros(1, dtype=F64)
     with pytest.raises(ValueError, match="group 0 has 1 completion; AGRO needs at least 2 of the same"):
-        agro_loss(one, one, one, torch.tensor([0]), torch.tensor([0]), beta=0.1)
+        agro_of(one, one, one, torch.tensor([0]), torch.tensor([0]), beta=0.1)
 
 
 # 10. Splitting, padding, packing
@@ -136,13 +136,16 @@ LENGTHS = torch.tensor([len(completion) for completion in COMPLETIONS])
 SEQUENCE_IDS = torch.arange(len(COMPLETIONS)).repeat_interleave(LENGTHS)
 
 
-def bigram_gradient(logprobs_of: Callable[[Tensor], Tensor], order: Tensor | None = None) -> Tensor:
+def bigram_gradient(
+    logprobs_of: Callable[[Tensor], Tensor], order: Tensor | None = None, weight: float = 1.0
+) -> Tensor:
     rewards, ref, table = randn(0, len(COMPLETIONS)), randn(1, len(SEQUENCE_IDS)) - 1, randn(2, 6, 5)
 
     def loss(table: Tensor) -> Tensor:
         at = torch.arange(len(SEQUENCE_IDS)) if order is None else order
         logprobs = logprobs_of(table)[at]
-        return agro_loss(logprobs, ref[at], rewards, SEQUENCE_IDS[at], GROUP_IDS, beta=0.3).loss
+        ids = SEQUENCE_IDS[at]
+        return agro_of(logprobs, ref[at], rewards, ids, GROUP_IDS, beta=0.3, negative_weight=weight).loss
 
     return gradient_of(loss, table)
 
@@ -162,11 +165,14 @@ def test_packing_order_does_not_change_the_gradient() -> None:
 
 
 @pytest.mark.parametrize("parts", [[[0, 1], [2, 3, 4, 5], [6, 7]], [[0, 4], [1, 5], [2, 6], [3, 7]]])
-def test_a_group_split_over_micro_batches_or_ranks(parts: list[list[int]]) -> None:
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_a_group_split_over_micro_batches_or_ranks(parts: list[list[int]], weight: float) -> None:
     rewards, ref, table = randn(0, len(COMPLETIONS)), randn(1, len(SEQUENCE_IDS)) - 1, randn(2, 6, 5)
     log_ratios = torch.zeros(len(COMPLETIONS), dtype=F64)
     log_ratios.index_add_(0, SEQUENCE_IDS, packed(table) - ref)
-    coefficients = agro_coefficients(log_ratios, rewards, GROUP_IDS, beta=0.3, num_groups=2)
+    coefficients = agro_coefficients(
+        log_ratios, rewards, GROUP_IDS, beta=0.3, num_groups=2, negative_weight=weight
+    )
 
     def part_gradient(part: list[int]) -> Tensor:
         def loss(table: Tensor) -> Tensor:
@@ -175,6 +181,6 @@ def test_a_group_split_over_micro_batches_or_ranks(parts: list[list[int]]) -> No
 
         return gradient_of(loss, table)
 
-    expected = bigram_gradient(packed)
+    expected = bigram_gradient(packed, weight=weight)
     assert_equal(torch.stack([part_gradient(part) for part in parts]).sum(dim=0), expected)
     assert (part_gradient(parts[0]) - expected).abs().max() > 1e-2

@@ -5,10 +5,11 @@ whole completions of one token; test_agro_sequences has those of several.
 """
 
 import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from exact_arms import F64, Arms, all_groups, assert_equal, finite_differences, gradient_of, randn
+from exact_arms import F64, Arms, agro_of, all_groups, assert_equal, finite_differences, gradient_of, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,7 +18,9 @@ from agro_lightning.objectives import (
     Agro,
     AgroScoreTerm,
     Grpo,
+    LossInputs,
     Objective,
+    ObjectiveOutput,
     RegularizedPG,
     Rloo,
     RlooFrozenKL,
@@ -52,8 +55,8 @@ def test_step_is_the_gradient_of_the_objective_over_beta() -> None:
     ref, rewards, beta = randn(0, 7), randn(1, 7), 0.3
     ids = (torch.arange(7), torch.tensor([0, 1, 0, 1, 1, 0, 1]))
     at = randn(2, 7)
-    numeric = finite_differences(lambda x: agro_loss(x, ref, rewards, *ids, beta=beta).objective, at)
-    exact = beta * gradient_of(lambda x: agro_loss(x, ref, rewards, *ids, beta=beta).loss, at)
+    numeric = finite_differences(lambda x: agro_of(x, ref, rewards, *ids, beta=beta).objective, at)
+    exact = beta * gradient_of(lambda x: agro_of(x, ref, rewards, *ids, beta=beta).loss, at)
     assert exact.abs().max() > 1e-2
     assert_equal(exact, numeric, 1e-8)
 
@@ -68,9 +71,14 @@ def test_loss_and_gradients_are_unbiased(n: int) -> None:
         reported = torch.zeros((), dtype=F64)
         logprobs, ids = arms.theta.log_softmax(0), torch.arange(n)
         for group in all_groups(5, n):
-            output = objective(
-                logprobs[group], arms.ref[group], arms.rewards[group], ids, torch.zeros(n, dtype=torch.long)
+            inputs = LossInputs(
+                logprobs=logprobs[group],
+                ref_logprobs=arms.ref[group],
+                rewards=arms.rewards[group],
+                sequence_ids=ids,
+                group_ids=torch.zeros(n, dtype=torch.long),
             )
+            output = objective(inputs)
             reported += mu[group].prod() * output.objective
         assert_equal(reported, arms.loss(arms.theta, mu))
         target = None if isinstance(objective, AgroScoreTerm) else mu
@@ -89,7 +97,7 @@ def test_identities_with_other_methods(n: int) -> None:
     zeros, ids, group = torch.zeros(n, dtype=F64), torch.arange(n), torch.zeros(n, dtype=torch.long)
 
     def agro(x: Tensor) -> Tensor:
-        return agro_loss(x, zeros, rewards, ids, group, beta=beta).loss
+        return agro_of(x, zeros, rewards, ids, group, beta=beta).loss
 
     def regularized(x: Tensor) -> Tensor:
         return rewards - beta * x
@@ -121,7 +129,7 @@ def test_identities_with_other_methods(n: int) -> None:
         return 0.5 * ((rewards - rewards.mean() - beta * x) ** 2).sum()
 
     g = beta * gradient_of(agro, s)
-    assert_equal(pairwise(s), agro_loss(s, zeros, rewards, ids, group, beta=beta).objective)
+    assert_equal(pairwise(s), agro_of(s, zeros, rewards, ids, group, beta=beta).objective)
     assert_equal(gradient_of(pairwise, s), g)
     assert_equal(gradient_of(trajectory_balance, s), 2 * (n - 1) / (n * beta**2) * g)
     assert_equal(gradient_of(gvpo, s), g)
@@ -137,19 +145,31 @@ def test_identities_with_other_methods(n: int) -> None:
 
 
 @settings(deadline=None, max_examples=50)
-@given(sizes=st.lists(st.integers(2, 6), min_size=1, max_size=5), seed=st.integers(0, 10_000))
-def test_invariances(sizes: list[int], seed: int) -> None:
+@given(
+    sizes=st.lists(st.integers(2, 6), min_size=1, max_size=5),
+    seed=st.integers(0, 10_000),
+    brake=st.sampled_from([{}, {"negative_weight": 0.3}, {"taper": True}]),
+)
+def test_invariances(sizes: list[int], seed: int, brake: dict[str, float]) -> None:
     beta, total = 0.6, sum(sizes)
     group_ids = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     lengths = 1 + torch.arange(total) % 3
     sequence_ids = torch.arange(total).repeat_interleave(lengths)
     logprobs, ref = randn(seed, len(sequence_ids)), randn(seed + 1, len(sequence_ids))
-    rewards = randn(seed + 2, total)
+    rewards, behavior = randn(seed + 2, total), randn(seed + 3, len(sequence_ids))
     per_prompt = randn(seed + 9, len(sizes))[group_ids]
 
     def step(rewards=rewards, ref=ref, sequence_ids=sequence_ids, group_ids=group_ids, beta=beta):
         at = logprobs.clone().requires_grad_()
-        output = agro_loss(at, ref, rewards, sequence_ids, group_ids, beta=beta)
+        inputs = LossInputs(
+            logprobs=at,
+            ref_logprobs=ref,
+            rewards=rewards,
+            sequence_ids=sequence_ids,
+            group_ids=group_ids,
+            behavior_logprobs=behavior,
+        )
+        output = agro_loss(inputs, beta=beta, **brake)  # pyright: ignore[reportArgumentType]
         return output.objective, torch.autograd.grad(output.loss, at)[0]
 
     objective, gradient = step()
@@ -170,18 +190,92 @@ def test_invariances(sizes: list[int], seed: int) -> None:
     per_group = torch.zeros(len(sizes), dtype=F64).index_add(
         0, group_ids, agro_coefficients(per_prompt, rewards, group_ids, beta=beta)
     )
-    assert_equal(per_group, torch.zeros_like(per_group))
+    assert_equal(per_group, torch.zeros_like(per_group))  # at weight 1
 
 
 # 5. The fixed point
 
 
-@pytest.mark.parametrize("n", [2, 3, 8])
-def test_every_groups_gradient_is_zero_at_the_optimum(n: int) -> None:
+BRAKES = [
+    Agro(0.7),
+    Agro(0.7, negative_weight=0.3),
+    Agro(0.7, taper=True),
+    Agro(0.7, negative_weight=0.3, taper=True),
+]
+
+
+def check_rest_at_the_optimum(objective: Objective, n: int) -> None:
+    """Every group of n arms has a gradient of exactly 0 at pi*, mu known or unknown, and not elsewhere."""
     arms = Arms(seed=5)
-    picks = torch.randint(5, (200, n), generator=torch.Generator().manual_seed(n))  # any groups, so any mu
-    assert arms.group(Agro(arms.beta), arms.optimum, picks).abs().max() < 1e-14
-    assert arms.group(Agro(arms.beta), arms.theta, picks).abs().max() > 0.1
+    picks = all_groups(5, n)  # every group there is, so any mu
+    for mu in (None, arms.mu, arms.theta.softmax(0)):
+        assert arms.group(objective, arms.optimum, picks, mu).abs().max() < 1e-14
+        assert arms.group(objective, arms.theta, picks, mu).abs().max() > 0.02
+
+
+def check_descent_to_the_optimum(objective: Objective, n: int) -> None:
+    """The expected gradient over all groups of n arms leads to pi*, from two starts on two problems."""
+    for seed in (3, 5):
+        arms = Arms(seed)
+        for theta in (arms.theta, -2 * arms.theta):
+            for _ in range(3000):
+                step = arms.expected_gradient(objective, theta, arms.mu, n)
+                theta = theta - 4.0 * step
+                if step.abs().max() < 1e-11:
+                    break
+            logprobs = theta.log_softmax(0)
+            assert (arms.optimum - logprobs).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("objective", BRAKES, ids=repr)
+def test_every_groups_gradient_is_zero_at_the_optimum(objective: Objective, n: int) -> None:
+    check_rest_at_the_optimum(objective, n)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("objective", BRAKES, ids=repr)
+def test_the_optimum_is_the_only_place_of_rest(objective: Objective, n: int) -> None:
+    check_descent_to_the_optimum(objective, n)
+
+
+@dataclass(frozen=True)
+class Control(Objective):
+    """AGRO with other residuals or another mask, as proposed elsewhere: each loses the fixed point."""
+
+    beta: float
+    kind: str
+
+    def __call__(self, inputs: LossInputs) -> ObjectiveOutput:
+        plain, groups, log_ratios = Agro(self.beta)(inputs), inputs.groups(), inputs.log_ratios()
+        residuals = groups.center(plain.regularized_rewards)
+        if self.kind == "shift":  # AsymRE: the baseline lies below the mean
+            residuals = residuals + 0.1
+        elif self.kind == "clip_mask":  # PPO's, on mu as it was
+            assert inputs.behavior_logprobs is not None
+            ratios = inputs.log_ratios(inputs.behavior_logprobs).detach().exp()
+            off = ((residuals > 0) & (ratios > 1.2)) | ((residuals < 0) & (ratios < 0.8))
+            residuals = residuals.masked_fill(off, 0.0)
+        else:  # rewards over their standard deviation, beta as it was
+            scaled = inputs.rewards / (groups.variance(inputs.rewards).sqrt()[groups.ids] + 1e-4)
+            residuals = groups.center(scaled - self.beta * log_ratios.detach())
+        loss = -(residuals / (groups.size - 1) * log_ratios).sum() / groups.divisor
+        return replace(plain, loss=loss)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_controls_fail_where_the_brakes_do_not(n: int) -> None:
+    for kind in ("shift", "reward_over_std"):
+        with pytest.raises(AssertionError):
+            check_rest_at_the_optimum(Control(0.7, kind), n)
+        with pytest.raises(AssertionError):
+            check_descent_to_the_optimum(Control(0.7, kind), n)
+    mask, arms = Control(0.7, "clip_mask"), Arms(seed=5)
+    assert (
+        arms.group(mask, arms.optimum, all_groups(5, n), arms.mu).abs().max() < 1e-14
+    )  # this one rests there
+    with pytest.raises(AssertionError):
+        check_descent_to_the_optimum(mask, n)  # and elsewhere, too
 
 
 @pytest.mark.parametrize(

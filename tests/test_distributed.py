@@ -172,9 +172,11 @@ def test_gradients_and_clipping_equal_one_process(model_folder, expected, case):
         assert result["reference_id"] == one["reference_id"]
 
 
-def test_objectives_that_are_not_fused_equal_one_process(model_folder, expected):
-    one = expected(objective=Rloo(beta=0.05))
-    for result in run_ranks(fit, 2, model_folder, {"objective": Rloo(beta=0.05), "accumulate": 2}):
+@pytest.mark.parametrize("options", [{"accumulate": 2}, {"tensor": 2}], ids=["ranks", "tensor_parallel"])
+@pytest.mark.parametrize("objective", [Rloo(0.05), Agro(0.05, 0.3), Agro(0.05, 0.3, taper=True)], ids=repr)
+def test_weights_and_other_objectives_equal_one_process(model_folder, expected, objective, options):
+    one = expected(objective=objective)
+    for result in run_ranks(fit, 2, model_folder, {"objective": objective, **options}):
         assert relative_error(result["gradients"][0], one["gradients"][0]) <= 1e-6
 
 

@@ -53,6 +53,29 @@ def metrics():
     return {name: combined(name, [tally]) for name, tally in tallies.items()}
 
 
+def test_negative_share_of_a_step_is_that_of_its_micro_batches_together():
+    parts = [torch.tensor([0.6, -0.1, -0.2]), torch.tensor([0.5, -0.5]), torch.tensor([0.0, 0.0])]
+    tallies = []
+    for advantages in parts:
+        batch = pack_groups(
+            [group("a", *(completion(1, "stream", 7, -1.0) for _ in advantages))], num_groups=3
+        )
+        tokens = torch.zeros(len(batch.targets))
+        result = StepResult(
+            loss=torch.tensor(0.0),
+            objective=torch.tensor(0.0),
+            logprobs=tokens,
+            ref_logprobs=tokens,
+            log_ratios=advantages,
+            regularized_rewards=advantages,
+            advantages=advantages,
+        )
+        tallies.append(plain_tallies(batch_metrics(batch, result))["negative_share"])
+    assert combined("negative_share", tallies[:1]) == pytest.approx(0.3 / 0.9)
+    assert combined("negative_share", tallies) == pytest.approx(0.8 / 1.9)
+    assert math.isnan(combined("negative_share", tallies[2:]))  # nothing is pushed anywhere
+
+
 def test_staleness_is_of_the_sources_own_rows(metrics):
     assert metrics["staleness/stream"] == pytest.approx((3 + 3 + 1 + 1) / 4)
     assert math.isnan(metrics["staleness/offline"]) and math.isnan(metrics["staleness/live"])

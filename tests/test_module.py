@@ -81,7 +81,8 @@ def one_gradient(made, batches, tmp_path, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "objective", [Agro(beta=0.1), Rloo(beta=0.1), RegularizedPG(beta=0.1), AgroScoreTerm(beta=0.1)]
+    "objective",
+    [Agro(0.1), Agro(0.1, 0.3), Agro(0.1, 0.3, True), Rloo(0.1), RegularizedPG(0.1), AgroScoreTerm(0.1)],
 )
 def test_accumulation_equals_one_big_batch(objective, tmp_path):
     groups = make_groups(groups=SHAPES)
@@ -94,7 +95,9 @@ def test_accumulation_equals_one_big_batch(objective, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:some prompts and completions have more tokens:UserWarning")
 @pytest.mark.parametrize("max_tokens", [12, 25])
-@pytest.mark.parametrize("objective", [Agro(beta=0.1), Rloo(beta=0.1), Grpo(), AgroScoreTerm(beta=0.1)])
+@pytest.mark.parametrize(
+    "objective", [Agro(0.1), Agro(0.1, 0.3), Agro(0.1, 0.3, True), Rloo(0.1), Grpo(), AgroScoreTerm(0.1)]
+)
 def test_groups_above_the_token_budget_give_the_same_gradient(objective, max_tokens, tmp_path):
     batch = pack_groups(make_groups(groups=SHAPES), num_groups=4)
     assert batch.num_tokens > 2 * max_tokens

@@ -1,7 +1,7 @@
 """Every objective against numbers worked out by hand, its errors, and its use from a config."""
 
 import math
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, asdict, fields, replace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from agro_lightning.objectives import (
     Agro,
     AgroScoreTerm,
     Grpo,
+    LossInputs,
     Objective,
     ObjectiveOutput,
     RegularizedPG,
@@ -24,6 +25,8 @@ from agro_lightning.objectives import (
 
 OBJECTIVES = [
     Agro(beta=0.5),
+    Agro(beta=0.5, negative_weight=0.3),
+    Agro(beta=0.5, negative_weight=0.5, taper=True),
     AgroScoreTerm(beta=0.5),
     Rloo(beta=0.5),
     RlooFrozenKL(beta=0.5),
@@ -43,14 +46,15 @@ def evaluate(
 ) -> tuple[ObjectiveOutput, Tensor]:
     """The output on the group above and d loss / d logprobs."""
     logprobs = torch.tensor(LOGPROBS, dtype=dtype, requires_grad=True)
-    output = objective(
-        logprobs,
-        torch.tensor(REF_LOGPROBS, dtype=dtype),
-        torch.tensor(REWARDS, dtype=dtype),
-        torch.tensor(SEQUENCE_IDS),
-        torch.zeros(3, dtype=torch.long),
+    inputs = LossInputs(
+        logprobs=logprobs,
+        ref_logprobs=torch.tensor(REF_LOGPROBS, dtype=dtype),
+        rewards=torch.tensor(REWARDS, dtype=dtype),
+        sequence_ids=torch.tensor(SEQUENCE_IDS),
+        group_ids=torch.zeros(3, dtype=torch.long),
         behavior_logprobs=None if behavior is None else torch.tensor(behavior, dtype=dtype),
     )
+    output = objective(inputs)
     (gradient,) = torch.autograd.grad(output.loss, logprobs)
     return output, gradient
 
@@ -85,6 +89,43 @@ def test_agro_by_hand(dtype: torch.dtype, tolerance: float) -> None:
     assert output.loss.dtype == dtype
 
 
+def test_negative_weight_by_hand() -> None:
+    # R - Rbar = 0.75, -0.5, -0.25 over n - 1 = 2; the last two count 0.3.
+    output, gradient = evaluate(Agro(beta=0.5, negative_weight=0.3))
+    close(output.advantages, [0.375, -0.075, -0.0375])
+    close(gradient, [-0.375, -0.375, 0.075, 0.0375])
+    close(output.objective, 0.21875)  # reported as with weight 1
+    close(output.regularized_rewards, [1.0, -0.25, 0.0])
+
+
+def test_taper_by_hand() -> None:
+    # log pi - log mu = 1 - 3, -0.5 + 1.5, -1 + 0.2: of the two negatives, one keeps its weight.
+    output, _ = evaluate(Agro(beta=0.5, taper=True), behavior=[-2.0, 1.0, -1.5, -0.2])
+    close(output.advantages, [0.375, -0.25, -0.125 * math.exp(-0.8)])
+    output, _ = evaluate(Agro(beta=0.5, negative_weight=0.3, taper=True), behavior=[-2.0, 1.0, -1.5, -0.2])
+    close(output.advantages, [0.375, -0.075, -0.0375 * math.exp(-0.8)])
+
+
+def test_taper_takes_the_reference_for_a_token_without_behavior() -> None:
+    # s = 0, 0.5, 1 are not below 0, so the reference tapers nothing; a known token still does.
+    output, _ = evaluate(Agro(beta=0.5, taper=True))
+    close(output.advantages, [0.375, -0.25, -0.125])
+    output, _ = evaluate(Agro(beta=0.5, taper=True), behavior=[math.nan] * 3 + [-0.2])
+    close(output.advantages, [0.375, -0.25, -0.125 * math.exp(-0.8)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weight_one_is_bitwise_the_papers_loss(dtype: torch.dtype) -> None:
+    batch = random_batch(7, [2, 5, 3, 8], dtype)
+    logprobs = batch["logprobs"].requires_grad_()
+    outputs = [Agro(0.3)(LossInputs(**batch)), Agro(0.3, negative_weight=1.0)(LossInputs(**batch))]
+    gradients = [torch.autograd.grad(output.loss, logprobs)[0] for output in outputs]
+    assert torch.equal(*gradients) and torch.equal(outputs[0].loss, outputs[1].loss)
+    groups = LossInputs(**batch).groups()
+    coefficients = -groups.center(outputs[0].regularized_rewards) / (groups.size - 1) / 4
+    assert torch.equal(gradients[0], coefficients[batch["sequence_ids"]])
+
+
 def test_score_term_by_hand() -> None:
     # q = 1.28125, 0.8125, 0.53125 and b = 0.0625, 1, 1.5625; (q - b) / (2 * 0.5 * 3) is added to AGRO's c.
     output, gradient = evaluate(AgroScoreTerm(beta=0.5))
@@ -96,13 +137,14 @@ def test_score_term_by_hand() -> None:
 def test_score_term_of_a_pair_has_no_baseline() -> None:
     # R = 1, -0.25: d^2 = 0.390625, q_1 = q_2 = 1.5625; c = -+0.625, plus 1.5625 / (2 * 0.5 * 2).
     logprobs = torch.tensor([-1.0, -0.5], dtype=torch.float64, requires_grad=True)
-    output = AgroScoreTerm(beta=0.5)(
-        logprobs,
-        torch.tensor([-1.0, -1.0], dtype=torch.float64),
-        torch.tensor([1.0, 0.0], dtype=torch.float64),
-        torch.tensor([0, 1]),
-        torch.tensor([0, 0]),
+    inputs = LossInputs(
+        logprobs=logprobs,
+        ref_logprobs=torch.tensor([-1.0, -1.0], dtype=torch.float64),
+        rewards=torch.tensor([1.0, 0.0], dtype=torch.float64),
+        sequence_ids=torch.tensor([0, 1]),
+        group_ids=torch.tensor([0, 0]),
     )
+    output = AgroScoreTerm(beta=0.5)(inputs)
     close(torch.autograd.grad(output.loss, logprobs)[0], [-1.25 + 0.625 + 0.78125, 0.625 + 0.78125])
 
 
@@ -165,13 +207,13 @@ def test_grpo_of_equal_rewards_is_the_penalty_alone() -> None:
     batch = random_batch(0, [4])
     batch["rewards"] = torch.full((4,), 0.3, dtype=torch.float64)
     batch["logprobs"].requires_grad_()
-    (gradient,) = torch.autograd.grad(Grpo(beta=0.0)(**batch).loss, batch["logprobs"])
+    (gradient,) = torch.autograd.grad(Grpo(beta=0.0)(LossInputs(**batch)).loss, batch["logprobs"])
     assert gradient.abs().max() < 1e-11
-    (gradient,) = torch.autograd.grad(Grpo(beta=0.1)(**batch).loss, batch["logprobs"])
+    (gradient,) = torch.autograd.grad(Grpo(beta=0.1)(LossInputs(**batch)).loss, batch["logprobs"])
     assert gradient.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: type(objective).__name__)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_parts_with_a_global_num_groups_sum_to_the_whole(objective: Objective, shuffled: bool) -> None:
     batch = random_batch(3, [2, 5, 3])
@@ -182,7 +224,7 @@ def test_parts_with_a_global_num_groups_sum_to_the_whole(objective: Objective, s
         for name in ("ref_logprobs", "sequence_ids", "behavior_logprobs"):
             batch[name] = batch[name][order]
         batch["logprobs"] = logprobs[order]
-    whole = objective(**batch)
+    whole = objective(LossInputs(**batch))
     (expected,) = torch.autograd.grad(whole.loss, logprobs, retain_graph=True)
     actual, reported, own_count = torch.zeros_like(expected), 0.0, torch.zeros_like(expected)
     for groups in ([0], [], [1, 2]):  # a rank may get no group at all
@@ -193,22 +235,24 @@ def test_parts_with_a_global_num_groups_sum_to_the_whole(objective: Objective, s
             part[name] = batch[name][tokens]
         part["sequence_ids"] = torch.searchsorted(rows, part["sequence_ids"])
         part["group_ids"] = part["group_ids"] - (groups[0] if groups else 0)
-        output = objective(**part, num_groups=3)
+        output = objective(LossInputs(**part, num_groups=3))
         actual += torch.autograd.grad(output.loss, logprobs, retain_graph=True)[0]
         reported += float(output.objective)
         if groups:
-            own_count += torch.autograd.grad(objective(**part).loss, logprobs, retain_graph=True)[0]
+            own_count += torch.autograd.grad(objective(LossInputs(**part)).loss, logprobs, retain_graph=True)[
+                0
+            ]
     assert expected.abs().max() > 1e-2
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     assert reported == pytest.approx(float(whole.objective), abs=1e-12)
     assert (own_count - expected).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: type(objective).__name__)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 def test_one_completion_is_refused_by_every_objective(objective: Objective) -> None:
     batch = random_batch(0, [2, 1])
     with pytest.raises(ValueError, match="group 1 has 1 completion; AGRO needs at least 2"):
-        objective(**batch, behavior_logprobs=batch["logprobs"])
+        objective(LossInputs(**batch, behavior_logprobs=batch["logprobs"]))
 
 
 @pytest.mark.parametrize(
@@ -226,6 +270,10 @@ def test_one_completion_is_refused_by_every_objective(objective: Objective) -> N
         ({"num_groups": math.nan}, "num_groups is nan"),
         ({"beta": -0.1}, "beta is -0.1"),
         ({"beta": math.inf}, "beta is inf"),
+        ({"negative_weight": 0.0}, "negative_weight is 0.0; it must be above 0 and at most 1"),
+        ({"negative_weight": 1.5}, "negative_weight is 1.5"),
+        ({"negative_weight": -0.3}, "negative_weight is -0.3"),
+        ({"negative_weight": math.nan}, "negative_weight is nan"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -236,30 +284,36 @@ def test_bad_input_names_itself(change: dict, message: str) -> None:
         "rewards": torch.zeros(4),
         "sequence_ids": torch.arange(4),
         "group_ids": torch.tensor([0, 0, 1, 1]),
-        "beta": 0.1,
     }
-    agro_loss(**arguments)
+    options = {name: value for name, value in change.items() if name in ("beta", "negative_weight")}
+    agro_loss(LossInputs(**arguments), beta=0.1)
     with pytest.raises(ValueError, match=message):
-        agro_loss(**arguments | change)
+        changed = {name: value for name, value in change.items() if name not in options}
+        agro_loss(LossInputs(**arguments | changed), **{"beta": 0.1} | options)
 
 
 def test_no_completions_need_an_explicit_num_groups() -> None:
     empty = torch.zeros(0, requires_grad=True)
     ids = torch.zeros(0, dtype=torch.long)
+    nothing = LossInputs(
+        logprobs=empty, ref_logprobs=empty.detach(), rewards=empty.detach(), sequence_ids=ids, group_ids=ids
+    )
     with pytest.raises(ValueError, match="no completions"):
-        agro_loss(empty, empty, empty, ids, ids, beta=0.1)
-    loss = agro_loss(empty, empty.detach(), empty.detach(), ids, ids, beta=0.1, num_groups=4).loss
+        agro_loss(nothing, beta=0.1)
+    loss = agro_loss(replace(nothing, num_groups=4), beta=0.1).loss
     loss.backward()
     assert loss.item() == 0.0
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: type(objective).__name__)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 def test_num_groups_divides_in_full_precision(objective: Objective) -> None:
     batch = random_batch(2, [2, 3, 4])
     logprobs = batch["logprobs"].requires_grad_()
     behavior = {"behavior_logprobs": logprobs.detach() - 0.1}
-    (whole,) = torch.autograd.grad(objective(**batch, **behavior, num_groups=1).loss, logprobs)
-    (divided,) = torch.autograd.grad(objective(**batch, **behavior, num_groups=7.3).loss, logprobs)
+    (whole,) = torch.autograd.grad(objective(LossInputs(**batch, **behavior, num_groups=1)).loss, logprobs)
+    (divided,) = torch.autograd.grad(
+        objective(LossInputs(**batch, **behavior, num_groups=7.3)).loss, logprobs
+    )
     torch.testing.assert_close(divided * 7.3, whole, rtol=1e-14, atol=1e-15)
 
 
@@ -278,12 +332,14 @@ def test_frozen_kl_needs_every_behavior_logprob(behavior: list[float] | None) ->
     ("make", "message"),
     [
         (lambda: Agro(beta=-1.0), "beta is -1.0"),
+        (lambda: Agro(0.1, negative_weight=0.0), "negative_weight is 0.0; it must be above 0 and at most 1"),
+        (lambda: Agro(0.1, negative_weight=1.01), "negative_weight is 1.01"),
         (lambda: AgroScoreTerm(beta=0.0), "beta is 0.0; it must be finite and above 0"),
         (lambda: Grpo(clip_low=0.0), "clip_low is 0.0"),
         (lambda: Grpo(clip_high=-0.2), "clip_high -0.2"),
         (lambda: RegularizedPG(beta=0.1, kl_estimator="k1"), "kl_estimator is 'k1'"),  # type: ignore[arg-type]
     ],
-    ids=["beta", "score_beta", "clip_low", "clip_high", "kl"],
+    ids=["beta", "no_weight", "large_weight", "score_beta", "clip_low", "clip_high", "kl"],
 )
 def test_bad_hyper_parameters_are_refused_when_made(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -298,14 +354,14 @@ def test_beta_zero_is_plain_rloo() -> None:
 def test_half_precision_log_probs_are_summed_in_fp32() -> None:
     tokens = 4096  # summed in bf16, 1/256 would stop adding up at 1
     logprobs = torch.cat([torch.full((tokens,), -1 / 256), torch.zeros(1)]).bfloat16()
-    output = agro_loss(
-        logprobs.requires_grad_(),
-        torch.zeros_like(logprobs),
-        torch.tensor([1.0, 0.0]),
-        torch.cat([torch.zeros(tokens, dtype=torch.long), torch.ones(1, dtype=torch.long)]),
-        torch.zeros(2, dtype=torch.long),
-        beta=0.5,
+    inputs = LossInputs(
+        logprobs=logprobs.requires_grad_(),
+        ref_logprobs=torch.zeros_like(logprobs),
+        rewards=torch.tensor([1.0, 0.0]),
+        sequence_ids=torch.cat([torch.zeros(tokens, dtype=torch.long), torch.ones(1, dtype=torch.long)]),
+        group_ids=torch.zeros(2, dtype=torch.long),
     )
+    output = agro_loss(inputs, beta=0.5)
     assert output.log_ratios.dtype == torch.float32
     close(output.log_ratios, [-16.0, 0.0])
 
@@ -314,7 +370,10 @@ def test_half_precision_log_probs_are_subtracted_in_fp32() -> None:
     logprobs = torch.tensor([-2.0, -2.0]).bfloat16()
     ref = torch.tensor([-1 / 256, -2.0]).bfloat16()
     ids = torch.tensor([0, 1])
-    close(agro_loss(logprobs, ref, torch.ones(2), ids, 0 * ids, beta=0.5).log_ratios, [1 / 256 - 2, 0.0])
+    inputs = LossInputs(
+        logprobs=logprobs, ref_logprobs=ref, rewards=torch.ones(2), sequence_ids=ids, group_ids=0 * ids
+    )
+    close(agro_loss(inputs, beta=0.5).log_ratios, [1 / 256 - 2, 0.0])
 
 
 def test_no_gradient_reaches_the_reference() -> None:
@@ -322,16 +381,18 @@ def test_no_gradient_reaches_the_reference() -> None:
     batch["ref_logprobs"].requires_grad_()
     batch["logprobs"].requires_grad_()
     gradients = torch.autograd.grad(
-        Agro(beta=0.5)(**batch).loss, [batch["logprobs"], batch["ref_logprobs"]], allow_unused=True
+        Agro(beta=0.5)(LossInputs(**batch)).loss,
+        [batch["logprobs"], batch["ref_logprobs"]],
+        allow_unused=True,
     )
     assert gradients[0].abs().max() > 0 and gradients[1] is None
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: type(objective).__name__)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 def test_outputs_but_the_loss_are_detached(objective: Objective) -> None:
     batch = random_batch(1, [3, 2])
     batch["logprobs"].requires_grad_()
-    output = objective(**batch, behavior_logprobs=batch["logprobs"])
+    output = objective(LossInputs(**batch, behavior_logprobs=batch["logprobs"]))
     assert output.loss.requires_grad and output.loss.shape == ()
     for field in fields(ObjectiveOutput):
         value = getattr(output, field.name)
@@ -341,16 +402,14 @@ def test_outputs_but_the_loss_are_detached(objective: Objective) -> None:
             assert value.shape == (5,), field.name
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: type(objective).__name__)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 def test_objectives_are_frozen_and_come_from_a_config(objective: Objective) -> None:
     with pytest.raises(FrozenInstanceError):
         objective.beta = 1.0
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--objective", type=Objective)
-    name = type(objective).__name__
-    config = parser.parse_object(
-        {"objective": {"class_path": f"agro_lightning.objectives.{name}", "init_args": {"beta": 0.5}}}
-    )
+    path = f"agro_lightning.objectives.{type(objective).__name__}"
+    config = parser.parse_object({"objective": {"class_path": path, "init_args": asdict(objective)}})
     # The method was renamed in jsonargparse 4.49.
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
     assert instantiate(config)["objective"] == objective

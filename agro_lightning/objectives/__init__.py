@@ -1,8 +1,8 @@
-"""Losses over prompt groups: AGRO, and the baselines that it is compared with. One small file each."""
+"""Losses over prompt groups: AGRO, and the baselines that it is compared with."""
 
 from agro_lightning.objectives.agro import Agro, agro_coefficients, agro_loss
-from agro_lightning.objectives.base import Objective, ObjectiveOutput
-from agro_lightning.objectives.groups import Groups, sequence_log_ratios
+from agro_lightning.objectives.base import LossInputs, Objective, ObjectiveOutput
+from agro_lightning.objectives.groups import Groups
 from agro_lightning.objectives.grpo import Grpo
 from agro_lightning.objectives.regularized_pg import RegularizedPG
 from agro_lightning.objectives.rloo import Rloo, RlooFrozenKL
@@ -13,6 +13,7 @@ __all__ = [
     "AgroScoreTerm",
     "Groups",
     "Grpo",
+    "LossInputs",
     "Objective",
     "ObjectiveOutput",
     "RegularizedPG",
@@ -20,5 +21,4 @@ __all__ = [
     "RlooFrozenKL",
     "agro_coefficients",
     "agro_loss",
-    "sequence_log_ratios",
 ]

@@ -1,60 +1,50 @@
 """AGRO: one loss for completions from any source, live, replayed, or written by somebody else.
 
 Any-Generation Reward Optimization, arXiv 2503.19612. Where a policy is optimal for reward r, reference pi_ref
-and temperature beta, the regularised reward R(y) = r(x, y) - beta * log(pi(y|x) / pi_ref(y|x)) is the same
+and KL coefficient beta, the regularised reward R(y) = r(x, y) - beta * log(pi(y|x) / pi_ref(y|x)) is the same
 number for every completion y of a prompt, whoever generated it. So the loss is the variance of R within a
 prompt's group.
 """
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from agro_lightning.objectives.base import Objective, ObjectiveOutput
-from agro_lightning.objectives.groups import Groups, check_beta, sequence_log_ratios
+from agro_lightning.objectives.base import LossInputs, Objective, ObjectiveOutput, check_beta
+from agro_lightning.objectives.groups import Groups
 
 
 def agro_loss(
-    logprobs: Float[Tensor, " N"],
-    ref_logprobs: Float[Tensor, " N"],
-    rewards: Float[Tensor, " B"],
-    sequence_ids: Int[Tensor, " N"],
-    group_ids: Int[Tensor, " B"],
-    *,
-    beta: float,
-    num_groups: float | None = None,
+    inputs: LossInputs, *, beta: float, negative_weight: float = 1.0, taper: bool = False
 ) -> ObjectiveOutput:
     """Half the within-group variance of the regularised reward, stepped at the learning rate of RLOO.
 
         s_i = sum over tokens of (logprob - ref_logprob)          R_i = r_i - beta * s_i
         objective = mean over groups of 1/2 sum_i (R_i - Rbar)^2 / (n - 1)
-        loss      = sum_i c_i s_i,   c_i = -(R_i - Rbar) / ((n - 1) * num_groups)   held constant
+        loss      = sum_i c_i s_i,   c_i = -w_i (R_i - Rbar) / ((n - 1) * num_groups)   held constant
 
-    The gradient of `loss` is that of `objective` divided by beta, so it stays finite at beta = 0 (plain
-    RLOO). It is zero for every group at the optimum, whatever distribution the completions came from;
-    behaviour log-probs are not needed. The paper's idea is arXiv 2503.19612; the estimator is the unbiased
-    sample variance, and its gradient is RLOO's with the KL of the *current* policy in the reward.
-
-    Args:
-        logprobs: policy log-probs per completion token at the sampling temperature, with gradient; EOS
-            included.
-        ref_logprobs: reference log-probs of the same tokens at the same temperature.
-        rewards: one scalar per completion.
-        sequence_ids: the completion (0..B-1) of each token.
-        group_ids: the group (0..G-1) of each completion.
-        beta: temperature of the KL regulariser, in reward per nat.
-        num_groups: the groups of the whole optimiser step, over micro-batches and ranks; default G.
-
-    Raises:
-        ValueError: a group has fewer than 2 completions, a completion no token, beta is negative, or shapes
-            disagree.
+    With w = 1 the gradient of `loss` is that of `objective` divided by beta, so it stays finite at beta = 0
+    (plain RLOO). It is zero for every group at the optimum, whatever distribution the completions came from;
+    behaviour log-probs are not needed. `negative_weight` and `taper` (see :class:`Agro`) lower w_i where
+    R_i < Rbar. The idea is the paper's; the estimator is the unbiased sample variance, and its gradient is
+    RLOO's with the KL of the *current* policy in the reward.
     """
-    check_beta(beta)
-    groups = Groups.of(group_ids, rewards, num_groups)
-    log_ratios = sequence_log_ratios(logprobs, ref_logprobs, sequence_ids, len(rewards))
-    regularized = rewards - beta * log_ratios.detach()
-    coefficients = _coefficients(regularized, groups)
+    groups, log_ratios, behavior = inputs.groups(), inputs.log_ratios(), None
+    if taper:
+        known = inputs.ref_logprobs if inputs.behavior_logprobs is None else inputs.behavior_logprobs
+        behavior = inputs.log_ratios(torch.where(known.isnan(), inputs.ref_logprobs, known))
+    coefficients = agro_coefficients(
+        log_ratios,
+        inputs.rewards,
+        inputs.group_ids,
+        beta=beta,
+        num_groups=inputs.num_groups,
+        negative_weight=negative_weight,
+        behavior_log_ratios=behavior,
+    )
+    regularized = inputs.rewards - beta * log_ratios.detach()
     return ObjectiveOutput(
         loss=(coefficients * log_ratios).sum(),
         objective=0.5 * groups.variance(regularized).sum() / groups.divisor,
@@ -71,64 +61,81 @@ def agro_coefficients(
     *,
     beta: float,
     num_groups: float | None = None,
+    negative_weight: float = 1.0,
+    behavior_log_ratios: Float[Tensor, " B"] | None = None,
 ) -> Float[Tensor, " B"]:
     """The c_i of :func:`agro_loss`, for groups whose tokens do not fit into one pass.
 
     A first pass without gradient gives s of every completion; with c known, each part of the group, down to
     single tokens, back-propagates `(c[sequence_ids] * logprobs).sum()` on its own. The parts' gradients add
-    up to that of the whole group exactly. c sums to 0 over every group.
+    up to that of the whole group exactly. With negative_weight 1, c sums to 0 over every group.
 
     Args:
         log_ratios: s of each completion of whole groups, from the weights that are stepped.
         rewards: one scalar per completion.
         group_ids: the group (0..G-1) of each completion.
-        beta: temperature of the KL regulariser, in reward per nat.
-        num_groups: the groups of the whole optimiser step, over micro-batches and ranks; default G.
-
-    Raises:
-        ValueError: a group has fewer than 2 completions, beta is negative, or shapes disagree.
+        beta: KL coefficient, in reward per nat.
+        num_groups: the groups of the whole optimiser step; default those of this batch.
+        negative_weight: factor of c_i where R_i < Rbar, in (0, 1].
+        behavior_log_ratios: log pi - log mu of each completion; given, c_i is also multiplied by
+            min(1, pi/mu) where R_i < Rbar.
     """
     check_beta(beta)
+    check_negative_weight(negative_weight)
     groups = Groups.of(group_ids, rewards, num_groups)
-    if log_ratios.shape != rewards.shape:
-        raise ValueError(
-            f"log_ratios {tuple(log_ratios.shape)} and rewards {tuple(rewards.shape)} must "
-            "be of one length, an entry per completion"
-        )
-    return _coefficients(rewards - beta * log_ratios.detach(), groups)
-
-
-def _coefficients(regularized: Float[Tensor, " B"], groups: Groups) -> Float[Tensor, " B"]:
-    """d loss / d log pi(y_i|x): -(R_i - Rbar) / (n - 1), averaged over groups."""
-    return -groups.center(regularized) / (groups.size - 1) / groups.divisor
+    for name, values in (("log_ratios", log_ratios), ("behavior_log_ratios", behavior_log_ratios)):
+        if values is not None and values.shape != rewards.shape:
+            raise ValueError(
+                f"{name} {tuple(values.shape)} and rewards {tuple(rewards.shape)} must "
+                "be of one length, an entry per completion"
+            )
+    residuals = groups.center(rewards - beta * log_ratios.detach())
+    if negative_weight != 1:
+        residuals = torch.where(residuals < 0, negative_weight * residuals, residuals)
+    if behavior_log_ratios is not None:
+        tapered = residuals * behavior_log_ratios.detach().clamp(max=0).exp()
+        residuals = torch.where(residuals < 0, tapered, residuals)
+    return -residuals / (groups.size - 1) / groups.divisor
 
 
 @dataclass(frozen=True)
 class Agro(Objective):
     """AGRO, the default objective: the variance of the regularised reward, right for data from any source.
 
+    On data that is not the policy's own, plain AGRO has no brake: it pushes a worse-than-average completion
+    down until its log-ratio lies 1/beta below the others'. `negative_weight` and `taper` are brakes that keep
+    the fixed point. Lemma: for weights w_i > 0 held constant and any convex combination of the group's R in
+    place of Rbar, every sampled group's gradient is exactly 0 at the optimum, for any data; and a tabular
+    policy whose data has full support is at rest there alone (of the best and the worst completion, neither
+    is at rest unless all R are equal). Given up below 1: the step is no longer the gradient of the variance,
+    a group's coefficients no longer sum to 0, and RLOO's is another gradient; `objective` is reported as
+    before. The idea of the weights: TOPR (arXiv 2503.14286, tapered) and AsymRE (arXiv 2506.20520, whose
+    shifted baseline moves the optimum, as these weights do not).
+
     Args:
-        beta: temperature of the KL regulariser, in reward per nat. Larger keeps the policy closer to the
-            reference.
+        beta: KL coefficient, in reward per nat. Larger keeps the policy closer to the reference.
+        negative_weight: weight of completions whose R is below their group's mean, in (0, 1]; 1 is the
+            paper's loss. Needs no behaviour log-probs.
+        taper: also weight those completions by min(1, pi/mu), with mu from behaviour log-probs; a token
+            without one takes the reference's.
     """
 
     beta: float
+    negative_weight: float = 1.0
+    taper: bool = False
 
     def __post_init__(self) -> None:
-        check_beta(self.beta)
+        super().__post_init__()
+        check_negative_weight(self.negative_weight)
 
-    def __call__(
-        self,
-        logprobs: Float[Tensor, " N"],
-        ref_logprobs: Float[Tensor, " N"],
-        rewards: Float[Tensor, " B"],
-        sequence_ids: Int[Tensor, " N"],
-        group_ids: Int[Tensor, " B"],
-        *,
-        num_groups: float | None = None,
-        behavior_logprobs: Float[Tensor, " N"] | None = None,
-    ) -> ObjectiveOutput:
-        """See :func:`agro_loss`; behavior_logprobs are not read."""
-        return agro_loss(
-            logprobs, ref_logprobs, rewards, sequence_ids, group_ids, beta=self.beta, num_groups=num_groups
+    def __call__(self, inputs: LossInputs) -> ObjectiveOutput:
+        return agro_loss(inputs, beta=self.beta, negative_weight=self.negative_weight, taper=self.taper)
+
+
+def check_negative_weight(weight: float) -> None:
+    """Refuses a weight outside (0, 1]."""
+    if not 0 < weight <= 1:
+        raise ValueError(
+            f"negative_weight is {weight}; it must be above 0 and at most 1 (1 is the paper's loss; less "
+            "pushes completions below their group's mean down less)"
         )

@@ -3,12 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
-from agro_lightning.objectives.base import Objective, ObjectiveOutput
-from agro_lightning.objectives.groups import Groups, check_beta, sequence_log_ratios, sum_by_sequence
-from agro_lightning.objectives.token_kl import token_kl
+from agro_lightning.objectives.base import LossInputs, Objective, ObjectiveOutput
+from agro_lightning.objectives.kl import token_kl
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,7 @@ class Grpo(Objective):
     pi; the k3 penalty is not multiplied by w_t. Groups of equal rewards feel the penalty alone.
 
     Args:
-        beta: weight of the KL penalty, in normalised advantage per nat; 0 turns it off.
+        beta: KL coefficient, in normalised advantage per nat; 0 turns the penalty off.
         clip_low: w_t is clipped from below at 1 - clip_low.
         clip_high: w_t is clipped from above at 1 + clip_high.
         scale_rewards: divide by the group's standard deviation; off gives the advantages of Dr. GRPO.
@@ -36,49 +33,33 @@ class Grpo(Objective):
     scale_rewards: bool = True
 
     def __post_init__(self) -> None:
-        check_beta(self.beta)
+        super().__post_init__()
         if not (0 < self.clip_low <= 1 and self.clip_high > 0):
             raise ValueError(
                 f"clip_low is {self.clip_low} and clip_high {self.clip_high}; clip_low must lie "
                 "in (0, 1] and clip_high be positive"
             )
 
-    def __call__(
-        self,
-        logprobs: Float[Tensor, " N"],
-        ref_logprobs: Float[Tensor, " N"],
-        rewards: Float[Tensor, " B"],
-        sequence_ids: Int[Tensor, " N"],
-        group_ids: Int[Tensor, " B"],
-        *,
-        num_groups: float | None = None,
-        behavior_logprobs: Float[Tensor, " N"] | None = None,
-    ) -> ObjectiveOutput:
-        """Arguments, output and errors are those of Objective."""
-        groups = Groups.of(group_ids, rewards, num_groups)
-        log_ratios = sequence_log_ratios(logprobs, ref_logprobs, sequence_ids, len(rewards)).detach()
-        rewards = rewards.to(log_ratios.dtype)
+    def __call__(self, inputs: LossInputs) -> ObjectiveOutput:
+        groups, log_ratios = inputs.groups(), inputs.log_ratios().detach()
+        rewards = inputs.rewards.to(log_ratios.dtype)
         advantages = groups.center(rewards)
         if self.scale_rewards:
             advantages = advantages / (groups.variance(rewards).sqrt()[groups.ids] + 1e-4)
 
-        behavior = (
-            logprobs.detach()
-            if behavior_logprobs is None
-            else torch.where(behavior_logprobs.isnan(), logprobs.detach(), behavior_logprobs)
-        )
-        ratios = (logprobs - behavior).exp()
-        per_token = advantages[sequence_ids]
+        now = inputs.logprobs.detach()
+        behavior = now if inputs.behavior_logprobs is None else inputs.behavior_logprobs
+        behavior = torch.where(behavior.isnan(), now, behavior)
+        ratios = (inputs.logprobs - behavior).exp()
         clipped = ratios.clamp(1 - self.clip_low, 1 + self.clip_high)
+        per_token = advantages[inputs.sequence_ids]
         surrogate = torch.minimum(ratios * per_token, clipped * per_token)
-        token_losses = self.beta * token_kl(logprobs, ref_logprobs, "k3") - surrogate
-
-        lengths = torch.bincount(sequence_ids, minlength=len(rewards))
+        token_losses = self.beta * token_kl(inputs.logprobs, inputs.ref_logprobs, "k3") - surrogate
+        lengths = torch.bincount(inputs.sequence_ids, minlength=len(rewards))
         regularized = rewards - self.beta * log_ratios
         return ObjectiveOutput(
-            loss=(sum_by_sequence(token_losses, sequence_ids, len(rewards)) / (lengths * groups.size)).sum()
-            / groups.divisor,
-            objective=(regularized / groups.size).sum() / groups.divisor,
+            loss=groups.average(inputs.per_completion(token_losses) / lengths),
+            objective=groups.average(regularized),
             log_ratios=log_ratios,
             regularized_rewards=regularized,
             advantages=advantages / groups.size,

@@ -1,14 +1,10 @@
 """Regularised policy gradient: rewards in the advantage, the KL as a penalty in the loss."""
 
 from dataclasses import dataclass
+from typing import get_args
 
-from jaxtyping import Float, Int
-from torch import Tensor
-
-from agro_lightning.objectives.base import Objective, ObjectiveOutput
-from agro_lightning.objectives.groups import Groups, check_beta, sequence_log_ratios, sum_by_sequence
-from agro_lightning.objectives.rloo import leave_one_out
-from agro_lightning.objectives.token_kl import KLEstimator, token_kl
+from agro_lightning.objectives.base import LossInputs, Objective, ObjectiveOutput
+from agro_lightning.objectives.kl import KLEstimator, token_kl
 
 
 @dataclass(frozen=True)
@@ -24,7 +20,7 @@ class RegularizedPG(Objective):
     one token it is the gradient of Kimi k1.5's loss, arXiv 2501.12599, with a leave-one-out mean.)
 
     Args:
-        beta: weight of the KL, in reward per nat.
+        beta: KL coefficient, in reward per nat.
         kl_estimator: the per-token penalty, `k3` (the common default elsewhere) or `k2`.
         baseline: subtract the leave-one-out mean of the group's rewards.
     """
@@ -34,33 +30,20 @@ class RegularizedPG(Objective):
     baseline: bool = True
 
     def __post_init__(self) -> None:
-        check_beta(self.beta)
-        if self.kl_estimator not in ("k2", "k3"):
+        super().__post_init__()
+        if self.kl_estimator not in get_args(KLEstimator):
             raise ValueError(f"kl_estimator is {self.kl_estimator!r}; accepted are 'k2' and 'k3'")
 
-    def __call__(
-        self,
-        logprobs: Float[Tensor, " N"],
-        ref_logprobs: Float[Tensor, " N"],
-        rewards: Float[Tensor, " B"],
-        sequence_ids: Int[Tensor, " N"],
-        group_ids: Int[Tensor, " B"],
-        *,
-        num_groups: float | None = None,
-        behavior_logprobs: Float[Tensor, " N"] | None = None,
-    ) -> ObjectiveOutput:
-        """Arguments, output and errors are those of Objective; behavior_logprobs are not read."""
-        groups = Groups.of(group_ids, rewards, num_groups)
-        log_ratios = sequence_log_ratios(logprobs, ref_logprobs, sequence_ids, len(rewards))
-        rewards = rewards.to(log_ratios.dtype)
-        weights = (leave_one_out(rewards, groups) if self.baseline else rewards) / groups.size
-        penalties = token_kl(logprobs, ref_logprobs, self.kl_estimator)
-        penalties = sum_by_sequence(penalties, sequence_ids, len(rewards))
+    def __call__(self, inputs: LossInputs) -> ObjectiveOutput:
+        groups, log_ratios = inputs.groups(), inputs.log_ratios()
+        rewards = inputs.rewards.to(log_ratios.dtype)
+        advantages = (groups.leave_one_out(rewards) if self.baseline else rewards) / groups.size
+        kl = inputs.per_completion(token_kl(inputs.logprobs, inputs.ref_logprobs, self.kl_estimator))
         regularized = rewards - self.beta * log_ratios.detach()
         return ObjectiveOutput(
-            loss=(self.beta * penalties / groups.size - weights * log_ratios).sum() / groups.divisor,
-            objective=(regularized / groups.size).sum() / groups.divisor,
+            loss=(self.beta * kl / groups.size - advantages * log_ratios).sum() / groups.divisor,
+            objective=groups.average(regularized),
             log_ratios=log_ratios.detach(),
             regularized_rewards=regularized,
-            advantages=weights,
+            advantages=advantages,
         )

@@ -2,16 +2,10 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from agro_lightning.objectives.base import Objective, ObjectiveOutput
-from agro_lightning.objectives.groups import Groups, check_beta, sequence_log_ratios
-
-
-def leave_one_out(values: Float[Tensor, " B"], groups: Groups) -> Float[Tensor, " B"]:
-    """v_i - mean of the group's other values = n / (n - 1) * (v_i - vbar)."""
-    return groups.center(values) * groups.size / (groups.size - 1)
+from agro_lightning.objectives.base import LossInputs, Objective, ObjectiveOutput
 
 
 @dataclass(frozen=True)
@@ -26,88 +20,49 @@ class Rloo(Objective):
     :class:`RlooFrozenKL`. No importance ratio is used.
 
     Args:
-        beta: weight of the KL, in reward per nat.
+        beta: KL coefficient, in reward per nat.
     """
 
     beta: float
 
-    def __post_init__(self) -> None:
-        check_beta(self.beta)
-
-    def __call__(
-        self,
-        logprobs: Float[Tensor, " N"],
-        ref_logprobs: Float[Tensor, " N"],
-        rewards: Float[Tensor, " B"],
-        sequence_ids: Int[Tensor, " N"],
-        group_ids: Int[Tensor, " B"],
-        *,
-        num_groups: float | None = None,
-        behavior_logprobs: Float[Tensor, " N"] | None = None,
-    ) -> ObjectiveOutput:
-        """Arguments, output and errors are those of Objective; behavior_logprobs are not read."""
-        groups = Groups.of(group_ids, rewards, num_groups)
-        log_ratios = sequence_log_ratios(logprobs, ref_logprobs, sequence_ids, len(rewards))
-        return _policy_gradient(log_ratios, rewards - self.beta * log_ratios.detach(), groups)
+    def __call__(self, inputs: LossInputs) -> ObjectiveOutput:
+        return _policy_gradient(inputs, inputs.rewards - self.beta * inputs.log_ratios().detach())
 
 
 @dataclass(frozen=True)
 class RlooFrozenKL(Objective):
     """:class:`Rloo` with the KL computed once, at rollout time, from behavior_logprobs, as most trainers do.
 
-    The same on the first update after a rollout. From then on the penalty no longer answers to what the
+    Equal to Rloo on the first update after a rollout. From then on the penalty no longer answers to what the
     policy does, so on reused or foreign data nothing holds it back and the logits grow without bound.
 
     Args:
-        beta: weight of the KL, in reward per nat.
+        beta: KL coefficient, in reward per nat.
     """
 
     beta: float
 
-    def __post_init__(self) -> None:
-        check_beta(self.beta)
-
-    def __call__(
-        self,
-        logprobs: Float[Tensor, " N"],
-        ref_logprobs: Float[Tensor, " N"],
-        rewards: Float[Tensor, " B"],
-        sequence_ids: Int[Tensor, " N"],
-        group_ids: Int[Tensor, " B"],
-        *,
-        num_groups: float | None = None,
-        behavior_logprobs: Float[Tensor, " N"] | None = None,
-    ) -> ObjectiveOutput:
-        """Arguments, output and errors are those of Objective.
-
-        Raises:
-            ValueError: besides, a token has no behavior_logprobs.
-        """
-        if behavior_logprobs is None or bool(behavior_logprobs.isnan().any()):
-            missing = (
-                "none was given"
-                if behavior_logprobs is None
-                else (f"{int(behavior_logprobs.isnan().sum())} of {behavior_logprobs.numel()} are NaN")
-            )
+    def __call__(self, inputs: LossInputs) -> ObjectiveOutput:
+        behavior = inputs.behavior_logprobs
+        missing = len(inputs.logprobs) if behavior is None else int(behavior.isnan().sum())
+        if behavior is None or missing:
+            came = "none was given" if behavior is None else f"{missing} of {behavior.numel()} are NaN"
             raise ValueError(
-                f"RlooFrozenKL needs the behavior_logprobs of every token, {missing}; record "
+                f"RlooFrozenKL needs the behavior_logprobs of every token, {came}; record "
                 "them at rollout, or use Rloo or Agro, which do not need them"
             )
-        groups = Groups.of(group_ids, rewards, num_groups)
-        log_ratios = sequence_log_ratios(logprobs, ref_logprobs, sequence_ids, len(rewards))
-        frozen = sequence_log_ratios(behavior_logprobs.detach(), ref_logprobs, sequence_ids, len(rewards))
-        return _policy_gradient(log_ratios, rewards - self.beta * frozen, groups)
+        frozen = inputs.log_ratios().detach() - inputs.log_ratios(behavior).detach()
+        return _policy_gradient(inputs, inputs.rewards - self.beta * frozen)
 
 
-def _policy_gradient(
-    log_ratios: Float[Tensor, " B"], regularized: Float[Tensor, " B"], groups: Groups
-) -> ObjectiveOutput:
-    """The loss from differentiable s, which has the gradient of log pi, and the R that are compared."""
-    weights = leave_one_out(regularized, groups) / groups.size
+def _policy_gradient(inputs: LossInputs, regularized: Float[Tensor, " B"]) -> ObjectiveOutput:
+    """REINFORCE on R with a leave-one-out baseline; the gradient of s is that of log pi."""
+    groups, log_ratios = inputs.groups(), inputs.log_ratios()
+    advantages = groups.leave_one_out(regularized) / groups.size
     return ObjectiveOutput(
-        loss=-(weights * log_ratios).sum() / groups.divisor,
-        objective=(regularized / groups.size).sum() / groups.divisor,
+        loss=-(advantages * log_ratios).sum() / groups.divisor,
+        objective=groups.average(regularized),
         log_ratios=log_ratios.detach(),
         regularized_rewards=regularized,
-        advantages=weights,
+        advantages=advantages,
     )

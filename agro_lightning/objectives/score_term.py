@@ -3,12 +3,12 @@
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from agro_lightning.objectives.agro import agro_loss
-from agro_lightning.objectives.base import Objective, ObjectiveOutput
-from agro_lightning.objectives.groups import Groups, check_beta, sequence_log_ratios
+from agro_lightning.objectives.base import LossInputs, Objective, ObjectiveOutput, check_beta
+from agro_lightning.objectives.groups import Groups
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,7 @@ class AgroScoreTerm(Objective):
     loss; the estimator and its baseline are derived from it.
 
     Args:
-        beta: temperature of the KL regulariser, in reward per nat; above 0, as the stepped gradient is
-            divided by it.
+        beta: KL coefficient, in reward per nat; above 0, as the stepped gradient is divided by it.
     """
 
     beta: float
@@ -38,30 +37,12 @@ class AgroScoreTerm(Objective):
     def __post_init__(self) -> None:
         check_beta(self.beta, positive=True)
 
-    def __call__(
-        self,
-        logprobs: Float[Tensor, " N"],
-        ref_logprobs: Float[Tensor, " N"],
-        rewards: Float[Tensor, " B"],
-        sequence_ids: Int[Tensor, " N"],
-        group_ids: Int[Tensor, " B"],
-        *,
-        num_groups: float | None = None,
-        behavior_logprobs: Float[Tensor, " N"] | None = None,
-    ) -> ObjectiveOutput:
-        """AGRO's loss plus the score term, both divided by beta; behavior_logprobs are not read.
-
-        Arguments, output and errors are those of :class:`~agro_lightning.objectives.base.Objective`.
-        """
-        pathwise = agro_loss(
-            logprobs, ref_logprobs, rewards, sequence_ids, group_ids, beta=self.beta, num_groups=num_groups
-        )
-        groups = Groups.of(group_ids, rewards, num_groups)
-        log_ratios = sequence_log_ratios(logprobs, ref_logprobs, sequence_ids, len(rewards))
+    def __call__(self, inputs: LossInputs) -> ObjectiveOutput:
+        pathwise, groups = agro_loss(inputs, beta=self.beta), inputs.groups()
         score = score_weights(pathwise.regularized_rewards, groups) / groups.size / (2 * self.beta)
         return replace(
             pathwise,
-            loss=pathwise.loss + (score * log_ratios).sum() / groups.divisor,
+            loss=pathwise.loss + (score * inputs.log_ratios()).sum() / groups.divisor,
             advantages=pathwise.advantages - score,
         )
 

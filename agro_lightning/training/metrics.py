@@ -123,6 +123,7 @@ def batch_metrics(batch: TokenBatch, result: StepResult, sources: tuple[str, ...
         "regularized_reward_spread": _mean(
             _group_spread(result.regularized_rewards, batch.group_ids, groups)
         ),
+        "negative_share": Tally(result.advantages.abs().sum(), result.advantages.clamp(max=0).abs().sum()),
         "advantage_spread": Tally(completions, result.advantages.sum(), result.advantages.square().sum()),
         "completion_length": _mean(lengths),
         "truncated_fraction": _mean(batch.truncated.float()),

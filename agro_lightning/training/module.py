@@ -38,8 +38,7 @@ from agro_lightning.models.reference import (
     frozen_copy,
 )
 from agro_lightning.models.sharded_loading import sharded_policy, sharded_reference
-from agro_lightning.objectives import Agro
-from agro_lightning.objectives.base import Objective
+from agro_lightning.objectives import Agro, LossInputs, Objective
 from agro_lightning.primitives.stopwatch import Phases
 from agro_lightning.training.evaluation import PromptResult
 from agro_lightning.training.metrics import StepResult, batch_metrics
@@ -241,7 +240,7 @@ class AgroModule(L.LightningModule):
         """One pass; AGRO's loss is fused with the head, other objectives take its log-probs."""
         assert self.policy is not None
         beta = self.objective.beta
-        if type(self.objective) is Agro:
+        if self.objective == Agro(beta):  # the fused loss knows neither of Agro's other settings
             fused = self.policy.agro_loss(batch, ref_logprobs, beta=beta)
             return StepResult(
                 loss=fused.loss,
@@ -256,13 +255,15 @@ class AgroModule(L.LightningModule):
 
     def _composed(self, batch: TokenBatch, logprobs: Tensor, ref_logprobs: Tensor) -> StepResult:
         out = self.objective(
-            logprobs,
-            ref_logprobs,
-            batch.rewards,
-            batch.sequence_ids,
-            batch.group_ids,
-            num_groups=batch.num_groups,
-            behavior_logprobs=batch.behavior_logprobs,
+            LossInputs(
+                logprobs=logprobs,
+                ref_logprobs=ref_logprobs,
+                rewards=batch.rewards,
+                sequence_ids=batch.sequence_ids,
+                group_ids=batch.group_ids,
+                num_groups=batch.num_groups,
+                behavior_logprobs=batch.behavior_logprobs,
+            )
         )
         return StepResult(
             loss=out.loss,

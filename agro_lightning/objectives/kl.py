@@ -21,13 +21,6 @@ def token_kl(
                                    (1 - exp(-s_t)) grad log pi, is that of KL(pi_ref || pi)
 
     On tokens from any other policy neither gradient is that of a KL divergence of pi.
-
-    Raises:
-        ValueError: the estimator is neither k2 nor k3.
     """
     log_ratios = logprobs - ref_logprobs.detach()
-    if estimator == "k2":
-        return 0.5 * log_ratios.square()
-    if estimator == "k3":
-        return (-log_ratios).expm1() + log_ratios
-    raise ValueError(f"kl_estimator is {estimator!r}; accepted are 'k2' and 'k3'")
+    return 0.5 * log_ratios.square() if estimator == "k2" else (-log_ratios).expm1() + log_ratios
