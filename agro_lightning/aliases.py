@@ -25,6 +25,8 @@ MOVED = {
     "agro_lightning.publish": "agro_lightning.training.callbacks.publish",
     "agro_lightning.records": "agro_lightning.types",
     "agro_lightning.reference": "agro_lightning.models.reference",
+    "agro_lightning.rewards.answers": "agro_lightning.rewards.answer_parsing",
+    "agro_lightning.rewards.mathverify": "agro_lightning.rewards.math_verify",
     "agro_lightning.rollout.base": "agro_lightning.rollout.engines.base",
     "agro_lightning.rollout.vllm_engine": "agro_lightning.rollout.engines.vllm",
     "agro_lightning.sharding": "agro_lightning.distributed.fsdp",

@@ -1,5 +1,6 @@
 """The records that rollouts are made of: Prompt -> Completion -> PromptGroup. They need no torch."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,10 +18,16 @@ class Prompt:
     """The text that was tokenised (after the chat template, where one is used)."""
     prompt_ids: tuple[int, ...]
     """Its token ids, special tokens included."""
-    answer: str | None = None
-    """The reference answer that rewards compare with, where the data set has one."""
+    answer: str | tuple[str, ...] | None = None
+    """The reference answer that rewards compare with, where the data set has one; a tuple lists several, each
+    of which is right."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """The other columns of the data set's row, for rewards that need them."""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The accepted reference answers; empty where the data set has none."""
+        return (self.answer,) if isinstance(self.answer, str) else self.answer or ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,3 +77,18 @@ class PromptGroup:
 
     def __len__(self) -> int:
         return len(self.completions)
+
+
+def answer_to_text(answer: str | tuple[str, ...] | None) -> str | None:
+    """An answer as a file's text column holds it: several as `{"any_of": [...]}`. See `answer_from_text`."""
+    return json.dumps({"any_of": answer}, ensure_ascii=False) if isinstance(answer, tuple) else answer
+
+
+def answer_from_text(text: str | None) -> str | tuple[str, ...] | None:
+    """The answer that `answer_to_text` wrote."""
+    if not text or not text.startswith('{"any_of": ['):
+        return text or None
+    try:
+        return tuple(json.loads(text)["any_of"])
+    except (ValueError, KeyError, TypeError):
+        return text

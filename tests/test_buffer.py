@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,7 @@ def test_every_column_arrives(tokenizer, tmp_path, kind):
 
 def test_what_is_appended_comes_back_the_same(tokenizer, tmp_path):
     groups = [group(1, version=5), group(2, version=5, ref_logprobs=(-1.0, -2.0), reference_id="r")]
+    groups.append(replace(several := group(3), prompt=replace(several.prompt, answer=("3", 'a "third"'))))
     append_rollouts(tmp_path / "replay", groups, name="a", tokenizer_id=tokenizer_id(tokenizer))
     buffer = open_buffer(tmp_path / "replay", tokenizer, tmp_path)
     for expected, found in zip(groups, buffer.iter_groups(), strict=True):

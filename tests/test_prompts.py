@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from agro_lightning.data.buffer.schema import BadFileError, BadRowError, prompt_id_of
 from agro_lightning.data.prompts.dataset import PromptDataset, PromptSettings
+from agro_lightning.rewards import ExactMatch
 
 CHAT = (
     "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -96,6 +97,30 @@ def test_plain_rows_become_prompts(jsonl):
 
 
 @pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        (pa.array([30.0, -2.5, 1e20], pa.float64()), ["30", "-2.5", "1" + "0" * 20]),
+        (pa.array([30.0, 2.5], pa.float32()), ["30", "2.5"]),
+        (pa.array(["30.00", "-2.50"]).cast(pa.decimal128(6, 2)), ["30", "-2.5"]),
+        (pa.array([30, -0], pa.int64()), ["30", "0"]),
+        (pa.array([True, False]), [("True", "true"), ("False", "false")]),
+        (pa.array([["a", "b"], ["c", "c"]]), [("a", "b"), "c"]),
+        (pa.array([[30.0, 0.5]]), [("30", "0.5")]),
+    ],
+    ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
+)
+def test_answers_of_any_column_type(tmp_path, column, expected):
+    path = tmp_path / "rows.parquet"
+    prompts = [f"q{i}" for i in range(len(column))]
+    pq.write_table(pa.table({"prompt": prompts, "answer": column}), path)
+    data = load(path)
+    assert answers(data) == expected
+    for prompt in data:
+        scores = ExactMatch()([prompt] * 2, [prompt.answers[-1], "x"])
+        assert [score.reward for score in scores] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
     ("answer", "expected"),
     [
         ("She has 3 x 4 = <<3*4=12>>12.\n#### 12", "12"),
@@ -115,7 +140,8 @@ def test_gsm8k_answers(jsonl, answer, expected):
     [
         (r"so $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
         (r"$\boxed{\dfrac{1}{\sqrt{2}}}$", r"\dfrac{1}{\sqrt{2}}"),
-        (r"\boxed{1} no, \boxed{10{,}000 \text{ km}}", r"10{,}000 \text{ km}"),
+        (r"so $\boxed{-2}$ and $\boxed{1}$, or $\boxed{-2}$", "-2, 1"),
+        (r"\boxed{10{,}000 \text{ km}}", r"10{,}000 \text{ km}"),
         (r"\fbox{\{1, 2\}}", r"\{1, 2\}"),
         (r"\boxed{x_{1} = \left(\frac{a}{b}\right)^{2}}", r"x_{1} = \left(\frac{a}{b}\right)^{2}"),
         (r"\boxed 7 $", "7"),
@@ -160,8 +186,10 @@ def test_dapo_rows_have_chats_and_nested_answers(tmp_path):
         ("dapo", {"prompt": [], "reward_model": TRUTH}, "wrong_type", "list of chat messages"),
         ("dapo", {"prompt": [{"role": "user"}], "reward_model": TRUTH}, "wrong_type", "role and content"),
         ("plain", {"prompt": "q", "answer": " "}, "empty_answer", "'answer' is ' '"),
-        ("plain", {"prompt": "q", "answer": ["a"]}, "wrong_type", "text or a number is needed"),
-        ("plain", {"prompt": "q", "answer": True}, "wrong_type", "'answer' is True"),
+        ("plain", {"prompt": "q", "answer": {"a": 1}}, "wrong_type", "text, a number, true or false"),
+        ("plain", {"prompt": "q", "answer": ["a", None]}, "wrong_type", "'answer' is None; text, a number"),
+        ("plain", {"prompt": "q", "answer": []}, "empty_answer", "'answer' is []"),
+        ("plain", {"prompt": "q", "answer": ["a", " "]}, "empty_answer", "'answer' is ['a', ' ']"),
         ("plain", {"prompt": "q", "answer": math.nan}, "empty_answer", "'answer' is nan"),
         ("plain", {"text": "q"}, "missing_prompt", "has no 'prompt'; its columns are text"),
         ("plain", {"prompt": None}, "missing_prompt", "'prompt' is None"),
@@ -414,6 +442,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 from agro_lightning.data.prompts.dataset import PromptDataset, PromptSettings
+from agro_lightning.rewards import ExactMatch
 try:
     settings = PromptSettings(path="openai/gsm8k", subset="main")
     PromptDataset(settings, tokenizer=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE())))

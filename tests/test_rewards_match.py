@@ -1,14 +1,29 @@
 """Answers in text, and the rewards that compare them."""
 
+import json
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agro_lightning.rewards import ExactMatch, NumericMatch
-from agro_lightning.rewards.answers import boxed, extract, last_number, numbers, parse_number
+from agro_lightning.rewards.answer_parsing import (
+    boxed,
+    boxes,
+    extract,
+    last_number,
+    members,
+    numbers,
+    parse_number,
+    stated_answer,
+    tidy_latex,
+)
+from agro_lightning.rewards.units import unit
 from agro_lightning.types import Prompt
+
+SOLUTIONS = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_model_solutions.jsonl"
 
 
 def prompt(answer, prompt_id="p"):
@@ -196,3 +211,102 @@ def test_numeric_match_is_exact_unless_a_tolerance_is_set():
 def test_a_prompt_that_cannot_be_compared_with_is_a_failure_and_not_0(reward, answer, message):
     (score,) = reward([prompt(answer)], ["5"])
     assert score.reward is None and score.failure == "error" and message in score.message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2.", "2"),
+        (" 7, ", "7"),
+        (r"\text{D.}", r"\text{D}"),
+        (r"$\dfrac{1}{2}$.", r"\frac{1}{2}"),
+        (r"\left( 3, 4 \right)", "( 3, 4 )"),
+        (r"\,90^{\circ}\!", r"90^\circ"),
+        ("90°", r"90^\circ"),
+        (r"1,\!234{,}567", "1,234,567"),
+        (r"\text{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\text{a } + \text{b}", r"\text{a } + \text{b}"),
+        ("5!", "5!"),
+        ("\u22125", "-5"),
+        ("$" * 3, "$"),
+    ],
+)
+def test_tidy_latex(text, expected):
+    assert tidy_latex(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("-2, 1", ["-2", "1"]),
+        (r"\{1, 2\}", ["1", "2"]),
+        ("(1, 2)", ["(1, 2)"]),
+        ("(1,2), [3,4]", ["(1,2)", "[3,4]"]),
+        ("1,234", ["1,234"]),
+        ("7", ["7"]),
+    ],
+)
+def test_the_members_of_an_answer(text, expected):
+    assert members(text) == expected
+
+
+def test_the_last_box_counts_or_as_many_as_the_answer_has_parts():
+    text = r"\boxed{3}? No: $\boxed{-2}$ and $\boxed{1}$"
+    assert boxes(text) == ["3", "-2", "1"]
+    assert stated_answer(text, "1") == "1"
+    assert stated_answer(text, "1, -2") == "-2, 1"
+    assert stated_answer(r"\boxed{5} so \boxed{-2, 1}", "1, -2") == "-2, 1"
+    assert stated_answer(r"\boxed{1}", "1, -2") == "1"
+    assert stated_answer("none", "1") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"5 \text{ cm}", {"cm": 1}),
+        (r"9.8 \text{ m}/\text{s}^2", {"m": 1, "s": -2}),
+        ("9 square centimeters", {"cm": 2}),
+        ("5 cm²", {"cm": 2}),
+        ("60 mph", {"mi": 1, "h": -1}),
+        (r"5\pi \text{ in}^3", {"in": 3}),
+        (r"33.3\%", {"percent": 1}),
+        (r"90^{\circ}", {"degree": 1}),
+        (r"20^\circ C", {"C": 1}),
+        (r"\$5.50", {"dollar": 1}),
+        ("so the answer is 5 m.", {"m": 1}),
+        ("5 apples", None),
+        ("3m + 2s", None),
+        ("a + 2m + 3s", None),
+        ("7", None),
+    ],
+)
+def test_the_unit_behind_a_number(text, expected):
+    assert unit(text) == expected
+
+
+def test_a_number_with_another_unit_is_another_answer():
+    right = ["5 cm", "5", r"\boxed{5\text{ centimeters}}", r"\boxed{5.}", r"\boxed{5,}", r"\boxed{$5$ cm.}"]
+    assert rewards_of(NumericMatch(), "5 cm", *right) == [1.0] * 6
+    assert rewards_of(NumericMatch(), "5 cm", "5 m", r"\boxed{5 \text{ cm}^2}", "it is 5 m") == [0.0] * 3
+    assert rewards_of(NumericMatch(), "33.3", r"\boxed{33.3\%}") == [1.0]
+
+
+def test_any_of_several_answers_is_right():
+    assert rewards_of(ExactMatch(), ("True", "true"), "true", "True", "false") == [1.0, 1.0, 0.0]
+    assert rewards_of(NumericMatch(), ("a half", "0.5", "3"), "1/2", "3", "4") == [1.0, 1.0, 0.0]
+    (score,) = NumericMatch()([prompt(("a", "b"))], ["1"])
+    assert score.failure == "error" and "('a', 'b')" in score.message
+
+
+@pytest.mark.skipif(not SOLUTIONS.is_file(), reason="needs GSM8K's model solutions in ../shared/data")
+def test_numeric_match_agrees_with_the_grades_of_gsm8ks_model_solutions():
+    prompts, texts, graded = [], [], []
+    for line in SOLUTIONS.read_text().splitlines():
+        row = json.loads(line)
+        answer = extract(row["ground_truth"], "marker", "A:")
+        for solution in (value for value in row.values() if isinstance(value, dict)):
+            prompts.append(prompt(answer))
+            texts.append(solution["solution"])
+            graded.append(float(solution["is_correct"]))
+    assert len(texts) == 5276
+    assert [score.reward for score in NumericMatch()(prompts, texts)] == graded

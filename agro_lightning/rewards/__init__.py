@@ -3,7 +3,7 @@
 from agro_lightning.rewards.base import FailureKind, Reward, RewardFailureError, RewardUsageError, Score
 from agro_lightning.rewards.gym import GymReward
 from agro_lightning.rewards.match import ExactMatch, NumericMatch
-from agro_lightning.rewards.mathverify import MathVerify
+from agro_lightning.rewards.math_verify import MathVerify
 from agro_lightning.rewards.model import RewardModel
 from agro_lightning.rewards.python_reward import PythonReward
 from agro_lightning.rewards.reward_set import RewardSet

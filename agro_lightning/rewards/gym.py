@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from agro_lightning.rewards.answers import Extract, extract
+from agro_lightning.rewards.answer_parsing import Extract, extract
 from agro_lightning.rewards.base import Score
 from agro_lightning.rewards.pool import ProcessPool
 from agro_lightning.types import Prompt
@@ -54,7 +54,7 @@ class GymReward:
         self.weight = weight
         self.extract: Extract = extract
         self.marker = marker
-        file = Path(__file__).with_name("gym_check.py")
+        file = Path(__file__).with_name("gym_worker.py")
         self._pool = ProcessPool(file, {}, timeout_s=timeout_s, workers=workers)
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Score]:

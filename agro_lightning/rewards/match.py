@@ -4,8 +4,16 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal
 
-from agro_lightning.rewards.answers import Extract, extract, last_number, parse_number, tidy
+from agro_lightning.rewards.answer_parsing import (
+    Extract,
+    extract,
+    last_number,
+    parse_number,
+    tidy,
+    tidy_latex,
+)
 from agro_lightning.rewards.base import Score
+from agro_lightning.rewards.units import differ
 from agro_lightning.types import Prompt
 
 
@@ -48,22 +56,22 @@ class ExactMatch:
         return [self._score(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
 
     def _score(self, prompt: Prompt, completion: str) -> Score:
-        if prompt.answer is None:
+        if not prompt.answers:
             return missing_answer(prompt)
         stated = extract(completion, self.extract, self.marker)
         if stated is None:
             return Score(reward=0.0)
-        stated, expected = tidy(stated), tidy(prompt.answer)
-        if self.ignore_case:
-            stated, expected = stated.casefold(), expected.casefold()
-        return Score(reward=float(stated == expected))
+        return Score(reward=float(self._form(stated) in map(self._form, prompt.answers)))
+
+    def _form(self, text: str) -> str:
+        return tidy(text).casefold() if self.ignore_case else tidy(text)
 
 
 class NumericMatch:
     """1 where the completion's answer is the reference answer's number, else 0.
 
     Numbers are compared exactly, as fractions, unless a tolerance is set. The notations that are read are
-    listed at `agro_lightning.rewards.answers.numbers`. For symbolic answers use `MathVerify`.
+    listed at `agro_lightning.rewards.answer_parsing.numbers`. For symbolic answers use `MathVerify`.
 
     Args:
         name: the key of this reward in reward_parts and in metrics.
@@ -102,28 +110,38 @@ class NumericMatch:
         return [self._score(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
 
     def _score(self, prompt: Prompt, completion: str) -> Score:
-        if prompt.answer is None:
+        if not prompt.answers:
             return missing_answer(prompt)
         readings = {"number": [False], "fraction": [True], "any": [False, True]}[self.percent]
-        expected = [parse_number(prompt.answer, percent=percent) for percent in readings]
-        if None in expected:
-            message = f"prompt {prompt.prompt_id!r} has the answer {prompt.answer!r}, which is no number"
-            return Score(reward=None, failure="error", message=message)
-        stated = [self._stated_number(completion, percent) for percent in readings]
-        return Score(reward=float(any(self._equal(a, b) for a in expected for b in stated)))
+        part, only_number = self._stated_part(completion)
+        stated = [self._number(part, only_number, percent) for percent in readings]
+        numeric = False
+        for answer in prompt.answers:
+            expected = [parse_number(answer, percent=percent) for percent in readings]
+            if None in expected:
+                continue
+            numeric = True
+            if any(self._equal(a, b) for a in expected for b in stated) and not differ(answer, part):
+                return Score(reward=1.0)
+        if numeric:
+            return Score(reward=0.0)
+        message = f"prompt {prompt.prompt_id!r} has the answer {prompt.answer!r}, which is no number"
+        return Score(reward=None, failure="error", message=message)
 
-    def _stated_number(self, completion: str, percent: bool) -> Fraction | None:
+    def _stated_part(self, completion: str) -> tuple[str, bool]:
+        """The part of a completion that states its answer, and whether it must be one number and no more."""
         ways: list[Extract] = ["whole"]
         if self.extract == "auto":
             ways = ["boxed", "marker", "whole"]
         elif self.extract != "last_number":
             ways = [self.extract]
-        parts = ((way, extract(completion, way, self.marker)) for way in ways)
-        how, part = next(((way, part) for way, part in parts if part is not None), ("whole", ""))
+        parts = ((extract(completion, way, self.marker), way in ("boxed", "tag")) for way in ways)
+        part, alone = next(((part, alone) for part, alone in parts if part is not None), ("", False))
+        return tidy_latex(part) if alone else part, alone
+
+    def _number(self, part: str, only_number: bool, percent: bool) -> Fraction | None:
         value = parse_number(part, percent=percent)
-        if value is None and how not in ("boxed", "tag"):
-            value = last_number(part, percent=percent)
-        return value
+        return last_number(part, percent=percent) if value is None and not only_number else value
 
     def _equal(self, expected: Fraction | None, stated: Fraction | None) -> bool:
         if expected is None or stated is None:

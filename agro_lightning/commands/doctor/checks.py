@@ -91,13 +91,13 @@ def _score_answers(prompts: PromptDataset, rewards: RewardSet) -> str:
         Problem: one of them cannot be scored, or garbage is worth as much as an answer.
     """
     chosen = [prompts[i] for i in range(min(REWARDED_PROMPTS, len(prompts)))]
-    asked = [prompt for prompt in chosen if prompt.answer is not None]
+    asked = [prompt for prompt in chosen if prompt.answers]
     if not asked:
         scores = rewards.score_quietly(chosen, [GARBAGE] * len(chosen))
         _raise_failure(scores)
         return f"garbage scores {_mean(scores):g}; the prompts have no answers to score"
     by_form = {
-        form: rewards.score_quietly(asked, [form.format(answer=prompt.answer) for prompt in asked])
+        form: rewards.score_quietly(asked, [form.format(answer=prompt.answers[0]) for prompt in asked])
         for form in GOLD
     }
     usable = {form: scores for form, scores in by_form.items() if all(s.reward is not None for s in scores)}
@@ -107,7 +107,7 @@ def _score_answers(prompts: PromptDataset, rewards: RewardSet) -> str:
     _raise_failure(garbage)
     best = max(usable, key=lambda form: _mean(usable[form]))
     gold, worth = _mean(usable[best]), _mean(garbage)
-    shown = best.format(answer=asked[0].answer).replace("\n", "⏎")
+    shown = best.format(answer=asked[0].answers[0]).replace("\n", "⏎")
     words = f"{len(asked)} reference answers score {gold:g} on average (as {shown!r}), garbage {worth:g}"
     if not gold > worth:
         raise Problem(

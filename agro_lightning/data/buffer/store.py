@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from agro_lightning.data.buffer.schema import FINISH_REASONS
 from agro_lightning.primitives.ragged import Ragged
-from agro_lightning.types import Completion, Prompt
+from agro_lightning.types import Completion, Prompt, answer_from_text
 
 FORMAT = 1
 """Of records and index; part of every cache key."""
@@ -119,7 +119,7 @@ class Record:
             prompt_id=self.prompt_id,
             prompt=self._bytes["prompt"].decode(),
             prompt_ids=_numbers(self.prompt_tokens, "<i4"),
-            answer=self._bytes["answer"].decode() or None,
+            answer=answer_from_text(self._bytes["answer"].decode()),
         )
 
     def completion(self, row_id: str, source: str | None = None) -> Completion:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from agro_lightning.data.buffer.schema import FILE_SCHEMA, FINISH_REASONS, BadFileError
 from agro_lightning.primitives.atomic_files import sync_directory, write_once
-from agro_lightning.types import Completion, Prompt, PromptGroup
+from agro_lightning.types import Completion, Prompt, PromptGroup, answer_to_text
 
 
 def append_rollouts(
@@ -115,7 +115,7 @@ def _row(prompt: Prompt, completion: Completion, tokenizer: str) -> dict[str, An
         "ref_logprobs": completion.ref_logprobs,
         "reference_id": completion.reference_id,
         "tokenizer_id": tokenizer,
-        "answer": prompt.answer,
+        "answer": answer_to_text(prompt.answer),
     }
 
 

@@ -240,7 +240,9 @@ class _Reader:
                 "which a policy has nothing to say; set add_eos_token to false in its tokenizer_config.json"
             )
 
-    def _prompt(self, row: PromptRow, text: str, answer: str | None, ids: tuple[int, ...]) -> Prompt:
+    def _prompt(
+        self, row: PromptRow, text: str, answer: str | tuple[str, ...] | None, ids: tuple[int, ...]
+    ) -> Prompt:
         """The finished prompt.
 
         Raises:

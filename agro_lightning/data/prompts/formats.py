@@ -5,11 +5,12 @@ import re
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from agro_lightning.rewards.answers import boxed, extract
+from agro_lightning.rewards.answer_parsing import boxes, extract
 
 FormatName = Literal["plain", "gsm8k", "math", "dapo", "gym"]
 Message = dict[str, str]
@@ -44,8 +45,9 @@ def _gsm8k_answer(text: str) -> str | None:
 
 
 def _math_answer(text: str) -> str | None:
-    """The last box of a solution, or the whole text of a column that holds the bare answer."""
-    return boxed(text) if re.search(r"\\(?:boxed|fbox)", text) else None
+    """The box of a solution, or its boxes as one list: solutions state several answers in several boxes."""
+    found = boxes(text)
+    return ", ".join(dict.fromkeys(found)) if found else None
 
 
 FORMATS: dict[str, Format] = {
@@ -91,8 +93,11 @@ def lookup(columns: Mapping[str, Any], name: str) -> Any:
     return lookup(columns[outer], inner)
 
 
-def answer_text(columns: Mapping[str, Any], form: Format, column: str | None) -> str | None:
+def answer_text(columns: Mapping[str, Any], form: Format, column: str | None) -> str | tuple[str, ...] | None:
     """The reference answer of a row; None where the format needs none and the row has none.
+
+    A list holds several accepted answers. An integral number is written as an integer, whatever its type;
+    true and false are accepted with and without a capital letter.
 
     Args:
         columns: the row.
@@ -111,19 +116,35 @@ def answer_text(columns: Mapping[str, Any], form: Format, column: str | None) ->
         if form.answer_needed or column is not None:
             raise RowProblem("missing_answer", f"has no {name!r}; {_names(columns)}")
         return None
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise RowProblem("wrong_type", f"{name!r} is {_shown(value)}; text or a number is needed")
-    if isinstance(value, float) and not math.isfinite(value):
+    values = value if isinstance(value, list | tuple) else [value]
+    answers: list[str] = []
+    for text in (text for value in values for text in _answer_forms(name, value)):
+        answer = form.answer_of(text)
+        if answer is None and column is not None:
+            answer = text.strip()
+        if answer is None:
+            raise RowProblem("missing_answer", f"{name!r} is {_shown(text)}; {form.expects} is needed in it")
+        answers.append(answer)
+    if not answers or not all(answers):
+        raise RowProblem("empty_answer", f"{name!r} is {_shown(value)}, which has an empty answer")
+    answers = list(dict.fromkeys(answers))
+    return answers[0] if len(answers) == 1 else tuple(answers)
+
+
+def _answer_forms(name: str, value: Any) -> list[str]:
+    """The texts that state one value of an answer's column."""
+    if isinstance(value, bool):
+        return ["True", "true"] if value else ["False", "false"]
+    if isinstance(value, float | Decimal) and not math.isfinite(value):
         raise RowProblem("empty_answer", f"{name!r} is {value}, which is no answer")
-    text = str(value)
-    answer = form.answer_of(text)
-    if answer is None and column is not None:
-        answer = text.strip()
-    if answer is None:
-        raise RowProblem("missing_answer", f"{name!r} is {_shown(text)}; {form.expects} is needed in it")
-    if not answer:
-        raise RowProblem("empty_answer", f"{name!r} is {_shown(text)}, which has an empty answer")
-    return answer
+    if isinstance(value, float | Decimal) and value == int(value) and abs(value) < 1e21:
+        return [str(int(value))]
+    if isinstance(value, Decimal):
+        return [f"{value.normalize():f}"]
+    if isinstance(value, str | int | float):
+        return [str(value)]
+    message = f"{name!r} is {_shown(value)}; text, a number, true or false, or a list of them is needed"
+    raise RowProblem("wrong_type", message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ TAIL = 512
 _DIGIT = re.compile(r"[\d¼-¾⅐-⅞↉⁰¹²³⁴-⁹]")
 _MINUS_SIGNS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"))
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+_THOUSANDS = re.compile(r"[^\w(\[{]{0,3}\d{1,3}(?:,\d{3})+(?:\.\d+)?(?:\s*\\.*|[^\d,)]*)", re.DOTALL)
 _BOX = r"\\(?:boxed|fbox)"
 _BOXED_TOKENS = re.compile(rf"{_BOX}\s*(?P<open>\{{)|{_BOX} +(?P<bare>[^\s{{}}$\\]+)|\\.|[{{}}]", re.DOTALL)
 
@@ -54,30 +55,124 @@ def extract(text: str, how: Extract, marker: str = "####") -> str | None:
     return None if found is None else found.strip()
 
 
-def boxed(text: str) -> str | None:
-    """What stands in the last complete `\\boxed{...}` or `\\fbox{...}` (or `\\boxed 5`), or None.
+def boxes(text: str) -> list[str]:
+    """The contents of the complete `\\boxed{...}` and `\\fbox{...}` (or `\\boxed 5`) of a text, in order.
 
-    Braces may nest; escaped braces do not count. A box that never closes (a truncated completion) is skipped.
+    Braces may nest; escaped braces do not count. Of a box around a box, the inner one is listed. A box that
+    never closes (a truncated completion) is skipped.
     """
-    found: tuple[int, int] | None = None
+    found: list[tuple[int, int]] = []
     stack: list[int | None] = []  # for each open brace: where its box's content starts, None for other braces
     for token in _BOXED_TOKENS.finditer(text):
         if token["open"]:
             stack.append(token.end())
         elif token["bare"]:
-            found = max(found or (0, 0), token.span("bare"))
+            found.append(token.span("bare"))
         elif token[0] == "{":
             stack.append(None)
         elif token[0] == "}" and stack:
             start = stack.pop()
-            if start is not None:
-                found = max(found or (0, 0), (start, token.start()))
-    return None if found is None else text[found[0] : found[1]].strip()
+            if start is not None and not (found and found[-1][0] >= start):
+                found.append((start, token.start()))
+    return [text[start:end].strip() for start, end in found]
 
 
-def only_box(text: str) -> str | None:
-    """What stands in the one box of a text; None where it has none, several, or one that never closes."""
-    return boxed(text) if len(re.findall(_BOX, text)) == 1 else None
+def boxed(text: str) -> str | None:
+    """What stands in the last of the `boxes` of a text, or None."""
+    return next(reversed(boxes(text)), None)
+
+
+_LATEX_SPACE = re.compile(r"\\(?:[!,;: ]|q?quad(?![a-zA-Z])|displaystyle(?![a-zA-Z]))|~")
+_TEXT = r"\\(?:text|textrm|textbf|mathrm|mathbf|mbox)\s*"
+_LATEX_TEXT = re.compile(rf"{_TEXT}\{{([^{{}}]*)\}}")
+_CLOSING = re.compile(r"(?<=[^\\.,;:\s])[.,;:\s]+(\}*)$")
+_MATH_SIGNS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
+
+
+def tidy_latex(text: str) -> str:
+    """An answer without what only the typesetting or the sentence around it needs.
+
+    That is: outer dollars, spacing commands, `\\left` and `\\right`, the many kinds of `\\frac` and of degree
+    and minus signs, and closing punctuation (`2.`, `7,`, `\\text{D.}`).
+    """
+    text = re.sub(r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3}(?!\d))", ",", text.translate(_MINUS_SIGNS))
+    text = _CLOSING.sub(r"\1", _LATEX_SPACE.sub(" ", text)).strip()
+    for _ in range(4):
+        text = _CLOSING.sub(r"\1", _unwrapped(text)).strip()
+    text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
+    text = re.sub(r"\\(?:left|right)(?![a-zA-Z])\.?", "", text)
+    text = re.sub(r"\^?\s*°|\\degree(?![a-zA-Z])|\^\s*\{\s*\\circ\s*\}", r"^\\circ", text)
+    return _CLOSING.sub(r"\1", text)
+
+
+def _unwrapped(text: str) -> str:
+    """`text` without math signs, or without a `\\text{}` that holds mathematics, around all of it."""
+    for start, end in _MATH_SIGNS:
+        if text.startswith(start) and text.endswith(end) and len(text) >= len(start + end):
+            return text[len(start) : -len(end)]
+    opened = re.match(rf"{_TEXT}\{{", text)
+    if opened and text.endswith("}") and re.search(r"[\\\d]", inner := text[opened.end() : -1]):
+        return inner if _is_closed(inner) else text
+    return text
+
+
+def _is_closed(text: str) -> bool:
+    """Whether the braces of a text belong to one another."""
+    depth = 0
+    for brace in re.findall(r"(?<!\\)[{}]", text):
+        depth += 1 if brace == "{" else -1
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def are_words(text: str) -> bool:
+    """Whether a tidy answer is a word or more in `\\text{}`, and no mathematics."""
+    return (inner := _LATEX_TEXT.fullmatch(text)) is not None and "".join(inner[1].split()).isalpha()
+
+
+def same_text(one: str, other: str) -> bool:
+    """Whether two tidy answers are the same but for spaces, `\\text`, degree signs and thousands commas."""
+    return _bare(one) == _bare(other)
+
+
+def _bare(text: str) -> str:
+    text = "".join(_LATEX_TEXT.sub(r"\1", text).removesuffix(r"^\circ").split())
+    if _THOUSANDS.fullmatch(text):
+        text = text.replace(",", "")
+    return text.casefold() if text.isalpha() and len(text) > 2 else text
+
+
+def members(text: str) -> list[str]:
+    """The parts of an answer that lists several, such as `-2, 1` or `\\{1, 2\\}`; of any other, itself."""
+    inner = text.strip()
+    if inner.startswith("\\{") and inner.endswith("\\}"):
+        inner = inner[2:-2]
+    if _THOUSANDS.fullmatch(inner):
+        return [inner]
+    parts, depth = [""], 0
+    for char in inner:
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return [part.strip() for part in parts if part.strip()]
+
+
+def stated_answer(completion: str, expected: str) -> str | None:
+    """What the boxes of a completion state, or None where it has none.
+
+    The last box counts: `\\boxed{8}, no, \\boxed{7}` says 7. Only where the expected answer lists n parts, and
+    the last box lists none, are the last n boxes read as one list.
+    """
+    found = boxes(completion)
+    if not found:
+        return None
+    count = len(members(expected))
+    if count > 1 and len(found) >= count and len(members(found[-1])) == 1:
+        return ", ".join(found[-count:])
+    return found[-1]
 
 
 def tidy(text: str) -> str:
@@ -142,7 +237,7 @@ def parse_number(text: str, *, percent: bool = False) -> Fraction | None:
     """
     if len(text) > 2 * MAX_DIGITS:
         return None
-    text = re.sub(r"^[^=≈]*[=≈]", "", _plain_notation(text), count=1).strip(" $").rstrip(". ")
+    text = re.sub(r"^[^=≈]*[=≈]", "", _plain_notation(text), count=1).strip(" $").rstrip(".,;: ")
     if text.startswith("(") and text.endswith(")"):
         text = text[1:-1].strip()
     match = _NUMBER.match(text)

@@ -1,8 +1,10 @@
 """The check of `MathVerify`, as a worker process runs it. Imports math-verify and nothing of this package."""
 
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 from math_verify import (  # pyright: ignore[reportMissingImports]
@@ -40,19 +42,14 @@ def make_check(prefer_boxed: bool, digits: int) -> Callable[[tuple[str, str]], f
         return tuple(parse(completion, targets, **unlimited))
 
     def check(item: tuple[str, str]) -> float:
-        answer, completion = (text.translate(_MINUS_SIGNS) for text in item)
-        if "".join(completion.split()) == f"\\boxed{{{''.join(answer.split())}}}":
-            return 1.0  # the same text; parsing can take 50 ms
-        expected = expected_forms(answer)
-        if not expected:
-            raise ValueError(f"the reference answer {answer!r} cannot be parsed")
         error: Exception | None = None
-        for form in expected:
-            for candidate in stated_forms(completion):
+        for answer, completion in _readings(*item):
+            expected = expected_forms(answer)
+            if not expected:
+                raise ValueError(f"the reference answer {answer!r} cannot be parsed")
+            for form, stated in product(expected, stated_forms(completion)):
                 try:
-                    if verify(
-                        form, candidate, float_rounding=digits, timeout_seconds=None, raise_on_error=True
-                    ):
+                    if verify(form, stated, float_rounding=digits, timeout_seconds=None, raise_on_error=True):
                         return 1.0
                 except Exception as raised:
                     error = raised
@@ -62,3 +59,11 @@ def make_check(prefer_boxed: bool, digits: int) -> Callable[[tuple[str, str]], f
 
     check(("1", "so 1"))  # loads the grammars now, not within the first check's time
     return check
+
+
+def _readings(answer: str, completion: str) -> Iterator[tuple[str, str]]:
+    """The pair, and where only one side has a percent sign, the pair without: 33.3\\% answers 33.3."""
+    answer, completion = answer.translate(_MINUS_SIGNS), completion.translate(_MINUS_SIGNS)
+    yield answer, completion
+    if ("%" in answer) != ("%" in completion):
+        yield re.sub(r"\\?%", "", answer), re.sub(r"\\?%", "", completion)

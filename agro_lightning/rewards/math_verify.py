@@ -4,11 +4,15 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from agro_lightning.rewards.answers import only_box
+from agro_lightning.rewards.answer_parsing import are_words, same_text, stated_answer, tidy_latex
 from agro_lightning.rewards.base import Score
 from agro_lightning.rewards.match import missing_answer
 from agro_lightning.rewards.pool import ProcessPool
+from agro_lightning.rewards.units import differ
 from agro_lightning.types import Prompt
+
+Pair = tuple[str, str]
+"""A reference answer and what a completion states, both tidied."""
 
 
 class MathVerify:
@@ -47,27 +51,28 @@ class MathVerify:
         self.weight = weight
         self._prefer_boxed = prefer_boxed
         options = {"prefer_boxed": prefer_boxed, "digits": digits}
-        file = Path(__file__).with_name("math_check.py")
+        file = Path(__file__).with_name("math_verify_worker.py")
         self._pool = ProcessPool(file, options, timeout_s=timeout_s, workers=workers, memory_mb=memory_mb)
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Score]:
         answered = zip(prompts, completions, strict=True)
-        pairs = [self._pair(prompt.answer, text) if prompt.answer else None for prompt, text in answered]
-        unique = list(dict.fromkeys(pair for pair in pairs if pair is not None))
-        outcomes = dict(zip(unique, self._pool.map(unique), strict=True))
+        pairs = [[self._pair(answer, text) for answer in prompt.answers] for prompt, text in answered]
+        known = {pair: found for row in pairs for pair in row if (found := _at_sight(pair)) is not None}
+        unknown = list(dict.fromkeys(pair for row in pairs for pair in row if pair not in known))
+        for pair, outcome in zip(unknown, self._pool.map(unknown), strict=True):
+            known[pair] = Score(reward=outcome.value, failure=outcome.failure, message=outcome.message)
         scores = []
-        for prompt, pair in zip(prompts, pairs, strict=True):
-            if pair is None:
-                scores.append(missing_answer(prompt))
-                continue
-            found = outcomes[pair]
-            scores.append(Score(reward=found.value, failure=found.failure, message=found.message))
+        for prompt, row in zip(prompts, pairs, strict=True):
+            found = [known[pair] for pair in row] or [missing_answer(prompt)]
+            right = next((score for score in found if score.reward), None)
+            scores.append(right or next((score for score in found if score.reward is None), found[0]))
         return scores
 
-    def _pair(self, answer: str, completion: str) -> tuple[str, str]:
-        """What a worker compares: of one box, only that, so that equal answers are compared once."""
-        box = only_box(completion) if self._prefer_boxed else None
-        return answer, completion if box is None else f"\\boxed{{{box}}}"
+    def _pair(self, answer: str, completion: str) -> Pair:
+        """What a worker compares: of boxes, only what they state, so that equal answers are compared once."""
+        box = stated_answer(completion, answer) if self._prefer_boxed else None
+        stated = completion if box is None else f"\\boxed{{{tidy_latex(box)}}}"
+        return tidy_latex(answer), stated
 
     def start(self) -> None:
         """Starts the worker processes without waiting for them."""
@@ -76,3 +81,13 @@ class MathVerify:
     def close(self) -> None:
         """Ends the worker processes."""
         self._pool.close()
+
+
+def _at_sight(pair: Pair) -> Score | None:
+    """The score of a pair that needs no algebra: equal texts, or units that differ."""
+    answer, stated = pair
+    box = stated.removeprefix("\\boxed{").removesuffix("}") if stated.startswith("\\boxed{") else stated
+    if same_text(answer, box):
+        return Score(reward=1.0)
+    words = are_words(answer) and (are_words(box) or box.isalpha())  # mathematics would take on for n times o
+    return Score(reward=0.0) if words or differ(answer, box) else None
