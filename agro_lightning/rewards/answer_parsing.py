@@ -163,8 +163,8 @@ def members(text: str) -> list[str]:
 def stated_answer(completion: str, expected: str) -> str | None:
     """What the boxes of a completion state, or None where it has none.
 
-    The last box counts: `\\boxed{8}, no, \\boxed{7}` says 7. Only where the expected answer lists n parts, and
-    the last box lists none, are the last n boxes read as one list.
+    The last box counts: `\\boxed{8}, no, \\boxed{7}` says 7. Only where the expected answer lists n parts,
+    and the last box lists none, are the last n boxes read as one list.
     """
     found = boxes(completion)
     if not found:
