@@ -32,8 +32,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from agro_lightning.checkpoints.safe_dcp import read_everything, read_tensors
 from agro_lightning.distributed.fsdp import DataRank
-from agro_lightning.models.sharded_loading import fill
 from agro_lightning.primitives.atomic_files import disk_full_error, is_disk_full, sync_directory
+from agro_lightning.primitives.dtensor import fill
 
 MARKER = "complete.json"
 

@@ -19,7 +19,10 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-FORWARD_METHODS = ("logprobs", "agro_loss", "weighted_logprobs", "wake")
+from agro_lightning.primitives.collectives import largest
+from agro_lightning.primitives.dtensor import communication_device, local_part, whole
+
+FORWARD_METHODS = ("logprobs", "agro_loss", "weighted_logprobs", "trigger_lazy_init")
 """Methods of the policy that run a forward: FSDP gathers the root's parameters for each."""
 
 
@@ -173,7 +176,7 @@ def unsharded(policy: nn.Module) -> Iterator[None]:
     if not units or is_held(policy):
         yield
         return
-    policy.wake()  # type: ignore[operator] - FSDP must see the root run first, or each layer becomes a root
+    policy.trigger_lazy_init()  # type: ignore[operator] - or each layer would become a root of its own
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
@@ -201,11 +204,7 @@ def lockstep(policy: nn.Module, forwards: int) -> int:
     """
     if is_held(policy) or not fsdp_units(policy):
         return forwards
-    parameter = next(policy.parameters())
-    kind = parameter.device_mesh.device_type if isinstance(parameter, DTensor) else parameter.device.type
-    most = torch.tensor(forwards, device=kind)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return int(most)
+    return largest(forwards, communication_device(next(policy.parameters())))
 
 
 def reshard(policy: nn.Module) -> None:
@@ -224,7 +223,7 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
         by_mesh.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(
             gradient
         )
-    norms = [_whole(torch.nn.utils.get_total_norm(part)) for part in by_mesh.values()]
+    norms = [whole(torch.nn.utils.get_total_norm(part)) for part in by_mesh.values()]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
@@ -234,9 +233,5 @@ def clip_by_norm(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor)
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is not None:
-            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            local = local_part(gradient)
             local.mul_(scale.to(local.device, local.dtype))
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -22,6 +21,7 @@ from agro_lightning.models import packed_attention as attention
 from agro_lightning.models.batch import TokenBatch, repeat_prompts
 from agro_lightning.models.config import PolicySettings
 from agro_lightning.models.pretrained import add_lora, load_lm
+from agro_lightning.primitives.dtensor import local_part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,9 +188,9 @@ class Policy(nn.Module):
 
     def _head(self, hidden: Tensor) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
         head = self.head
-        weight, bias = _slice_here(head.weight), _slice_here(getattr(head, "bias", None))
-        hidden, weight = hidden.to(self.compute_dtype), weight.to(self.compute_dtype)
-        bias = None if bias is None else bias.to(self.compute_dtype)
+        hidden, weight = hidden.to(self.compute_dtype), local_part(head.weight).to(self.compute_dtype)
+        bias = getattr(head, "bias", None)
+        bias = None if bias is None else local_part(bias).to(self.compute_dtype)
         options = dict(
             bias=bias,
             temperature=self.temperature,
@@ -235,8 +235,8 @@ class Policy(nn.Module):
         tensors, options = self._head(self.hidden_states(batch))
         return linear_logprobs_known(*tensors, batch.targets, logsumexp, coefficients, **options)
 
-    def wake(self) -> None:
-        """Does nothing but count as a forward: FSDP then knows that this module is its root."""
+    def trigger_lazy_init(self) -> None:
+        """No-op forward that triggers FSDP2's lazy initialisation with this module as root."""
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[nn.Module]:
@@ -273,8 +273,3 @@ def _forward_under_autocast(forward: Any, dtype: torch.dtype, /, *args: Any, **k
 
 def _autocast(lm: PreTrainedModel, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(lm.device.type, dtype=dtype)
-
-
-def _slice_here(weight: Any) -> Any:
-    """This rank's slice of a tensor-parallel weight; any other as it is."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight

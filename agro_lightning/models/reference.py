@@ -3,7 +3,6 @@ log-probs."""
 
 import copy
 import hashlib
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,8 +19,10 @@ from torch.distributed.tensor import DTensor
 from agro_lightning.distributed.fsdp import lockstep
 from agro_lightning.models.batch import TokenBatch, pack_groups, split_batch
 from agro_lightning.models.policy import Policy
-from agro_lightning.models.sharded_loading import copy_shards, fill
-from agro_lightning.primitives.atomic_files import sync_directory
+from agro_lightning.models.sharded_loading import copy_shards
+from agro_lightning.primitives.atomic_files import atomic_path
+from agro_lightning.primitives.collectives import is_rank_0
+from agro_lightning.primitives.dtensor import fill, whole
 from agro_lightning.types import PromptGroup
 
 ReferenceKind = Literal["auto", "frozen", "adapter_off", "cached"]
@@ -36,24 +37,15 @@ def weights_hash(module: nn.Module) -> str:
     digest = hashlib.sha256()
     sharded = False
     for name, parameter in sorted(module.named_parameters()):
-        tensor = parameter.detach()
-        if isinstance(tensor, DTensor):
-            tensor, sharded = _gathered(tensor), True
-        if not sharded or dist.get_rank() == 0:
+        sharded |= isinstance(parameter, DTensor)
+        tensor = whole(parameter.detach())
+        if not sharded or is_rank_0():
             digest.update(f"{name} {tuple(tensor.shape)};".encode())
             digest.update(tensor.cpu().float().contiguous().view(torch.uint8).numpy().tobytes())
     names = [digest.hexdigest()[:16]]
     if sharded:
         dist.broadcast_object_list(names, src=0)
     return names[0]
-
-
-def _gathered(tensor: DTensor) -> torch.Tensor:
-    """The whole tensor; shards that wait in CPU memory are gathered on their mesh's device."""
-    kind = tensor.device_mesh.device_type
-    moved = tensor if tensor.device.type == kind else tensor.to(kind)
-    assert isinstance(moved, DTensor)
-    return moved.full_tensor()
 
 
 class Reference(Protocol):
@@ -113,20 +105,14 @@ class FrozenReference:
     def save(self, path: Path) -> None:
         """Writes the weights as safetensors, aside and then renamed; rank 0 does, in whose CPU memory
         shards are put together."""
-        writes = not dist.is_initialized() or dist.get_rank() == 0
-        weights: dict[str, Tensor] = {}
+        writes, weights = is_rank_0(), dict[str, Tensor]()
         for name, parameter in self.policy.named_parameters():
-            tensor = parameter.detach()
-            tensor = _gathered(tensor) if isinstance(tensor, DTensor) else tensor
+            tensor = whole(parameter.detach())
             if writes:
                 weights[name] = tensor.cpu().contiguous()
         if writes:
-            aside = path.with_name(f".{path.name}.partial")
-            save_file(weights, aside)
-            with aside.open("rb") as handle:
-                os.fsync(handle.fileno())
-            aside.replace(path)
-            sync_directory(path.parent)
+            with atomic_path(path) as aside:
+                save_file(weights, aside)
         if dist.is_initialized():
             dist.barrier()
 

@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +13,6 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file
@@ -24,6 +22,7 @@ from agro_lightning.distributed.tensor_parallel import parallelize
 from agro_lightning.models.config import PolicySettings
 from agro_lightning.models.policy import Policy
 from agro_lightning.models.pretrained import adapter_values, load_lm, resolve_path
+from agro_lightning.primitives.dtensor import communication_device, fill, local_part
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +81,7 @@ def reference_settings(settings: PolicySettings) -> PolicySettings:
 def copy_shards(source: nn.Module, target: nn.Module) -> None:
     """Copies parameters between two models that are sharded alike; types and devices may differ."""
     for mine, theirs in zip(target.parameters(), source.parameters(), strict=True):
-        _local(mine).copy_(_local(theirs))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local_part(mine).copy_(local_part(theirs))
 
 
 def empty_policy(
@@ -259,29 +254,13 @@ def _read_slices(found: dict[str, tuple[Path, str]], policy: Policy) -> None:
                 fill(parameter, tensor.__getitem__)
 
 
-@torch.no_grad()
-def fill(parameter: Tensor, part: Callable[[tuple[slice, ...]], Tensor]) -> None:
-    """Writes this rank's part of a whole tensor, of which only that part is asked for."""
-    local = _local(parameter)
-    if isinstance(parameter, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-    else:
-        shape, offset = parameter.shape, (0,) * parameter.dim()
-    if local.numel():
-        local.copy_(
-            part(tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True)))
-        )
-
-
 def _broadcast_weights(settings: PolicySettings, policy: Policy) -> None:
     """Rank 0 builds the model in CPU memory; parameters go to all ranks in turn, which keep their part."""
     whole: dict[str, Tensor] = {}
     if dist.get_rank() == 0:
         whole = dict(load_lm(settings).named_parameters())
     for name, parameter in _base_parameters(policy):
-        device = _communication_device(parameter)
+        device = communication_device(parameter)
         tensor = (
             whole[name].detach().to(device)
             if whole
@@ -289,8 +268,3 @@ def _broadcast_weights(settings: PolicySettings, policy: Policy) -> None:
         )
         dist.broadcast(tensor, src=0)
         fill(parameter, tensor.__getitem__)
-
-
-def _communication_device(parameter: Tensor) -> torch.device:
-    kind = parameter.device_mesh.device_type if isinstance(parameter, DTensor) else parameter.device.type
-    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)

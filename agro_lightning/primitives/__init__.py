@@ -1,1 +1,1 @@
-"""Files, arrays and clocks: nothing of reinforcement learning."""
+"""Files, arrays, clocks, sharded tensors and collectives: nothing of reinforcement learning."""
