@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     records = run_plan(plan, work, chosen.workers, report=chosen.report)
     emit(records, chosen.json, table(records, plan))
     if chosen.plot is not None:
-        off_policy_plot.plot(records, chosen.plot)
+        off_policy_plot.plot(records, chosen.plot, plan.steps)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import math
 import random
 import statistics
 import subprocess
@@ -14,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from agro_lightning.models.batch import pack_groups
 from agro_lightning.models.pretrained import load_tokenizer
-from agro_lightning.rollout import Sampling
-from agro_lightning.types import Prompt
+from agro_lightning.objectives import LossInputs
+from agro_lightning.rollout import AutoEngine, Sampling
+from agro_lightning.types import Prompt, PromptGroup
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "bench").is_dir():
@@ -26,6 +29,8 @@ if str(ROOT) not in sys.path:
 off_policy = importlib.import_module("bench.off_policy")
 off_policy_run = importlib.import_module("bench.off_policy_run")
 off_policy_task = importlib.import_module("bench.off_policy_task")
+off_policy_plan = importlib.import_module("bench.off_policy_plan")
+off_policy_objectives = importlib.import_module("bench.off_policy_objectives")
 off_policy_plot = importlib.import_module("bench.off_policy_plot")
 FIELDS = importlib.import_module("bench._records").FIELDS
 
@@ -45,7 +50,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def a_run(**changes: object) -> Any:
     run = off_policy_run.Run(
-        objective="ours", data="live", learning_rate=1e-3, beta=0.1, seed=1, steps=2, measure_at=(2,),
+        objective="agro", data="live", learning_rate=1e-3, beta=0.1, seed=1, steps=2, measure_at=(2,),
         prompts=2, group_size=4,
     )  # fmt: skip
     return replace(run, **changes)
@@ -74,7 +79,6 @@ def test_problems_are_right_and_the_pupil_is_not_always() -> None:
 def test_the_stale_engine_serves_the_weights_of_k_updates_ago() -> None:
     from agro_lightning.models.config import PolicySettings
     from agro_lightning.models.policy import Policy
-    from agro_lightning.rollout import AutoEngine
 
     policy, tokenizer = Policy(PolicySettings()), load_tokenizer("quickstart")
     prompts = [tuple(tokenizer("12+34=")["input_ids"])] * 4
@@ -115,39 +119,162 @@ def test_a_run_is_the_same_when_it_is_made_again(task: Path) -> None:
     assert off_policy_run.train(replace(run, seed=2), task)["points"] != first
 
 
-@pytest.mark.parametrize("objective", ["ours", "rloo", "rloo_frozen_kl", "regularized_pg"])
+@pytest.mark.parametrize("objective", ["agro", "rloo_frozen_kl", "regularized_pg", "topr"])
 def test_every_objective_learns_from_another_policys_answers(task: Path, objective: str) -> None:
-    result = off_policy_run.train(a_run(objective=objective, data="offline_other"), task)
-    assert result["points"][0]["kl_to_reference"] > 0
-    assert result["staleness_min"] == [None, None]  # nothing was sampled from this run's policy
+    ends = []
+    for weight in (1.0, 0.3):
+        run = a_run(
+            objective=objective, data="offline_other", steps=4, measure_at=(4,), negative_weight=weight
+        )
+        result = off_policy_run.train(run, task)
+        assert result["points"][0]["kl_to_reference"] > 0
+        assert result["staleness_min"] == [None] * 4  # nothing was sampled from this run's policy
+        ends.append(result["points"])
+    assert (ends[0] != ends[1]) == (objective in ("agro", "regularized_pg"))
+
+
+def test_offline_runs_take_the_buffers_reference_log_probs(
+    task: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from agro_lightning.models.reference import FrozenReference
+
+    run = a_run(data="offline_other", steps=3, measure_at=(3,), samples=0)
+    expected = off_policy_run.train(run, task)["points"]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the reference was asked")
+
+    monkeypatch.setattr(FrozenReference, "logprobs", refuse)
+    assert off_policy_run.train(run, task)["points"] == expected
+    with pytest.raises(AssertionError, match="the reference was asked"):
+        off_policy_run.train(replace(run, data="live"), task)
+
+
+def policies(task: Path) -> tuple[Any, Any, Any, list[Prompt]]:
+    """Start policy, weak policy, tokenizer and some problems."""
+    from agro_lightning.models.config import PolicySettings
+    from agro_lightning.models.policy import Policy
+
+    start, weak = (Policy(PolicySettings(path=str(task / name))) for name in ("policy", "weak"))
+    tokenizer = load_tokenizer(str(task / "policy"))
+    return start, weak, tokenizer, off_policy_task.problems(tokenizer, 24, seed=5)
+
+
+def test_exact_and_greedy_accuracy_are_those_of_the_trainers_log_probs_and_engine(task: Path) -> None:
+    policy, _, tokenizer, prompts = policies(task)
+    with torch.no_grad():
+        logprobs, greedy = off_policy_task.right_answers(policy, tokenizer, prompts)
+        answers = [off_policy_task.make.correct_completion(tokenizer, prompt) for prompt in prompts]
+        groups = [PromptGroup(prompt=p, completions=(a, a)) for p, a in zip(prompts, answers, strict=True)]
+        batch = pack_groups(groups, num_groups=24)
+        own = policy.logprobs(batch).logprobs.double()
+    summed = torch.zeros(48, dtype=torch.float64).index_add(0, batch.sequence_ids, own)
+    torch.testing.assert_close(logprobs, summed[::2], rtol=1e-4, atol=1e-4)
+    engine = AutoEngine()
+    engine.attach(policy, tokenizer)
+    settings = replace(off_policy_task.SAMPLING, temperature=0.0)
+    groups = off_policy_task.sample(engine, tokenizer, prompts, n=1, sampling=settings)
+    assert greedy.tolist() == [group.completions[0].reward == 1.0 for group in groups]
+
+
+def test_kl_is_that_of_the_low_variance_estimate_on_many_samples(task: Path) -> None:
+    start, weak, tokenizer, prompts = policies(task)
+    assert off_policy_task.kl_to(start, start, tokenizer, prompts, 2) == 0.0
+    exact = off_policy_task.kl_to(weak, start, tokenizer, prompts, 16)
+    engine = AutoEngine()
+    engine.attach(weak, tokenizer)
+    groups = off_policy_task.sample(engine, tokenizer, prompts, n=64, sampling=off_policy_task.SAMPLING)
+    batch = pack_groups(groups, num_groups=len(groups))
+    with torch.no_grad():
+        ratios = start.logprobs(batch).logprobs - weak.logprobs(batch).logprobs
+    estimate = float((ratios.exp() - 1 - ratios).sum()) / batch.num_completions
+    assert exact == pytest.approx(estimate, rel=0.15)
+
+
+@pytest.mark.parametrize(("problem", "answer"), [("47+38=", "85"), ("47+38=", "75"), ("90-12=", "78")])
+def test_the_optimal_value_is_the_best_of_all_accuracies(problem: str, answer: str) -> None:
+    from agro_lightning.models.config import PolicySettings
+    from agro_lightning.models.policy import Policy
+
+    start, tokenizer = Policy(PolicySettings()), load_tokenizer("quickstart")
+    ids = tuple(tokenizer(problem)["input_ids"])
+    prompt = Prompt(prompt_id=problem, prompt=problem, prompt_ids=ids, answer=answer)
+    p = float(off_policy_task.right_answers(start, tokenizer, [prompt])[0].detach().exp())
+    assert 0.001 < p < 0.999
+    q = torch.linspace(1e-6, 1 - 1e-6, 200_001, dtype=torch.float64)
+    found = off_policy_task.optimal_values(start, tokenizer, [prompt])
+    for beta in off_policy_task.VALUE_BETAS:
+        values = q - beta * (q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log())
+        assert found[f"value_beta{beta:g}"] == pytest.approx(float(values.max()), abs=1e-6)
+
+
+def test_the_ablations_by_hand() -> None:
+    # A / n = 0.5, -0.5 over groups of two, log pi - log mu = -1, -2; the reference is the policy: no penalty.
+    def gradient(objective: Any, behavior: list[float] | None) -> list[float]:
+        logprobs = torch.tensor([-1.0, -3.0], requires_grad=True)
+        inputs = LossInputs(
+            logprobs=logprobs,
+            ref_logprobs=logprobs.detach(),
+            rewards=torch.tensor([1.0, 0.0]),
+            sequence_ids=torch.arange(2),
+            group_ids=torch.zeros(2, dtype=torch.long),
+            behavior_logprobs=None if behavior is None else torch.tensor(behavior),
+        )
+        return torch.autograd.grad(objective(inputs).loss, logprobs)[0].tolist()
+
+    weighted = off_policy_objectives.WeightedRegularizedPG(0.1, 0.3)
+    assert gradient(weighted, None) == pytest.approx([-0.5, 0.15])
+    assert gradient(off_policy_objectives.Topr(0.0), [0.0, -1.0]) == pytest.approx([-0.5, 0.5 * math.exp(-2)])
+    assert gradient(off_policy_objectives.Topr(0.0), [0.0, -5.0]) == pytest.approx([-0.5, 0.5])
+    assert gradient(off_policy_objectives.Topr(0.0), [0.0, math.nan]) == pytest.approx([-0.5, 0.5])
 
 
 def test_a_plan_is_searched_made_kept_and_drawn(
     task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(off_policy, "LEARNING_RATES", (1e-4, 1e-3))
-    monkeypatch.setattr(off_policy, "BETAS", {"ours": (0.1,), "grpo": (0.1,)})
-    plan = off_policy.Plan(
-        scale=SCALE, objectives=("ours", "grpo"), data=("live",), seeds=2, steps=2, measure_at=(1, 2),
-        prompts=2,
+    providers = {
+        "ours": off_policy_plan.Provider("agro", (0.1,), (1.0, 0.3), one_setting=True),
+        "grpo": off_policy_plan.Provider("grpo", (0.1,)),
+    }
+    monkeypatch.setattr(off_policy_plan, "PROVIDERS", providers)
+    plan = off_policy_plan.Plan(
+        scale=SCALE, providers=("ours", "grpo"), data=("offline_reference", "offline_other"),
+        rates=(1e-4, 1e-3), seeds=2, steps=2, measure_at=(1, 2), long_steps=3, prompts=2,
     )  # fmt: skip
     records = off_policy.run_plan(plan, task, workers=1)
     assert all(set(FIELDS) <= set(item) for item in records)
     found = by_key(records)
     assert len(found) == len(records)
-    tried = [found[f"search/live/lr{rate:g}_beta0.1", "ours", "sampled_accuracy"] for rate in (1e-4, 1e-3)]
-    chosen = found["chosen/live", "ours", "learning_rate"]
-    assert tried[(1e-4, 1e-3).index(chosen)] == max(tried)
+    total = dict.fromkeys(itertools.product((1e-4, 1e-3), (1.0, 0.3)), 0.0)
+    for data, (rate, weight) in itertools.product(plan.data, total):
+        case = f"search/{data}/lr{rate:g}_beta0.1_weight{weight:g}"
+        total[rate, weight] += found[case, "ours", "exact_accuracy"]
+    for data in plan.data:
+        chosen = [found[f"chosen/{data}", "ours", name] for name in ("learning_rate", "negative_weight")]
+        assert total[tuple(chosen)] == max(total.values())  # one setting for all kinds of data
+        accuracy, kl = (found[data, "grpo", name] for name in ("exact_accuracy", "kl_to_reference"))
+        assert found[data, "grpo", "value_beta0.1"] == pytest.approx(accuracy - 0.1 * kl)
+        gap = found["start", "optimum", "value_beta0.1"] - found[data, "grpo", "value_beta0.1"]
+        assert found[data, "grpo", "value_gap_beta0.1"] == pytest.approx(gap)
+        assert (f"{data}/3_steps", "ours", "exact_accuracy") in found
+        assert (f"{data}/step1", "grpo", "exact_accuracy_less_ours") in found
     check_means(records)
-    assert capsys.readouterr().out.count("4/4") == 2
-    assert len((task / "runs.jsonl").read_text().splitlines()) == 8
+    lines = (task / "runs.jsonl").read_text().splitlines()
+    assert len(lines) == 2 * (4 + 2) + 2 * 2 * 2 * 2
     with (task / "runs.jsonl").open("a") as handle:
         handle.write('{"run": {"objec')  # stopped while it wrote
+    capsys.readouterr()
     assert off_policy.run_plan(plan, task, workers=1) == records
-    assert "4/4" not in capsys.readouterr().out  # nothing was lacking
-    assert "live" in off_policy.table(records, plan)
-    off_policy_plot.plot(records, tmp_path / "figure.png")
+    assert "1/" not in capsys.readouterr().out  # nothing was lacking
+    assert "offline_other/3_steps" in off_policy.table(records, plan)
+    off_policy_plot.plot(records, tmp_path / "figure.png", plan.steps)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+    (task / "runs.jsonl").write_text("".join(f"{line}\n" for line in lines[:9]))  # stopped in grpo's search
+    part = off_policy.run_plan(plan, task, workers=1, report=True)
+    chosen = {provider for case, provider, _ in by_key(part) if case.startswith("chosen/")}
+    assert chosen == {"ours"} and not {data for data in plan.data if (data, "ours", "exact_accuracy") in part}
+    assert len((task / "runs.jsonl").read_text().splitlines()) == 9
 
 
 def check_means(records: list[dict]) -> None:
@@ -168,8 +295,9 @@ def check_means(records: list[dict]) -> None:
 def test_workers_end_when_their_benchmark_is_killed() -> None:
     waits = "import os, time; print(os.getpid(), flush=True); time.sleep(1000)"
     code = (
-        "from bench.off_policy_workers import in_processes\n"
-        f"if __name__ == '__main__': list(in_processes(exec, [({waits!r},)] * 2, 2))\n"
+        "from bench.off_policy_workers import processes\n"
+        "if __name__ == '__main__':\n"
+        f"  with processes(2) as run_all: list(run_all(exec, [({waits!r},)] * 2))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     with process:
@@ -199,41 +327,6 @@ def test_the_committed_means_and_intervals_are_those_of_their_seeds(committed: l
     check_means(committed)
     seeds = [r["note"].split()[1:] for r in committed if r.get("note", "").startswith("seeds: ")]
     assert {len(values) for values in seeds} == {5}
-
-
-def test_the_committed_figures_are_of_every_objective_and_data(committed: list[dict]) -> None:
-    found = by_key(committed)
-    for data, objective in itertools.product(off_policy_run.DATA, off_policy_run.OBJECTIVES):
-        for metric in off_policy.METRICS:
-            assert (f"{data}/step100", objective, metric) in found
-    for data, lag in off_policy_run.LAGS.items():
-        if lag:
-            assert found[data, "ours", "staleness_min"] == found[data, "ours", "staleness_max"] == lag
-    assert RESULTS.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_committed_settings_are_the_best_of_the_committed_search(committed: list[dict]) -> None:
-    found = by_key(committed)
-    for data, objective in itertools.product(off_policy_run.DATA, off_policy_run.OBJECTIVES):
-        searched = off_policy.SAME_GRADIENT.get(objective, objective)
-        prefix = f"search/{off_policy.SEARCHED[data]}/"
-        tried = {
-            case.removeprefix(prefix): value
-            for (case, provider, metric), value in found.items()
-            if case.startswith(prefix) and provider == searched and metric == "sampled_accuracy"
-        }
-        assert len(tried) == 12
-        rate, beta = (found[f"chosen/{data}", objective, name] for name in ("learning_rate", "beta"))
-        assert tried[f"lr{rate:g}_beta{beta:g}"] == max(tried.values())
-
-
-def test_rloo_with_the_current_kl_makes_agros_run(task: Path) -> None:
-    ours, rloo, other = (
-        off_policy_run.train(a_run(objective=name, data="offline_other", steps=4, measure_at=(4,)), task)
-        for name in ("ours", "rloo", "rloo_frozen_kl")
-    )
-    kl, its, frozen = (result["points"][0]["kl_to_reference"] for result in (ours, rloo, other))
-    assert its == pytest.approx(kl, rel=1e-3) and frozen != pytest.approx(kl, rel=1e-2)
 
 
 def test_data_of_no_kind_is_refused(task: Path) -> None:
