@@ -15,13 +15,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from agro_lightning.checkpoints.sharded import (
-    MARKER,
-    merge_ranks,
-    newest_checkpoint,
-    read_marker,
-    remove_folder,
-)
+from agro_lightning.checkpoints.files import MARKER, newest_checkpoint, read_marker
+from agro_lightning.checkpoints.sharded import merge_ranks, remove_folder
 from agro_lightning.distributed.fsdp import DataRank
 
 SMALL = """

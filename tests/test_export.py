@@ -14,7 +14,8 @@ from tiny_models import save_with_tokenizer, tiny_lm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agro_lightning.checkpoints.export import export
-from agro_lightning.checkpoints.sharded import MARKER, ShardedSaver
+from agro_lightning.checkpoints.files import MARKER
+from agro_lightning.checkpoints.sharded import ShardedSaver
 from agro_lightning.checkpoints.single_file import CHECKPOINT_KEY
 from agro_lightning.distributed.fsdp import ShardingSettings, data_rank
 from agro_lightning.models.config import LoraSettings, PolicySettings

@@ -347,3 +347,19 @@ def test_a_random_qwen3_trains_on_a_local_gsm8k_file(quickstart_tokenizer, tmp_p
     assert len(rows) >= 3
     assert all(float(row["train/logprob_gap_max"]) < 1e-3 for row in rows if "train/logprob_gap_max" in row)
     assert float(rows[0]["train/entropy"]) > 1.0 and "train/objective" in rows[0]
+
+
+def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_used(config, whole_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run[0], folder, symlinks=True)
+    last = folder / "checkpoints" / "step-00000008.ckpt"
+    data = bytearray(last.read_bytes())
+    data[len(data) // 2] ^= 1
+    last.write_bytes(data)
+    output = run("fit", "--config", config, "--run_dir", folder, "--ckpt_path", last, code=1)
+    assert "step-00000008.ckpt cannot be read" in output and "--ckpt_path" in output.splitlines()[-1]
+    assert "step-00000006.ckpt" in output and "Traceback" not in output
+    output = run("fit", "--config", config, "--run_dir", folder, "--ckpt_path", "last")
+    assert "The run goes on from the complete checkpoint before it" in output
+    whole = torch.load(whole_run[0] / "checkpoints" / "step-00000008.ckpt", weights_only=True)
+    assert_same(final_state(folder)["state_dict"], whole["state_dict"])

@@ -13,7 +13,7 @@ import torch
 from ranks import free_port
 from test_checkpoint_sharded import OFFLINE, assert_same, tensors_of
 
-from agro_lightning.checkpoints.sharded import newest_checkpoint
+from agro_lightning.checkpoints.files import newest_checkpoint
 
 STEPS = 24
 

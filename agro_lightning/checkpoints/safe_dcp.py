@@ -14,8 +14,10 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
+from agro_lightning.checkpoints.files import damaged
 
-class _PlainUnpickler(pickle.Unpickler):
+
+class _SafeUnpickler(pickle.Unpickler):
     """Rebuilds the description of tensors that torch pickles into .metadata, and nothing else."""
 
     _classes = {
@@ -57,25 +59,22 @@ class _PlainUnpickler(pickle.Unpickler):
         return found
 
 
-class PlainReader(FileSystemReader):
+class SafeDcpReader(FileSystemReader):
     """Reads shards without running code from them."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / ".metadata"
         try:
             with path.open("rb") as handle:
-                metadata = _PlainUnpickler(handle).load()
-        except (pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(
-                f"{path} cannot be read ({error}); it is torn, or not made by agro-lightning. Nothing in "
-                "it was run"
-            ) from None
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
+                metadata = _SafeUnpickler(handle).load()
+            storage, load_id = metadata.storage_meta or StorageMeta(), self.load_id
+        except Exception as error:  # changed bytes make the unpickler raise nearly anything
+            raise damaged(path, error or type(error).__name__) from None
+        metadata.storage_meta, storage.load_id = storage, load_id
         return metadata
 
 
-class PlainPlanner(DefaultLoadPlanner):
+class SafeDcpPlanner(DefaultLoadPlanner):
     """Loads entries that are no tensors as plain values only."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
@@ -89,20 +88,21 @@ def read_tensors(folder: Path, state: dict[str, Any], *, alone: bool = False) ->
     """Fills the state from a folder of shards; `alone` without any other rank."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load_tensors(state, storage_reader=PlainReader(folder), planner=PlainPlanner(), no_dist=alone)
+        load_tensors(state, storage_reader=SafeDcpReader(folder), planner=SafeDcpPlanner(), no_dist=alone)
 
 
-def read_everything(folder: Path) -> dict[str, Any]:
-    """All that the shards hold, put together in this process's CPU memory."""
-    metadata = PlainReader(folder).read_metadata()
+def read_everything(folder: Path, prefix: str = "") -> dict[str, Any]:
+    """What the shards hold under names with this prefix, put together in this process's CPU memory."""
+    metadata = SafeDcpReader(folder).read_metadata()
     flat: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         if isinstance(entry, TensorStorageMetadata)
         else None
         for name, entry in metadata.state_dict_metadata.items()
+        if name.startswith(prefix)
     }
     read_tensors(folder, flat, alone=True)
     state: dict[str, Any] = {}
-    for name, path in metadata.planner_data.items():
-        set_element(state, path, flat[name])
+    for name, value in flat.items():
+        set_element(state, metadata.planner_data[name], value)
     return state

@@ -4,10 +4,8 @@ Tensors are in torch's distributed format, what else a rank must remember in a f
 written under another name, marked as complete once every rank is done, and only then given its name.
 """
 
-import contextlib
 import json
 import os
-import pickle
 import shutil
 import threading
 from collections.abc import Callable
@@ -28,46 +26,27 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
+from agro_lightning.checkpoints.files import (
+    MARKER,
+    check_archive,
+    check_shards,
+    file_digest,
+    is_sharded,
+    read_marker,
+    read_plain,
+    tensor_bytes,
+    write_tensors,
+)
 from agro_lightning.checkpoints.safe_dcp import read_everything, read_tensors
 from agro_lightning.distributed.fsdp import DataRank
 from agro_lightning.primitives.atomic_files import disk_full_error, is_disk_full, sync_directory
 from agro_lightning.primitives.dtensor import fill
 
-MARKER = "complete.json"
-
-
-def is_sharded(path: Path) -> bool:
-    """Whether a checkpoint is a folder of shards, complete or not."""
-    return path.is_dir()
-
 
 def rank_file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.pt"
-
-
-def missing_checkpoint(path: Path) -> str:
-    """What to say of a checkpoint that is not there."""
-    return f"checkpoint {path} does not exist; look into the run's folder checkpoints/"
-
-
-def read_marker(folder: Path) -> dict[str, Any]:
-    """What the marker says: the number of ranks.
-
-    Raises:
-        FileNotFoundError: no such checkpoint.
-        ValueError: it is not complete.
-    """
-    if not folder.exists():
-        raise FileNotFoundError(missing_checkpoint(folder))
-    try:
-        return json.loads((folder / MARKER).read_text())
-    except FileNotFoundError:
-        raise ValueError(
-            f"checkpoint {folder} is not complete (it has no {MARKER}): its writers were stopped, or it "
-            "was copied in part. Give an older one"
-        ) from None
 
 
 class ShardedSaver:
@@ -153,18 +132,21 @@ class ShardedSaver:
         self._together(prepare)
         save_tensors(tensors, storage_writer=FileSystemWriter(aside), process_group=self._group)
 
-        def write_rest() -> None:
+        def write_rest() -> dict[str, str]:
             with rank_file(aside, self._rank).open("wb") as handle:
-                torch.save({**rest, "data_rank": self._place.rank, "first": self._place.first}, handle)
-                handle.flush()
-                os.fsync(handle.fileno())
+                write_tensors({**rest, "data_rank": self._place.rank, "first": self._place.first}, handle)
+            mine = [rank_file(aside, self._rank), *aside.glob(f"__{self._rank}_*.distcp")]
+            mine += [aside / ".metadata"] if self._rank == 0 else []
+            return {path.name: file_digest(path) for path in mine}
 
-        self._together(write_rest)
+        digests = self._together(write_rest)
 
         def finish() -> None:
             if self._rank == 0:
+                files = {name: digest for part in digests for name, digest in part.items()}
+                marker = {"ranks": self._ranks, "global_step": rest.get("global_step"), "files": files}
                 with (aside / MARKER).open("w") as handle:
-                    json.dump({"ranks": self._ranks, "global_step": rest.get("global_step")}, handle)
+                    json.dump(marker, handle)
                     handle.flush()
                     os.fsync(handle.fileno())
                 sync_directory(aside)
@@ -174,20 +156,23 @@ class ShardedSaver:
 
         self._together(finish)
 
-    def _together(self, action: Callable[[], None]) -> None:
-        """Runs on every rank; what goes wrong on one of them is raised on all."""
+    def _together(self, action: Callable[[], Any]) -> list[Any]:
+        """Runs on every rank and returns what each returned; what goes wrong on one is raised on all."""
         problem: Exception | None = None
+        result = None
         try:
-            action()
+            result = action()
         except Exception as error:
             problem = error
-        words: list[str | None] = [None] * self._ranks
-        dist.all_gather_object(words, None if problem is None else str(problem), group=self._group)
+        answers: list[Any] = [None] * self._ranks
+        word = None if problem is None else str(problem)
+        dist.all_gather_object(answers, (result, word), group=self._group)
         if problem is not None:
             raise problem
-        for rank, word in enumerate(words):
+        for rank, (_, word) in enumerate(answers):
             if word is not None:
                 raise OSError(f"rank {rank} could not write its part of a checkpoint: {word}")
+        return [result for result, _ in answers]
 
 
 def _copy_to_cpu(tensor: Tensor) -> Tensor:
@@ -200,12 +185,12 @@ def _explained(error: BaseException, path: Path, tensors: dict[str, Any]) -> Bas
         causes += [wrapped[0] for wrapped in error.failures.values()]
     for cause in causes:
         if isinstance(cause, OSError) and is_disk_full(cause):
-            return disk_full_error(cause, path, _tensor_bytes(tensors))
+            return disk_full_error(
+                cause,
+                path,
+                tensor_bytes(tensors),
+            )
     return error
-
-
-def _tensor_bytes(tree: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tree_leaves(tree) if isinstance(t, Tensor))
 
 
 def remove_folder(path: Path) -> None:
@@ -219,15 +204,26 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(gone)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint in the folder that was completed last; links and half-written ones do not count."""
-    times: dict[Path, int] = {}
-    for path in folder.glob("*.ckpt"):
-        if path.name.startswith(".") or path.is_symlink():
-            continue
-        with contextlib.suppress(FileNotFoundError):  # not complete, or removed meanwhile
-            times[path] = ((path / MARKER) if path.is_dir() else path).stat().st_mtime_ns
-    return max(times, key=lambda path: (times[path], path.name)) if times else None
+def check_together(path: Path) -> None:
+    """Compares a checkpoint with its digests; ranks share the files, and all raise what one of them finds.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        DamagedCheckpointError: a file is missing or differs.
+    """
+    problem: Exception | None = None
+    try:
+        if is_sharded(path):
+            check_shards(path, part=dist.get_rank(), parts=dist.get_world_size())
+        elif dist.get_rank() == 0:
+            check_archive(path)
+    except (OSError, ValueError) as error:
+        problem = error
+    problems: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for problem in problems:
+        if problem is not None:
+            raise problem
 
 
 def load(path: Path, model: nn.Module, optimizers: list[Optimizer], place: DataRank) -> dict[str, Any]:
@@ -300,14 +296,7 @@ def _by_position(optimizer: dict[str, Any]) -> dict[str, Any]:
 
 def read_rank(folder: Path, rank: int) -> dict[str, Any]:
     """One rank's state: tensors and plain values only; no code from the file is run."""
-    file = rank_file(folder, rank)
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(
-            f"{file} cannot be read as tensors and plain values ({str(error).splitlines()[0]}); it is "
-            "torn, or not made by agro-lightning. Nothing in it was run"
-        ) from None
+    return read_plain(rank_file(folder, rank))
 
 
 def merge_ranks(states: list[dict[str, Any]], place: DataRank) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from agro_lightning.checkpoints.sharded import newest_checkpoint
+from agro_lightning.checkpoints.files import newest_checkpoint
 from agro_lightning.training.strategy import Sharded
 
 
@@ -102,8 +102,11 @@ class RunCheckpoint(ModelCheckpoint):
             move()
 
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
-        """What --ckpt_path last means: the newest complete one, wherever the link points."""
+        """What --ckpt_path last means: the complete one of most steps, wherever the link points; where it is
+        damaged, the one before it."""
         assert self.dirpath is not None
+        strategy: Any = trainer.strategy
+        (strategy if isinstance(strategy, Sharded) else strategy.checkpoint_io).fall_back = True
         newest = newest_checkpoint(Path(self.dirpath))
         return set() if newest is None else {str(newest)}
 

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from agro_lightning.checkpoints.single_file import CHECKPOINT_KEY, gather_rng, set_rng
+from agro_lightning.checkpoints.single_file import CHECKPOINT_KEY
 from agro_lightning.distributed.fsdp import (
     ShardingSettings,
     clip_by_norm,
@@ -39,6 +39,7 @@ from agro_lightning.models.reference import (
 )
 from agro_lightning.models.sharded_loading import sharded_policy, sharded_reference
 from agro_lightning.objectives import Agro, LossInputs, Objective
+from agro_lightning.primitives.rng import gather_rng, set_rng
 from agro_lightning.primitives.stopwatch import Phases
 from agro_lightning.training.evaluation import PromptResult
 from agro_lightning.training.metrics import StepResult, batch_metrics

@@ -7,13 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from agro_lightning.checkpoints import sharded as sharded_checkpoint
-from agro_lightning.checkpoints.single_file import plain_values_only
+from agro_lightning.checkpoints.files import first_sound, older_checkpoints, read_plain
 from agro_lightning.distributed.fsdp import data_rank
 from agro_lightning.distributed.launch import store_after_restart
 
@@ -61,6 +60,8 @@ class Sharded(ModelParallelStrategy):
         )
         self._asynchronous = asynchronous_checkpoints
         self._saver: sharded_checkpoint.ShardedSaver | None = None
+        self.fall_back = False
+        """Whether an older checkpoint of the folder may take the place of a damaged one."""
 
     def setup_environment(self) -> None:
         tensor = self._tensor_parallel_size
@@ -115,12 +116,13 @@ class Sharded(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Loads a folder of shards, or the single file of a run on one device; runs no code from either."""
         self.saver.wait()
-        path, place = Path(self.broadcast(checkpoint_path)), data_rank(self.device_mesh)
+        asked, place = Path(checkpoint_path).resolve(), data_rank(self.device_mesh)
+        paths = self.broadcast([asked, *(older_checkpoints(asked) if self.fall_back else ())])
+        path = first_sound(paths, sharded_checkpoint.check_together)
         assert self.model is not None
         if not path.is_file():
             return sharded_checkpoint.load(path, self.model, self.optimizers, place)
-        with plain_values_only(path):
-            single = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        single = read_plain(path, mmap=True)
         return sharded_checkpoint.load_single(single, self.model, self.optimizers, place)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

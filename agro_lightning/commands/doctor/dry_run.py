@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from agro_lightning.checkpoints.export import export
-from agro_lightning.checkpoints.sharded import newest_checkpoint
+from agro_lightning.checkpoints.files import newest_checkpoint
 from agro_lightning.checkpoints.single_file import DurableCheckpointIO
 from agro_lightning.commands.doctor.report import Checks, Problem
 from agro_lightning.commands.inspect import sample_text
