@@ -356,7 +356,7 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_used(config, w
     data = bytearray(last.read_bytes())
     data[len(data) // 2] ^= 1
     last.write_bytes(data)
-    output = run("fit", "--config", config, "--run_dir", folder, "--ckpt_path", last, code=1)
+    output = run("fit", "--config", config, "--run_dir", folder, "--ckpt_path", last, code=2)
     assert "step-00000008.ckpt cannot be read" in output and "--ckpt_path" in output.splitlines()[-1]
     assert "step-00000006.ckpt" in output and "Traceback" not in output
     output = run("fit", "--config", config, "--run_dir", folder, "--ckpt_path", "last")
