@@ -1,8 +1,9 @@
 """Compiles every kernel and every tile of the static table for Hopper (sm_90), on a machine without a GPU.
 
-Prints registers, stack (above 0: registers spill), shared memory, tensor-core instructions and bulk copies of
-each, and exits with 1 where the gate fails: stack 0, wgmma present for 16-bit inputs, shared memory at most
-232,448 bytes.
+What is compiled is what is launched: an integer that Triton specialises on is compiled both as a multiple of
+16 and not, except where the launcher only ever passes multiples. Prints registers, stack (above 0: registers
+spill), shared memory, tensor-core instructions and bulk copies of each, and exits with 1 where the gate
+fails: stack 0, wgmma present for 16-bit inputs, shared memory at most 232,448 bytes.
 """
 
 import os
@@ -11,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # compiled kernels are what this is about
@@ -22,22 +24,13 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from agro_kernels import (
-    _tiles,
-    _triton_combine,
-    _triton_group_coefficients,
-    _triton_sequence_sums,
-    _triton_tile_grads,
-    _triton_tile_stats,
-)
-from agro_kernels._triton_dlogits import dlogits_kernel
-from agro_kernels._triton_stats import stats_kernel
+from agro_kernels import _tiles, _triton_agro, _triton_epilogue
+from agro_kernels._triton_fused import dlogits_kernel, stats_kernel
 from bench._records import emit, parser, record
 
 BENCH = "sm90_report"
 SHARED_LIMIT = 232_448
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SIZES = (896, 2048, 2880, 4096, 8192)
 VARIANTS: dict[str, dict[str, bool]] = {
     "plain": {},
     "entropy": {"ENTROPY": True},
@@ -46,12 +39,11 @@ VARIANTS: dict[str, dict[str, bool]] = {
 }
 TYPES = {name: "*i64" for name in ("targets", "order", "bounds", "begins", "ends")}
 TYPES |= {name: "fp32" for name in ("inner", "outer", "factor")}
-TYPES |= {name: "i32" for name in ("row_count", "column_count", "tile_count")}
-ALIGNED = ("hidden_stride", "weight_stride", "out_stride")
-TYPES |= {name: "i32" for name in ALIGNED}
-
-
-DOUBLES = {name: "*fp64" for name in ("log_ratios", "beta", "num_groups", "coefficients", "half_variances")}
+TYPES |= {name: "i32" for name in ("row_count", "column_count", "block_count", "hidden_size", "group")}
+TYPES |= {name: "i32" for name in ("hidden_stride", "weight_stride", "out_stride")}
+MULTIPLES = ("out_stride",)
+"""Specialised integers of which the launcher passes multiples of 16 alone."""
+DOUBLES = {name: "*fp64" for name in ("log_ratios", "settings", "coefficients", "half_variances")}
 """What the loss's two kernels keep in fp64."""
 
 
@@ -67,90 +59,107 @@ class Case:
     stages: int
     types: dict[str, str] = field(default_factory=dict)
     """Types of arguments that differ from TYPES."""
+    multiples: tuple[str, ...] = MULTIPLES
+    """Integers that are multiples of 16."""
 
     @property
     def needs_wgmma(self) -> bool:
-        return self.dtype != "fp32" and "H" in self.constants
+        return self.dtype != "fp32" and "DEPTH" in self.constants
 
 
 def table_case(kernel: Any, kind: str, table: Any, dtype: str, size: int, variant: str) -> Case:
-    """A forward or backward kernel at one hidden size, with the table's tile."""
+    """A forward or backward kernel with the table's tile for a hidden size."""
     flags = VARIANTS[variant]
-    softcap, descriptor = flags.get("SOFTCAP", False), flags.get("DESCRIPTOR", True)
-    tile = _tiles.choose_tile(table, size, DTYPES[dtype], softcap=softcap, descriptor=descriptor)
-    return head_case(kernel, kind, tile, dtype, size, variant)
+    narrow = flags.get("SOFTCAP", False) or (kind == "dlogits" and flags.get("ENTROPY", False))
+    descriptor = flags.get("DESCRIPTOR", True)
+    tile = _tiles.choose_tile(table, size, DTYPES[dtype], narrow=narrow, descriptor=descriptor)
+    return head_case(kernel, kind, tile, dtype, variant)
 
 
-def head_case(kernel: Any, kind: str, tile: _tiles.Tile, dtype: str, size: int, variant: str) -> Case:
-    """A forward or backward kernel at one hidden size, with any tile."""
+def head_case(kernel: Any, kind: str, tile: _tiles.Tile, dtype: str, variant: str) -> Case:
+    """A forward or backward kernel with any tile; the hidden size is a plain argument."""
     flags = {"DESCRIPTOR": True, "BIAS": False, "SOFTCAP": False, "ENTROPY": False}
     flags |= VARIANTS[variant]
-    shape = {"H": size, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "GROUP": tile.group}
+    shape = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
     constants = {name: value for name, value in (flags | shape).items() if name in kernel.arg_names}
-    name = f"{kind}:{dtype}:H{size}:{variant}:{tile.rows}x{tile.columns}x{tile.depth}"
+    name = f"{kind}:{dtype}:{variant}:{tile.rows}x{tile.columns}x{tile.depth}"
     return Case(
         name=name, kernel=kernel, dtype=dtype, constants=constants, warps=tile.warps, stages=tile.stages
     )
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """Every kernel with every tile that the tables can give, in all variants at one size of each tile.
-
-    `quick` leaves out fp16, fp32's variants, and the other hidden sizes.
-    """
+    """Every kernel with every tile that the tables can give, in all variants; `quick` leaves out fp16, and
+    fp32's variants."""
     seen = set()
     for kernel, kind, table in (
         (stats_kernel, "stats", _tiles.FORWARD),
         (dlogits_kernel, "dlogits", _tiles.DLOGITS),
     ):
         for dtype in ("bf16", "fp32") if quick else DTYPES:
-            for size in SIZES:
-                tile = _tiles.choose_tile(table, size, DTYPES[dtype])
-                first = (kind, dtype, tile) not in seen
-                seen.add((kind, dtype, tile))
-                for variant in VARIANTS:
-                    wanted = first if quick else first or variant == "plain"
-                    if wanted and not (quick and dtype == "fp32" and variant != "plain"):
-                        yield table_case(kernel, kind, table, dtype, size, variant)
+            for size, variant in product([limit for limit, _ in table], VARIANTS):
+                case = table_case(kernel, kind, table, dtype, size, variant)
+                if case.name in seen or (quick and dtype == "fp32" and variant != "plain"):
+                    continue
+                seen.add(case.name)
+                yield case
     yield from small_cases()
 
 
 def small_cases() -> Iterator[Case]:
     """The kernels without products: they have one shape each."""
     flags = {"plain": (False, False), "softcap_bias_entropy": (True, True)}
+    rows, blocks = _triton_epilogue.COMBINE_SHAPE
     for entropy in (False, True):
-        constants = {"ENTROPY": entropy, "ROWS": _triton_combine.ROWS}
+        constants = {"ENTROPY": entropy, "ROWS": rows, "BLOCKS": blocks}
+        kernel = _triton_epilogue.combine_kernel
         name = f"combine:entropy={entropy}"
-        kernel = _triton_combine.combine_kernel
         yield Case(name=name, kernel=kernel, dtype="fp32", constants=constants, warps=4, stages=3)
     for variant, (capped, entropy) in flags.items():
         shared = {"BIAS": capped, "SOFTCAP": capped, "ENTROPY": entropy}
-        for kind, module in (("tile_stats", _triton_tile_stats), ("tile_grads", _triton_tile_grads)):
-            shape = {"ROWS": module.ROWS, "COLUMNS": module.COLUMNS}
-            for out in ("bf16", "fp32") if kind == "tile_grads" else ("fp32",):
-                yield Case(
-                    name=f"{kind}:{out}:{variant}:{module.ROWS}x{module.COLUMNS}",
-                    kernel=getattr(module, f"{kind}_kernel"),
+        for kind, (rows, columns), outs in (
+            ("tile_stats", _triton_epilogue.STATS_SHAPE, ("fp32",)),
+            ("tile_grads", _triton_epilogue.GRADS_SHAPE, ("bf16", "fp32")),
+        ):
+            for out in outs:
+                case = Case(
+                    name=f"{kind}:{out}:{variant}:{rows}x{columns}",
+                    kernel=getattr(_triton_epilogue, f"{kind}_kernel"),
                     dtype="fp32",
-                    constants=shared | shape,
+                    constants=shared | {"ROWS": rows, "COLUMNS": columns},
                     warps=4,
                     stages=3,
                     types={"out": f"*{out}"},
                 )
-    for kind, module, warps in (
-        ("sequence_sums", _triton_sequence_sums, 4),
-        ("group_coefficients", _triton_group_coefficients, 2),
+                yield from specialisations(case)
+    for kind, block, warps in (
+        ("sequence_sums", _triton_agro.SUM_BLOCK, 4),
+        ("group_coefficients", _triton_agro.GROUP_BLOCK, 2),
     ):
-        kernel = getattr(module, f"{kind}_kernel")
         yield Case(
-            name=f"{kind}:{module.BLOCK}",
-            kernel=kernel,
+            name=f"{kind}:{block}",
+            kernel=getattr(_triton_agro, f"{kind}_kernel"),
             dtype="fp32",
-            constants={"BLOCK": module.BLOCK},
+            constants={"BLOCK": block},
             warps=warps,
             stages=3,
             types=DOUBLES,
         )
+
+
+def specialised(kernel: Any) -> set[str]:
+    """The integers that Triton compiles a form of their own for where they are multiples of 16."""
+    return {
+        item.name for item in kernel.params if TYPES.get(item.name) == "i32" and not item.do_not_specialize
+    }
+
+
+def specialisations(case: Case) -> Iterator[Case]:
+    """The case with its free integers as multiples of 16, and as any numbers."""
+    free = tuple(sorted(specialised(case.kernel) - set(MULTIPLES)))
+    yield replace(case, multiples=(*MULTIPLES, *free))
+    if free:
+        yield replace(case, name=f"{case.name}:ragged")
 
 
 def signature(case: Case) -> dict[str, str]:
@@ -177,7 +186,7 @@ def compile_case(case: Case) -> dict[str, int]:
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, (name, kind) in enumerate(kinds.items())
-        if kind.startswith("*") or (name in ALIGNED and case.constants.get("DESCRIPTOR"))
+        if kind.startswith("*") or (name in case.multiples and name in specialised(case.kernel))
     }
     compiled = triton.compile(
         ASTSource(fn=case.kernel, signature=kinds, constexprs=case.constants, attrs=aligned),

@@ -19,8 +19,7 @@ import torch
 from agro_kernels import _tiles
 from agro_kernels._head import Head, Upstream
 from agro_kernels._tiles import Tile
-from agro_kernels._triton_dlogits import dlogits_kernel, launch_dlogits
-from agro_kernels._triton_stats import launch_stats, stats_kernel
+from agro_kernels._triton_fused import dlogits_kernel, launch_dlogits, launch_stats, stats_kernel
 from bench._records import emit, parser, record
 from bench.linear_logprobs import Problem, library_matmul
 from bench.sm90_report import compile_case, failures, head_case, wide
@@ -28,12 +27,10 @@ from bench.sm90_report import compile_case, failures, head_case, wide
 BENCH = "tiles"
 KERNELS = {"stats": stats_kernel, "dlogits": dlogits_kernel}
 TABLES = {"stats": _tiles.FORWARD, "dlogits": _tiles.DLOGITS}
-EPILOGUES = ("plain", "entropy")
-"""What the table's tiles are used with; softcap and plain loads have tiles of their own."""
+EPILOGUES = {"stats": ("plain", "entropy"), "dlogits": ("plain",)}
+"""What the table's tiles are used with; softcap, the entropy's gradient and plain loads have their own."""
 SIZES = (896, 1536, 2048, 2880, 4096, 8192)
 SIZES_QUICK = (896, 4096)
-COMPILED_SIZE = 4096
-"""The hidden size compiled for: it is a loop's length, and changes no register."""
 ROWS, COLUMNS = 8192, 65536
 SLICE = 16384
 """Columns of one launch of the backward: 256 MiB of dL/du in bf16 at ROWS."""
@@ -73,8 +70,8 @@ def name(tile: Tile) -> str:
 def compiled(kind: str, tile: Tile) -> tuple[list[dict[str, Any]], bool]:
     """The tile's cost in each epilogue, read from its binary, and whether it fits."""
     records, fits = [], True
-    for epilogue in EPILOGUES:
-        case = head_case(KERNELS[kind], kind, tile, "bf16", COMPILED_SIZE, epilogue)
+    for epilogue in EPILOGUES[kind]:
+        case = head_case(KERNELS[kind], kind, tile, "bf16", epilogue)
         figures = compile_case(case)
         faults = failures(case, figures)
         fits = fits and not faults
@@ -101,8 +98,8 @@ def launcher(kind: str, problem: Problem) -> Callable[[Tile], object]:
     """One launch of the kernel on the problem with any tile; the backward's is of one slice."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     if kind == "stats":
-        return lambda tile: launch_stats(hidden, weight, None, problem.targets, Head(), False, tile)
-    out = hidden.new_empty(hidden.shape[0], weight.shape[0])
+        return lambda tile: launch_stats(hidden, weight, None, problem.targets, Head(), False, None, tile)
+    out = hidden.new_empty(hidden.shape[0] * weight.shape[0])
     level = torch.full_like(problem.coefficients, 11.0)
     upstream = Upstream(logsumexp=level, coefficient=problem.coefficients)
     return lambda tile: launch_dlogits(hidden, weight, None, problem.targets, Head(), upstream, out, tile)

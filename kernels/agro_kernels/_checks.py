@@ -1,4 +1,4 @@
-"""The kernels' door: what comes in is checked here, once."""
+"""Argument checks of the public functions, made once."""
 
 import math
 import os
@@ -58,9 +58,7 @@ def check_head_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Ten
             raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}; move one of them")
 
 
-def check_head_options(
-    temperature: float, logit_scale: float, softcap: float | None, dropped_mass: float, backend: str
-) -> None:
+def check_head_options(temperature: float, logit_scale: float, softcap: float | None, backend: str) -> None:
     """Raises ValueError for options outside their range."""
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature is {temperature}; expected a positive number")
@@ -68,8 +66,6 @@ def check_head_options(
         raise ValueError(f"logit_scale is {logit_scale}; expected a finite number other than 0")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap is {softcap}; expected a positive number, or None")
-    if not 0.0 <= dropped_mass < 1.0:
-        raise ValueError(f"dropped_mass is {dropped_mass}; expected a probability mass in [0, 1)")
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {BACKENDS}")
 

@@ -1,24 +1,19 @@
 """Backend `chunked`: library matmuls on bounded tiles of logits, with a small epilogue on each tile.
 
-One buffer holds one tile at a time; no (N, V) tensor exists, forward or backward. The vocabulary is the outer
-loop, so a slice of W is read (and cast) once per pass, and one of dW is finished before the next starts.
+The epilogues here are plain torch, for CPUs, for fp64 and where Triton is missing; on a GPU Triton kernels
+pass over a tile once.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from agro_kernels._epilogue import choose_epilogue
-from agro_kernels._head import (
-    SPARSE_TILE,
-    Head,
-    Stats,
-    Upstream,
-    Wanted,
-    combined_entropy,
-    spans,
-    stats_dtype,
-)
-from agro_kernels._matmul import accumulate, product
+from agro_kernels._devices import runs_small_kernels
+from agro_kernels._head import SPARSE_TILE, Head, Parts, Upstream, spans, stats_dtype
+from agro_kernels._matmul import product
+from agro_kernels._slices import Launchers
 
 CPU_TILE = 4 << 20
 """Logits per tile on a CPU: 16 MiB in fp32. Measured fastest at 4096 x 512 x 32000 on two cores."""
@@ -26,134 +21,153 @@ GPU_TILE = 64 << 20
 """Logits per tile on a GPU: 256 MiB in fp32. Unmeasured."""
 
 
-def tile_shape(rows: int, columns: int, device: torch.device) -> tuple[int, int]:
+class Epilogue(NamedTuple):
+    """The two functions of one form; arguments as of tile_stats_ and tile_grads_."""
+
+    stats: Callable[[Tensor, Tensor | None, Head, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+    grads: Callable[[Tensor, Tensor | None, Head, Tensor, Upstream, torch.dtype], Tensor]
+
+
+def choose_epilogue(hidden: Tensor) -> Epilogue:
+    """The form for this device and dtype."""
+    if not runs_small_kernels(hidden):
+        return Epilogue(tile_stats_, tile_grads_)
+    from agro_kernels._triton_epilogue import launch_tile_grads, launch_tile_stats
+
+    return Epilogue(launch_tile_stats, launch_tile_grads)
+
+
+def slice_shape(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
     """Rows and vocabulary columns of one tile."""
-    most_rows, elements = (2048, CPU_TILE) if device.type == "cpu" else (16384, GPU_TILE)
-    height = min(rows, most_rows)
+    most_rows, elements = (2048, CPU_TILE) if hidden.device.type == "cpu" else (16384, GPU_TILE)
+    height = min(hidden.shape[0], most_rows)
     width = max(SPARSE_TILE, elements // height // SPARSE_TILE * SPARSE_TILE)
-    return height, min(columns, width)
+    return height, min(weight.shape[0], width)
 
 
-def _matmul_dtype(tensor: Tensor) -> torch.dtype:
-    # A CPU matmul of low-precision inputs would round the logits to that precision.
-    return stats_dtype(tensor.dtype) if tensor.device.type == "cpu" else tensor.dtype
+def buffer(hidden: Tensor, rows: int, columns: int) -> Tensor:
+    """Room for one tile of products, in the statistics' dtype."""
+    return hidden.new_empty(rows * columns, dtype=stats_dtype(hidden.dtype))
 
 
-def _products(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
-    """One tile of X Wᵀ in `buffer`. (n, H), (v, H) -> (n, v)"""
-    tile = buffer[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
-    return product(hidden, weight.T, out=tile)
+def operand(matrix: Tensor) -> Tensor:
+    """On a CPU in the statistics' dtype: its matmul of 16-bit inputs would round the logits to 16 bits."""
+    return matrix.to(stats_dtype(matrix.dtype)) if matrix.device.type == "cpu" else matrix
+
+
+def _products(hidden: Tensor, weight: Tensor, memory: Tensor) -> Tensor:
+    """One tile of X Wᵀ in `memory`. (n, H), (v, H) -> (n, v)"""
+    tile = memory[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
+    return product(tile, hidden, weight.T)
 
 
 def chunked_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    head: Head,
-    entropy: bool,
-    tiles: bool,
-) -> Stats:
-    """Row statistics, tile by tile.
-
-    Args:
-        hidden: (N, H).
-        weight: (V, H).
-        bias: (V,) or None.
-        targets: (N,); a value outside [0, V) is not in this slice and contributes 0.
-        head: the logit transform.
-        entropy: whether to compute the entropy.
-        tiles: whether to keep each vocabulary tile's logsumexp.
-    """
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, entropy: bool,
+    most_columns: int | None,
+) -> Parts:  # fmt: skip
+    """Statistics of blocks of the vocabulary, tile by tile: see `_slices.Launchers`."""
     rows, columns = hidden.shape[0], weight.shape[0]
-    dtype = stats_dtype(hidden.dtype)
     epilogue = choose_epilogue(hidden)
-    hidden = hidden.to(_matmul_dtype(hidden))
-    height, width = tile_shape(rows, columns, hidden.device)
-    if tiles:
-        width = min(width, SPARSE_TILE)
-    buffer = torch.empty(height * width, dtype=dtype, device=hidden.device)
-    logsumexp = torch.full((rows,), -torch.inf, dtype=dtype, device=hidden.device)
-    target_logit = torch.zeros_like(logsumexp)
-    entropies = torch.zeros_like(logsumexp) if entropy else None
-    tile_logsumexp = logsumexp.new_empty(rows, -(-columns // SPARSE_TILE)) if tiles else None
-    for left, right in spans(columns, width):
-        weight_slice = weight[left:right].to(hidden.dtype)
-        bias_slice = None if bias is None else bias[left:right].to(dtype)
+    height, width = slice_shape(hidden, weight)
+    width = min(width, most_columns or width)
+    memory = buffer(hidden, height, width)
+    logsumexp = memory.new_empty(-(-columns // width), rows)
+    entropies = torch.empty_like(logsumexp) if entropy else None
+    target_logit = memory.new_zeros(rows)
+    for block, (left, right) in enumerate(spans(columns, width)):
+        part = operand(weight[left:right])
+        part_bias = None if bias is None else bias[left:right].to(memory.dtype)
         for top, bottom in spans(rows, height):
-            tile = _products(hidden[top:bottom], weight_slice, buffer)
-            local = targets[top:bottom] - left
-            tile_lse, tile_entropy = epilogue.stats(
-                tile, bias_slice, head, local, target_logit[top:bottom], entropy
-            )
-            if tile_logsumexp is not None:
-                tile_logsumexp[top:bottom, left // SPARSE_TILE] = tile_lse
-            total = torch.logaddexp(logsumexp[top:bottom], tile_lse)
-            if entropies is not None and tile_entropy is not None:
-                before = combined_entropy(entropies[top:bottom], logsumexp[top:bottom], total)
-                entropies[top:bottom] = before + combined_entropy(tile_entropy, tile_lse, total)
-            logsumexp[top:bottom] = total
-    return Stats(
-        logsumexp=logsumexp, target_logit=target_logit, entropy=entropies, tile_logsumexp=tile_logsumexp
-    )
+            tile = _products(hidden[top:bottom], part, memory)
+            local, chosen = targets[top:bottom] - left, target_logit[top:bottom]
+            logsumexp[block, top:bottom], own = epilogue.stats(tile, part_bias, head, local, chosen, entropy)
+            if entropies is not None and own is not None:
+                entropies[block, top:bottom] = own
+    return Parts(logsumexp=logsumexp, entropy=entropies, target_logit=target_logit, columns=width)
 
 
-def chunked_grads(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    head: Head,
-    upstream: Upstream,
-    wanted: Wanted,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Recomputes each tile, turns it into dL/du in place, and adds its parts to the gradients.
+def chunked_dlogits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, upstream: Upstream,
+    memory: Tensor,
+) -> Tensor:  # fmt: skip
+    """dL/du of one tile: see `_slices.Launchers`."""
+    bias = None if bias is None else bias.to(memory.dtype)
+    tile = _products(hidden, weight, memory)
+    return choose_epilogue(hidden).grads(tile, bias, head, targets, upstream, hidden.dtype)
+
+
+CHUNKED = Launchers(
+    stats=chunked_stats, dlogits=chunked_dlogits, operand=operand, slice_shape=slice_shape, buffer=buffer
+)
+
+
+def _logits_(tile: Tensor, bias: Tensor | None, head: Head) -> Tensor:
+    if bias is not None:
+        tile += bias
+    return head.logits_(tile)
+
+
+def _owned(targets: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Which rows have their target in the tile (n,), and its column, or 0 (n, 1)."""
+    owned = (targets >= 0) & (targets < columns)
+    return owned, torch.where(owned, targets, 0)[:, None]
+
+
+def tile_stats_(
+    tile: Tensor, bias: Tensor | None, head: Head, targets: Tensor, target_logit: Tensor, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The tile's logsumexp (n,) and, on request, its entropy (n,); overwrites the tile.
 
     Args:
-        hidden: (N, H).
-        weight: (V, H).
-        bias: (V,) or None.
-        targets: (N,); a value outside [0, V) is not in this slice.
+        tile: (n, v): X Wᵀ.
+        bias: (v,) or None.
         head: the logit transform.
-        upstream: per row: logsumexp, coefficients, tiles to keep.
-        wanted: which gradients, and their dtypes.
-
-    Returns:
-        dX (N, H), dW (V, H), and db (V,) in the statistics' dtype; None where not wanted.
+        targets: (n,) targets counted from the tile's first column; outside [0, v) means elsewhere.
+        target_logit: (n,); the targets in this tile get their logit written.
+        entropy: whether the tile's own entropy is wanted.
     """
-    rows, columns = hidden.shape[0], weight.shape[0]
-    dtype = stats_dtype(hidden.dtype)
-    epilogue = choose_epilogue(hidden)
-    operands = hidden.to(_matmul_dtype(hidden))
-    height, width = tile_shape(rows, columns, hidden.device)
-    if upstream.keep is not None:
-        width = min(width, SPARSE_TILE)
-    buffer = torch.empty(height * width, dtype=dtype, device=hidden.device)
-    d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if wanted.hidden else None
-    d_weight = weight.new_empty(weight.shape, dtype=wanted.weight) if wanted.weight else None
-    d_bias = weight.new_zeros(columns, dtype=dtype) if wanted.bias else None
-    for left, right in spans(columns, width):
-        part = weight[left:right].to(operands.dtype)
-        part_bias = None if bias is None else bias[left:right].to(dtype)
-        weight_sum = None if d_weight is None else torch.zeros_like(part, dtype=dtype)
-        kept = None if upstream.keep is None else upstream.keep[:, left // SPARSE_TILE].nonzero()[:, 0]
-        for top, bottom in spans(rows if kept is None else kept.numel(), height):
-            chosen: slice | Tensor = slice(top, bottom) if kept is None else kept[top:bottom]
-            block = operands[chosen]
-            tile = _products(block, part, buffer)
-            grad = epilogue.grads(
-                tile, part_bias, head, targets[chosen] - left, upstream.rows(chosen), operands.dtype
-            )
-            if weight_sum is not None:
-                accumulate(weight_sum, grad.T, block)
-            if d_bias is not None:
-                d_bias[left:right] += grad.sum(0, dtype=dtype)
-            if d_hidden is None:
-                continue
-            if isinstance(chosen, slice):
-                accumulate(d_hidden[chosen], grad, part)
-            else:  # each row occurs once, so this read-modify-write is exact and repeatable
-                d_hidden[chosen] = accumulate(d_hidden[chosen], grad, part)
-        if d_weight is not None and weight_sum is not None:
-            d_weight[left:right] = weight_sum
-    return None if d_hidden is None else d_hidden.to(wanted.hidden), d_weight, d_bias
+    _logits_(tile, bias, head)
+    owned, column = _owned(targets, tile.shape[1])
+    target_logit.copy_(torch.where(owned, tile.gather(1, column)[:, 0], target_logit))
+    # A row of -inf (a masking bias) must not give inf - inf.
+    peak = tile.amax(1).clamp_(min=torch.finfo(tile.dtype).min)
+    tile.sub_(peak[:, None])
+    if not entropy:
+        return tile.exp_().sum(1).log_().add_(peak), None
+    weights = tile.exp()
+    total = weights.sum(1)
+    below = torch.linalg.vecdot(weights, tile.clamp_(min=-1e30))  # 0 * -inf would be NaN
+    tile_entropy = (total.log() - below / total).nan_to_num_(0.0)
+    return total.log_().add_(peak), tile_entropy
+
+
+def tile_grads_(
+    tile: Tensor, bias: Tensor | None, head: Head, targets: Tensor, upstream: Upstream, dtype: torch.dtype
+) -> Tensor:
+    """dL/du of a tile, in `dtype`; overwrites the tile.
+
+    With p = exp(z - logsumexp), c the log-prob's and e the entropy's upstream gradient, H the entropy:
+    dL/dz = c * (onehot - p) - e * p * (log p + H), and dL/du = dL/dz * dz/du.
+
+    Args:
+        tile: (n, v): X Wᵀ.
+        bias: (v,) or None.
+        head: the logit transform.
+        targets: (n,) targets counted from the tile's first column; outside [0, v) means elsewhere.
+        upstream: the figures of the tile's rows.
+        dtype: of the result, the matmul's operand type; the arithmetic stays in the tile's.
+    """
+    slope = head.slope(_logits_(tile, bias, head))
+    log_p = tile.sub_(upstream.logsumexp[:, None])
+    coefficient = upstream.coefficient[:, None]
+    if upstream.entropy_coefficient is None or upstream.entropy is None:
+        grad = log_p.exp_().mul_(-coefficient)
+    else:
+        weight = log_p.clamp(min=-1e30).add_(upstream.entropy[:, None])
+        weight.mul_(upstream.entropy_coefficient[:, None]).add_(coefficient)
+        grad = log_p.exp_().mul_(weight.neg_())
+    owned, column = _owned(targets, tile.shape[1])
+    grad.scatter_add_(1, column, torch.where(owned[:, None], coefficient, 0.0))
+    if not isinstance(slope, float) or slope != 1.0:
+        grad.mul_(slope)
+    return grad.to(dtype)

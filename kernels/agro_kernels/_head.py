@@ -1,10 +1,13 @@
-"""The head's options: how raw products X Wᵀ + b become the logits whose softmax is taken."""
+"""What all backends share: the head's options, and the records that pass between them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+SPARSE_TILE = 1024
+"""Vocabulary columns of one tile of the certified sparse backward."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,19 +22,22 @@ class Head:
     softcap: float = 0.0
     """Gemma's `final_logit_softcapping`; 0.0 is none."""
 
+    @property
+    def factor(self) -> float:
+        """dz/du without softcap, and at u = 0 with it."""
+        return self.logit_scale / self.temperature
+
     def logits_(self, raw: Tensor) -> Tensor:
         """Turns u into z in place. (..., V) -> (..., V)"""
         if self.softcap:
             return raw.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
-        factor = self.logit_scale / self.temperature
-        return raw if factor == 1.0 else raw.mul_(factor)
+        return raw if self.factor == 1.0 else raw.mul_(self.factor)
 
     def slope(self, logits: Tensor) -> Tensor | float:
-        """dz/du, from z: logit_scale/T * (1 - tanh²), or a plain number without softcap."""
-        factor = self.logit_scale / self.temperature
+        """dz/du, from z: factor * (1 - tanh²), or a plain number without softcap."""
         if not self.softcap:
-            return factor
-        return (logits * (self.temperature / self.softcap)).square_().neg_().add_(1.0).mul_(factor)
+            return self.factor
+        return (logits * (self.temperature / self.softcap)).square_().neg_().add_(1.0).mul_(self.factor)
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -46,23 +52,37 @@ def spans(total: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Softmax statistics of each row over each block of consecutive vocabulary columns."""
+
+    logsumexp: Tensor
+    """(blocks, N)"""
+    entropy: Tensor | None
+    """(blocks, N): entropy of the softmax over the block alone; None unless asked for. Blocks are combined
+    from entropies, not from mean logits, which may be large: their weights' rounding would show."""
+    target_logit: Tensor
+    """(N,): the target's logit; 0 where the target is not in this slice."""
+    columns: int
+    """Columns of a block; the last one may have fewer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """Row statistics of the softmax over this vocabulary (slice), in the statistics' dtype."""
+    """Softmax statistics of each row over this vocabulary (slice), in the statistics' dtype."""
 
     logsumexp: Tensor
     """(N,)"""
     target_logit: Tensor
     """(N,): the target's logit; 0 where the target is not in this slice."""
     entropy: Tensor | None
-    """(N,): entropy of the softmax over this slice alone; None unless asked for. Entropies, and not mean
-    logits, are what parts are combined from: mean logits may be large, and their weights' rounding shows."""
+    """(N,): entropy of the softmax over this slice alone; None unless asked for."""
     tile_logsumexp: Tensor | None
     """(N, ceil(V / SPARSE_TILE)): logsumexp of each vocabulary tile; None unless asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upstream:
-    """What the backward needs to know of each row, and of the parts that are wanted."""
+    """What the backward needs to know of each row."""
 
     logsumexp: Tensor
     """(N,): over the whole vocabulary."""
@@ -72,19 +92,18 @@ class Upstream:
     """(N,): the row's entropy; needed with entropy_coefficient."""
     entropy_coefficient: Tensor | None = None
     """(N,): gradient of the scalar with respect to the row's entropy."""
-    keep: Tensor | None = None
-    """(N, tiles) bool: vocabulary tiles that are recomputed; None is all of them (dense)."""
 
     def rows(self, chosen: slice | Tensor) -> "Upstream":
-        """The figures of some rows; keep is left out."""
-        return Upstream(
-            logsumexp=self.logsumexp[chosen],
-            coefficient=self.coefficient[chosen],
-            entropy=None if self.entropy is None else self.entropy[chosen],
-            entropy_coefficient=None
-            if self.entropy_coefficient is None
-            else self.entropy_coefficient[chosen],
-        )
+        """The figures of some rows."""
+        names = ("logsumexp", "coefficient", "entropy", "entropy_coefficient")
+        values = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: None if v is None else v[chosen] for name, v in values.items()})
+
+    def entropy_arguments(self) -> tuple[bool, Tensor, Tensor]:
+        """Whether the entropy has a gradient, the entropy, and its gradient; stand-ins where it has none."""
+        if self.entropy is None or self.entropy_coefficient is None:
+            return False, self.logsumexp, self.logsumexp
+        return True, self.entropy, self.entropy_coefficient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +125,3 @@ def combined_entropy(entropy: Tensor, logsumexp: Tensor, total: Tensor) -> Tenso
     """
     log_share = logsumexp - total
     return torch.where(log_share > -torch.inf, log_share.exp() * (entropy - log_share), 0.0)
-
-
-SPARSE_TILE = 1024
-"""Vocabulary columns of one tile of the certified sparse backward."""

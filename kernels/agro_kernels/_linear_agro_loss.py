@@ -1,6 +1,7 @@
-"""The door `linear_agro_loss`: AGRO's loss straight from hidden states, as one autograd function."""
+"""Public function `linear_agro_loss`: AGRO's loss straight from hidden states, as one autograd function."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,11 +9,11 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from agro_kernels._agro_coefficients import agro_coefficients
-from agro_kernels._checks import check_head_inputs, check_head_options, check_rows
-from agro_kernels._dispatch import choose_backend
-from agro_kernels._functions import HeadCall, head_call, run_grads, run_keep, run_stats
-from agro_kernels._linear_logprobs import autocast_operands, linear_logprobs, main_grad_of
+from agro_kernels._checks import check_rows
+from agro_kernels._devices import runs_small_kernels
+from agro_kernels._linear_logprobs import head_call, head_logprobs
+from agro_kernels._matmul import exact_products
+from agro_kernels._operators import HeadCall, run_grads, run_stats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,76 +23,20 @@ class LinearAgroLoss:
     loss: Float[Tensor, ""]
     """sum of coefficients * log_ratios: its gradient is that of objective / beta, also at beta = 0."""
     objective: Float[Tensor, ""]
-    """Sum over groups of half the variance of R = r - beta s, over num_groups."""
+    """Sum over groups of half the variance of R = r - beta s, over num_groups; negative_weight leaves it."""
     logprobs: Float[Tensor, " N"]
     """Log-prob of each row's target; 0 for ignored rows."""
     log_ratios: Float[Tensor, " B"]
     """s = sum over a completion's rows of logprob - ref_logprob."""
     coefficients: Float[Tensor, " B"]
-    """d loss / d s = -(R_i - mean R) / ((n - 1) num_groups); they add up to 0 in every group."""
+    """d loss / d s = -w (R_i - mean R) / ((n - 1) num_groups); at negative_weight 1 every group's add up to
+    0."""
     logsumexp: Float[Tensor, " N"]
     """log of the sum of exp(logits); 0 for ignored rows."""
     entropy: Float[Tensor, " N"] | None
     """Entropy of each row's distribution, in nats; None unless asked for."""
     skipped_fraction: Float[Tensor, ""]
     """Fraction of (row, vocabulary tile) pairs the sparse backward leaves out; 0 when dropped_mass is 0."""
-
-
-class _AgroLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        sequence_ids: Tensor,
-        ref_logprobs: Tensor,
-        rewards: Tensor,
-        group_ids: Tensor,
-        beta: float,
-        num_groups: float,
-        call: HeadCall,
-        entropy: bool,
-        dropped_mass: float,
-    ) -> tuple[Tensor, ...]:
-        logprobs, logsumexp, row_entropy, tiles = run_stats(
-            hidden, weight, bias, targets, call, entropy, dropped_mass > 0
-        )
-        keep, skipped = run_keep(tiles, logsumexp, targets, call, dropped_mass)
-        log_ratios, coefficients, row_coefficients, objective = agro_coefficients(
-            logprobs,
-            ref_logprobs,
-            targets,
-            call.ignore_index,
-            sequence_ids,
-            rewards,
-            group_ids,
-            beta,
-            num_groups,
-            call.backend,
-        )
-        ctx.save_for_backward(hidden, weight, bias, targets, logsumexp, row_coefficients, keep)
-        ctx.call = call
-        loss = (coefficients * log_ratios).sum()
-        if row_entropy is None:
-            row_entropy = logsumexp.new_empty(0)
-        reported = (objective, logprobs, log_ratios, coefficients, logsumexp, row_entropy, skipped)
-        ctx.mark_non_differentiable(*reported)
-        return loss, *reported
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden, weight, bias, targets, logsumexp, coefficients, keep = ctx.saved_tensors
-        gradients = run_grads(
-            (hidden, weight, bias, targets),
-            ctx.call,
-            ctx.needs_input_grad,
-            logsumexp,
-            coefficients * grads[0],
-            keep=keep,
-        )
-        return *gradients, *(None for _ in range(10))
 
 
 def linear_agro_loss(
@@ -105,6 +50,7 @@ def linear_agro_loss(
     *,
     beta: float,
     num_groups: float | None = None,
+    negative_weight: float = 1.0,
     bias: Float[Tensor, " V"] | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
@@ -119,11 +65,14 @@ def linear_agro_loss(
 
     s_i = sum over completion i's tokens of (logprob - ref_logprob);  R_i = r_i - beta s_i;
     objective = 1/num_groups * sum over groups of 1/2 sum_i (R_i - mean R)² / (n - 1);
-    loss = sum_i c_i s_i with c_i = -(R_i - mean R) / ((n - 1) num_groups) held constant.
+    loss = sum_i c_i s_i with c_i = -w_i (R_i - mean R) / ((n - 1) num_groups) held constant, w_i =
+    negative_weight where R_i < mean R, else 1.
 
-    The idea is the paper's; the sample form, whose gradient is unbiased for any source of the completions, is
-    the regularised objective's derivation. The backward recomputes tiles of logits with every token's
-    coefficient known. Equals the composition of `linear_logprobs` and the objective, to rounding.
+    The idea is the paper's; the sample form, whose gradient at negative_weight 1 is unbiased for any source
+    of the completions, is the regularised objective's derivation. Below 1 a completion that is worse than its
+    group's mean is pushed down less; the optimum stays where every group's gradient is 0. The backward
+    recomputes tiles of logits with every token's coefficient known. Equals the composition of
+    `linear_logprobs` and the objective, to rounding.
 
     Args:
         hidden: final hidden states of the tokens that predict targets.
@@ -133,9 +82,10 @@ def linear_agro_loss(
         ref_logprobs: the reference's log-probs of the same tokens at the same temperature.
         rewards: one per completion.
         group_ids: the prompt group of each completion, any integers; at least 2 completions each.
-        beta: the regulariser's temperature, >= 0; 0 gives RLOO.
+        beta: the KL coefficient, >= 0; 0 gives RLOO.
         num_groups: what sums over groups are divided by: the groups of the whole optimiser step, over
             micro-batches and ranks. Default: the groups in this call.
+        negative_weight: weight, in (0, 1], of completions below their group's mean; 1 is the paper's loss.
         bias: see linear_logprobs, as are the other options.
         temperature: see linear_logprobs.
         logit_scale: see linear_logprobs.
@@ -148,63 +98,28 @@ def linear_agro_loss(
 
     Raises:
         ValueError: as linear_logprobs; also a group of one completion, a sequence id outside [0, B), shapes
-            that disagree, beta < 0, or num_groups <= 0.
+            that disagree, beta < 0, num_groups <= 0, or negative_weight outside (0, 1].
         TypeError: a DTensor.
     """
-    main_grad = main_grad_of(weight)
-    hidden, weight = autocast_operands(hidden, weight)
-    check_head_inputs(hidden, weight, targets, bias)
-    check_head_options(temperature, logit_scale, softcap, dropped_mass, backend)
-    _check_groups(hidden, sequence_ids, ref_logprobs, rewards, group_ids, beta, num_groups)
-    if backend == "reference":
-        return _reference(
-            linear_logprobs(
-                hidden,
-                weight,
-                targets,
-                bias=bias,
-                temperature=temperature,
-                logit_scale=logit_scale,
-                softcap=softcap,
-                ignore_index=ignore_index,
-                entropy=entropy,
-                backend=backend,
-                vocab_group=vocab_group,
-            ),
-            targets,
-            ignore_index,
-            sequence_ids,
-            ref_logprobs,
-            rewards,
-            group_ids,
-            beta,
-            num_groups,
+    inputs, call = head_call(
+        hidden, weight, targets, bias, temperature, logit_scale, softcap, ignore_index, backend, vocab_group
+    )
+    groups = sequence_ids, ref_logprobs, rewards, group_ids
+    _check_groups(inputs[0], *groups)
+    settings = _checked_settings(beta, negative_weight, num_groups)
+    if call.backend == "reference":
+        rows = head_logprobs(inputs, call, entropy, dropped_mass)
+        log_ratios, coefficients, row_coefficients, objective = agro_coefficients(
+            rows.logprobs.detach(), targets, *groups, settings, call.ignore_index, call.backend
         )
-    call = head_call(
-        weight,
-        temperature,
-        logit_scale,
-        softcap,
-        ignore_index,
-        choose_backend(backend, hidden, weight),
-        vocab_group,
-        main_grad,
-    )
-    loss, objective, logprobs, log_ratios, coefficients, logsumexp, row_entropy, skipped = _AgroLoss.apply(
-        hidden,
-        weight,
-        bias,
-        targets,
-        sequence_ids,
-        ref_logprobs,
-        rewards,
-        group_ids,
-        float(beta),
-        float(num_groups or 0.0),
-        call,
-        entropy,
-        dropped_mass,
-    )
+        surrogate = (row_coefficients * rows.logprobs).sum()
+        loss = surrogate - surrogate.detach() + (coefficients * log_ratios).sum()
+        logprobs, logsumexp, skipped = rows.logprobs.detach(), rows.logsumexp, rows.skipped_fraction
+        row_entropy = rows.entropy if rows.entropy is None else rows.entropy.detach()
+    else:
+        loss, objective, logprobs, log_ratios, coefficients, logsumexp, row_entropy, skipped = (
+            _AgroLoss.apply(*inputs, *groups, settings, call, entropy, dropped_mass)
+        )
     return LinearAgroLoss(
         loss=loss,
         objective=objective,
@@ -217,42 +132,8 @@ def linear_agro_loss(
     )
 
 
-def _reference(
-    rows, targets, ignore_index, sequence_ids, ref_logprobs, rewards, group_ids, beta, num_groups
-) -> LinearAgroLoss:
-    log_ratios, coefficients, row_coefficients, objective = agro_coefficients(
-        rows.logprobs.detach(),
-        ref_logprobs,
-        targets,
-        ignore_index,
-        sequence_ids,
-        rewards,
-        group_ids,
-        float(beta),
-        float(num_groups or 0.0),
-        "reference",
-    )
-    surrogate = (row_coefficients * rows.logprobs).sum()
-    return LinearAgroLoss(
-        loss=surrogate - surrogate.detach() + (coefficients * log_ratios).sum(),
-        objective=objective,
-        logprobs=rows.logprobs.detach(),
-        log_ratios=log_ratios,
-        coefficients=coefficients,
-        logsumexp=rows.logsumexp,
-        entropy=None if rows.entropy is None else rows.entropy.detach(),
-        skipped_fraction=rows.skipped_fraction,
-    )
-
-
 def _check_groups(
-    hidden: Tensor,
-    sequence_ids: Tensor,
-    ref_logprobs: Tensor,
-    rewards: Tensor,
-    group_ids: Tensor,
-    beta: float,
-    num_groups: float | None,
+    hidden: Tensor, sequence_ids: Tensor, ref_logprobs: Tensor, rewards: Tensor, group_ids: Tensor
 ) -> None:
     check_rows("sequence_ids", sequence_ids, hidden.shape[0], hidden, "integer")
     check_rows("ref_logprobs", ref_logprobs, hidden.shape[0], hidden, "float")
@@ -260,9 +141,188 @@ def _check_groups(
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}; expected (B,), one per completion")
     check_rows("rewards", rewards, rewards.numel(), hidden, "float")
     check_rows("group_ids", group_ids, rewards.numel(), hidden, "integer")
+
+
+def _checked_settings(
+    beta: float, negative_weight: float, num_groups: float | None
+) -> tuple[float, float, float]:
     if not (math.isfinite(beta) and beta >= 0):
         raise ValueError(f"beta is {beta}; expected a number >= 0")
+    if not 0 < negative_weight <= 1:
+        raise ValueError(
+            f"negative_weight is {negative_weight}; expected a number above 0 and at most 1: the weight of "
+            "completions below their group's mean, 1 for the paper's loss"
+        )
     if num_groups is not None and not (math.isfinite(num_groups) and num_groups > 0):
         raise ValueError(
             f"num_groups is {num_groups}; expected a positive number: the groups of the whole step"
         )
+    return float(beta), float(negative_weight), float(num_groups or 0.0)
+
+
+class _AgroLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, sequence_ids: Tensor,
+        ref_logprobs: Tensor, rewards: Tensor, group_ids: Tensor, settings: tuple[float, float, float],
+        call: HeadCall, entropy: bool, dropped_mass: float,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        inputs = hidden, weight, bias, targets
+        logprobs, logsumexp, row_entropy, keep, skipped = run_stats(inputs, call, entropy, dropped_mass)
+        log_ratios, coefficients, row_coefficients, objective = agro_coefficients(
+            logprobs, targets, sequence_ids, ref_logprobs, rewards, group_ids, settings, call.ignore_index,
+            call.backend,
+        )  # fmt: skip
+        ctx.save_for_backward(*inputs, logsumexp, row_coefficients, keep)
+        ctx.call = call
+        loss = (coefficients * log_ratios).sum()
+        if row_entropy is None:
+            row_entropy = logsumexp.new_empty(0)
+        reported = (objective, logprobs, log_ratios, coefficients, logsumexp, row_entropy, skipped)
+        ctx.mark_non_differentiable(*reported)
+        return loss, *reported
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        *inputs, logsumexp, coefficients, keep = ctx.saved_tensors
+        needed, upstream = ctx.needs_input_grad, coefficients * grads[0]
+        found = run_grads(tuple(inputs), ctx.call, needed, logsumexp, upstream, keep=keep)
+        return *found, *(None for _ in range(9))
+
+
+@torch.library.custom_op("agro_kernels::agro_coefficients", mutates_args=())
+def agro_coefficients(
+    logprobs: Tensor, targets: Tensor, sequence_ids: Tensor, ref_logprobs: Tensor, rewards: Tensor,
+    group_ids: Tensor, settings: Sequence[float], ignore_index: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Log-ratios (B,), coefficients (B,), rows' coefficients (N,), and the objective (), in logprobs' dtype.
+
+    Args:
+        logprobs: (N,).
+        targets: (N,); rows that hold ignore_index count for nothing, whatever their sequence id is.
+        sequence_ids: (N,), the completion of each row, in [0, B).
+        ref_logprobs: (N,).
+        rewards: (B,).
+        group_ids: (B,).
+        settings: beta, negative_weight, and num_groups (0.0 stands for the number of groups here).
+        ignore_index: see targets.
+        backend: `reference` takes plain torch, `chunked` the Triton kernels where they run, others always.
+
+    Raises:
+        ValueError: a sequence id outside [0, B), or a group of one completion.
+    """
+    active = targets != ignore_index
+    sequences = torch.where(active, sequence_ids.to(torch.int64), 0)
+    kernels = backend != "reference" and (backend != "chunked" or runs_small_kernels(logprobs))
+    with exact_products(logprobs):
+        log_ratios, coefficients, objective = (_by_kernels if kernels else _by_torch)(
+            logprobs, ref_logprobs, active, sequences, rewards, group_ids, *settings
+        )
+    rows = torch.where(active, coefficients[sequences] if rewards.numel() else 0.0, 0.0)
+    dtype = logprobs.dtype
+    return log_ratios.to(dtype), coefficients.to(dtype), rows.to(dtype), objective.to(dtype)
+
+
+@agro_coefficients.register_fake
+def _(logprobs, targets, sequence_ids, ref_logprobs, rewards, group_ids, settings, ignore_index, backend):
+    completions = logprobs.new_empty(rewards.shape[0])
+    return completions, torch.empty_like(completions), torch.empty_like(logprobs), logprobs.new_empty(())
+
+
+def segment_sums(values: Tensor, segments: Tensor, count: int) -> Tensor:
+    """Sums of `values` (N,) by segment id in fp64, in the rows' order, without id `count`. -> (count,)"""
+    if values.device.type == "cpu":  # sequential there, hence repeatable
+        return torch.zeros(count + 1, dtype=torch.float64).index_add_(0, segments, values.double())[:count]
+    return padded_segment_sums(values, segments, count)
+
+
+def padded_segment_sums(values: Tensor, segments: Tensor, count: int) -> Tensor:
+    """segment_sums without atomics, by sorting into a (count, longest) matrix."""
+    ordered, order = segments.sort(stable=True)
+    bounds = torch.searchsorted(ordered, torch.arange(count + 1, device=values.device))
+    start, lengths = bounds[:-1], bounds.diff()
+    place = torch.arange(int(lengths.max()) if count else 0, device=values.device)
+    inside = place < lengths[:, None]  # (count, longest)
+    index = torch.where(inside, start[:, None] + place, 0)
+    return torch.where(inside, values.double()[order][index], 0.0).sum(1)
+
+
+def group_coefficients(
+    log_ratios: Tensor,
+    rewards: Tensor,
+    group_ids: Tensor,
+    beta: float,
+    negative_weight: float,
+    num_groups: float,
+) -> tuple[Tensor, Tensor]:
+    """Coefficients (B,) and objective () of AGRO's off-policy loss, fp64; formulas at linear_agro_loss.
+
+    Args:
+        log_ratios: (B,) s.
+        rewards: (B,) r.
+        group_ids: (B,), any integers.
+        beta: the KL coefficient.
+        negative_weight: the weight of completions below their group's mean.
+        num_groups: the normaliser; 0.0 stands for the number of groups here.
+
+    Raises:
+        ValueError: a group has one completion.
+    """
+    groups, member, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
+    if bool((sizes < 2).any()):
+        raise _lonely(int(groups[(sizes < 2).nonzero()[0, 0]]))
+    residual = rewards.double() - beta * log_ratios.double()
+    deviation = residual - (segment_sums(residual, member, groups.numel()) / sizes)[member]
+    divisor = (sizes - 1)[member] * (num_groups or float(groups.numel()))
+    weighted = torch.where(deviation < 0, negative_weight * deviation, deviation)
+    return -weighted / divisor, 0.5 * (deviation.square() / divisor).sum()
+
+
+def _lonely(group: int) -> ValueError:
+    return ValueError(
+        f"group {group} has 1 completion; AGRO needs at least 2 of each prompt: raise group_size, "
+        "or drop the group"
+    )
+
+
+def _outside(smallest: int, largest: int, count: int) -> ValueError:
+    wrong = smallest if smallest < 0 else largest
+    return ValueError(f"sequence id {wrong} is outside [0, {count}); rewards has {count} completions")
+
+
+def _by_torch(
+    logprobs, ref_logprobs, active, sequences, rewards, group_ids, beta, negative_weight, num_groups
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-ratios, coefficients and objective in fp64 in plain torch."""
+    count = rewards.numel()
+    if sequences.numel() and not 0 <= int(sequences.min()) <= int(sequences.max()) < count:
+        raise _outside(int(sequences.min()), int(sequences.max()), count)
+    ratios = torch.where(active, logprobs.double() - ref_logprobs.double(), 0.0)
+    # Left-out rows would all lie in the first completion, whose length is the width of the padded sums.
+    log_ratios = segment_sums(ratios, torch.where(active, sequences, count), count)
+    return log_ratios, *group_coefficients(log_ratios, rewards, group_ids, beta, negative_weight, num_groups)
+
+
+def _by_kernels(
+    logprobs, ref_logprobs, active, sequences, rewards, group_ids, beta, negative_weight, num_groups
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by two Triton kernels; the device is waited for once."""
+    from agro_kernels._triton_agro import launch_group_coefficients, launch_sequence_sums
+
+    count = rewards.numel()
+    groups, order = group_ids.to(torch.int64).sort(stable=True)
+    begins = torch.searchsorted(groups, groups)
+    ends = torch.searchsorted(groups, groups, right=True)
+    facts = list(sequences.aminmax()) if sequences.numel() else []
+    if count:
+        lonely = (ends - begins < 2).to(torch.int64)
+        facts += [lonely.amax(), groups[lonely.argmax()[None]][0]]
+    found = torch.stack(facts).tolist() if facts else []
+    if sequences.numel() and not 0 <= found[0] <= found[1] < count:
+        raise _outside(found[0], found[1], count)
+    if count and found[-2]:
+        raise _lonely(found[-1])
+    log_ratios = launch_sequence_sums(logprobs, ref_logprobs, torch.where(active, sequences, count), count)
+    return log_ratios, *launch_group_coefficients(
+        log_ratios, rewards, order, begins, ends, beta, negative_weight, num_groups
+    )

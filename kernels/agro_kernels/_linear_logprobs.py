@@ -1,4 +1,4 @@
-"""The doors `linear_logprobs` and `linear_logprobs_known`: check, choose a backend, call."""
+"""Public functions `linear_logprobs` and `linear_logprobs_known`: check, choose a backend, call."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,10 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from agro_kernels._backends import choose_backend
 from agro_kernels._checks import check_head_inputs, check_head_options, check_rows, check_target_range
-from agro_kernels._dispatch import choose_backend
-from agro_kernels._functions import HeadLogprobs, KnownLogprobs, head_call
-from agro_kernels._head import Head, stats_dtype
-from agro_kernels._reference import reference_logprobs
+from agro_kernels._head import stats_dtype
+from agro_kernels._operators import HeadCall, HeadLogprobs, Inputs, KnownLogprobs, slice_bounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,28 +25,6 @@ class LinearLogprobs:
     """Entropy of the row's distribution, in nats. Differentiable. None unless asked for."""
     skipped_fraction: Float[Tensor, ""]
     """Fraction of (row, vocabulary tile) pairs the sparse backward leaves out; 0 when dropped_mass is 0."""
-
-
-def autocast_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Under autocast, both operands in its dtype, as `F.linear` would have them; else unchanged."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
-        return hidden, weight
-    dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype)
-
-
-def main_grad_of(weight: Tensor) -> Tensor | None:
-    """The fp32 buffer that takes this weight's gradient instead of `.grad`, where the trainer has set one."""
-    if not weight.requires_grad:
-        return None
-    main_grad = getattr(weight, "main_grad", None)
-    if main_grad is not None and (main_grad.dtype != torch.float32 or main_grad.shape != weight.shape):
-        raise ValueError(
-            f"weight.main_grad is {main_grad.dtype} of shape {tuple(main_grad.shape)}; expected "
-            f"torch.float32 of shape {tuple(weight.shape)}"
-        )
-    return main_grad
 
 
 def linear_logprobs(
@@ -96,35 +73,21 @@ def linear_logprobs(
         ValueError: shapes, dtypes, devices or options that do not fit; on a CPU, a target outside the
             vocabulary (on a GPU its log-prob is NaN, and AGRO_KERNELS_CHECK=1 turns on a device-side assert).
         TypeError: a DTensor.
+
+    Example:
+        >>> import torch
+        >>> hidden, weight = torch.zeros(3, 8, requires_grad=True), torch.randn(50, 8)
+        >>> out = linear_logprobs(hidden, weight, torch.tensor([4, 49, 0]), temperature=0.7)
+        >>> out.logprobs.tolist() == [-out.logsumexp[0].item()] * 3
+        True
+        >>> out.logprobs.sum().backward()
+        >>> hidden.grad.shape
+        torch.Size([3, 8])
     """
-    main_grad = main_grad_of(weight)
-    hidden, weight = autocast_operands(hidden, weight)
-    check_head_inputs(hidden, weight, targets, bias)
-    check_head_options(temperature, logit_scale, softcap, dropped_mass, backend)
-    if backend == "reference":
-        if vocab_group is not None:
-            raise ValueError("backend='reference' has no vocab_group; use 'chunked' or 'triton'")
-        head = Head(temperature=temperature, logit_scale=logit_scale, softcap=softcap or 0.0)
-        return _reference(hidden, weight, targets, bias, head, ignore_index, entropy)
-    call = head_call(
-        weight,
-        temperature,
-        logit_scale,
-        softcap,
-        ignore_index,
-        choose_backend(backend, hidden, weight),
-        vocab_group,
-        main_grad,
+    inputs, call = head_call(
+        hidden, weight, targets, bias, temperature, logit_scale, softcap, ignore_index, backend, vocab_group
     )
-    logprobs, logsumexp, row_entropy, skipped = HeadLogprobs.apply(
-        hidden, weight, bias, targets, call, entropy, dropped_mass
-    )
-    return LinearLogprobs(
-        logprobs=logprobs,
-        logsumexp=logsumexp,
-        entropy=row_entropy if entropy else None,
-        skipped_fraction=skipped,
-    )
+    return head_logprobs(inputs, call, entropy, dropped_mass)
 
 
 def linear_logprobs_known(
@@ -168,55 +131,87 @@ def linear_logprobs_known(
         ValueError: as linear_logprobs; also logsumexp or coefficients that are not (N,) floats.
         TypeError: a DTensor.
     """
-    main_grad = main_grad_of(weight)
-    hidden, weight = autocast_operands(hidden, weight)
-    check_head_inputs(hidden, weight, targets, bias)
-    check_head_options(temperature, logit_scale, softcap, 0.0, backend)
+    inputs, call = head_call(
+        hidden, weight, targets, bias, temperature, logit_scale, softcap, ignore_index, backend, vocab_group
+    )
+    hidden, dtype = inputs[0], stats_dtype(inputs[0].dtype)
     check_rows("logsumexp", logsumexp, hidden.shape[0], hidden, "float")
     check_rows("coefficients", coefficients, hidden.shape[0], hidden, "float")
-    dtype = stats_dtype(hidden.dtype)
     coefficients = coefficients.detach().to(dtype)
-    if backend == "reference":
-        if vocab_group is not None:
-            raise ValueError("backend='reference' has no vocab_group; use 'chunked' or 'triton'")
-        head = Head(temperature=temperature, logit_scale=logit_scale, softcap=softcap or 0.0)
-        logprobs = _reference(hidden, weight, targets, bias, head, ignore_index, False).logprobs
-        return (torch.where(targets != ignore_index, coefficients, 0.0) * logprobs).sum()
-    call = head_call(
-        weight,
-        temperature,
-        logit_scale,
-        softcap,
-        ignore_index,
-        choose_backend(backend, hidden, weight),
-        vocab_group,
-        main_grad,
-    )
-    return KnownLogprobs.apply(
-        hidden, weight, bias, targets, call, logsumexp.detach().to(dtype), coefficients
-    )
+    if call.backend == "reference":
+        active = targets != ignore_index
+        return (torch.where(active, coefficients, 0.0) * _reference(inputs, call, False).logprobs).sum()
+    return KnownLogprobs.apply(*inputs, call, logsumexp.detach().to(dtype), coefficients)
 
 
-def _reference(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    head: Head,
-    ignore_index: int,
-    entropy: bool,
-) -> LinearLogprobs:
-    check_target_range(targets, weight.shape[0], ignore_index)
-    rows = (targets != ignore_index).nonzero()[:, 0]
-    parts = reference_logprobs(hidden[rows], weight, bias, targets[rows].long(), head, entropy)
-    zeros = hidden.new_zeros(hidden.shape[0], dtype=stats_dtype(hidden.dtype))
-    logprobs, logsumexp, row_entropy = (
-        None if part is None else zeros.index_put((rows,), part) for part in parts
+def head_call(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float,
+    logit_scale: float, softcap: float | None, ignore_index: int, backend: str,
+    vocab_group: dist.ProcessGroup | None,
+) -> tuple[Inputs, HeadCall]:  # fmt: skip
+    """The checked tensors and options of a call, with the backend chosen and this rank's place in the
+    vocabulary. Under autocast hidden and weight come in its dtype, as `F.linear` would have them."""
+    main_grad = getattr(weight, "main_grad", None) if weight.requires_grad else None
+    if main_grad is not None and (main_grad.dtype != torch.float32 or main_grad.shape != weight.shape):
+        raise ValueError(
+            f"weight.main_grad is {main_grad.dtype} of shape {tuple(main_grad.shape)}; expected "
+            f"torch.float32 of shape {tuple(weight.shape)}"
+        )
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    check_head_inputs(hidden, weight, targets, bias)
+    check_head_options(temperature, logit_scale, softcap, backend)
+    if backend == "reference" and vocab_group is not None:
+        raise ValueError("backend='reference' has no vocab_group; use 'chunked' or 'triton'")
+    call = HeadCall(
+        transform=(float(temperature), float(logit_scale), float(softcap or 0.0)),
+        place=(*slice_bounds(weight.shape[0], weight.device, vocab_group), int(ignore_index)),
+        backend=choose_backend(backend, hidden, weight),
+        group=vocab_group,
+        main_grad=main_grad,
     )
-    assert logprobs is not None and logsumexp is not None
+    return (hidden, weight, bias, targets), call
+
+
+def head_logprobs(inputs: Inputs, call: HeadCall, entropy: bool, dropped_mass: float) -> LinearLogprobs:
+    """linear_logprobs of a checked call."""
+    if not 0.0 <= dropped_mass < 1.0:
+        raise ValueError(f"dropped_mass is {dropped_mass}; expected a probability mass in [0, 1)")
+    if call.backend == "reference":
+        return _reference(inputs, call, entropy)
+    logprobs, logsumexp, row_entropy, skipped = HeadLogprobs.apply(*inputs, call, entropy, dropped_mass)
     return LinearLogprobs(
         logprobs=logprobs,
         logsumexp=logsumexp,
-        entropy=row_entropy,
-        skipped_fraction=zeros.new_zeros((), dtype=torch.float32),
+        entropy=row_entropy if entropy else None,
+        skipped_fraction=skipped,
     )
+
+
+def _reference(inputs: Inputs, call: HeadCall, entropy: bool) -> LinearLogprobs:
+    """Plain torch with the full (N, V) logits: the oracle of the tests, differentiated by autograd.
+
+    The products of low-precision inputs are exact in fp32, so casting the inputs first gives logits straight
+    from an fp32 accumulator.
+    """
+    hidden, weight, bias, targets = inputs
+    check_target_range(targets, weight.shape[0], call.ignore_index)
+    rows, dtype = (targets != call.ignore_index).nonzero()[:, 0], stats_dtype(hidden.dtype)
+    temperature, logit_scale, softcap = call.transform
+    with torch.autocast(hidden.device.type, enabled=False):
+        cast = None if bias is None else bias.to(dtype)
+        logits = torch.nn.functional.linear(hidden[rows].to(dtype), weight.to(dtype), cast) * logit_scale
+        if softcap:
+            logits = torch.tanh(logits / softcap) * softcap
+        log_p = torch.log_softmax(logits / temperature, dim=-1)  # (N, V)
+        chosen = log_p.gather(1, targets[rows, None].long())[:, 0]
+        logsumexp = torch.logsumexp(logits.detach() / temperature, dim=-1)
+        zeros = hidden.new_zeros(hidden.shape[0], dtype=dtype)
+        return LinearLogprobs(
+            logprobs=zeros.index_put((rows,), chosen),
+            logsumexp=zeros.index_put((rows,), logsumexp),
+            entropy=zeros.index_put((rows,), -(log_p.exp() * log_p).sum(-1)) if entropy else None,
+            skipped_fraction=zeros.new_zeros((), dtype=torch.float32),
+        )

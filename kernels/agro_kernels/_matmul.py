@@ -1,15 +1,15 @@
-"""The library's matmuls with fp32 results, in one place for every device and version."""
+"""The library's matmuls with fp32 results, and the settings that they run under."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 
 import torch
 from torch import Tensor
 
 
-def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """out = left @ right, kept in out's dtype (fp32 for low-precision operands on a GPU)."""
+def product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """out = left @ right, kept in out's dtype (fp32 for low-precision operands on a GPU); returns out."""
     if left.dtype == out.dtype:
         return torch.mm(left, right, out=out)
     if out.device.type == "cpu":
@@ -29,18 +29,36 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 @contextmanager
+def exact_products(tensor: Tensor) -> Iterator[None]:
+    """On the tensor's device, without autocast, and without the library's half-precision sums of partial
+    products (split-K)."""
+    cuda = tensor.device.type == "cuda"
+    with (
+        torch.autocast(tensor.device.type, enabled=False),
+        torch.cuda.device(tensor.device) if cuda else nullcontext(),
+        full_precision_sums() if cuda else nullcontext(),
+    ):
+        yield
+
+
+@contextmanager
 def full_precision_sums() -> Iterator[None]:
-    """Forbids the library to add partial products in half precision (split-K), which is its default."""
+    """Forbids the library to add partial products in half precision."""
     settings = torch.backends.cuda.matmul
     names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    before = [getattr(settings, name) for name in names]
+    # Each is two flags, the second (split-K) unknown to older torch; setting the first alone resets it.
+    before = {name: (getattr(settings, name), getattr(settings, f"{name}_split_k", None)) for name in names}
+
+    def put(name: str, allowed: bool, split_k: bool | None) -> None:
+        setattr(settings, name, allowed if split_k is None else (allowed, split_k))
+
     try:
-        for name in names:
-            setattr(settings, name, False)
+        for name, (_, split_k) in before.items():
+            put(name, False, split_k)
         yield
     finally:
-        for name, value in zip(names, before, strict=True):
-            setattr(settings, name, value)
+        for name, flags in before.items():
+            put(name, *flags)
 
 
 @cache

@@ -1,10 +1,12 @@
-"""The certified sparse backward: which vocabulary tiles of a row may be left out, and by how much that can
-err."""
+"""The certified sparse backward: which vocabulary tiles of a row may be left out, by how much that can err,
+and the gradients of what is left."""
 
 import torch
 from torch import Tensor
 
-from agro_kernels._head import SPARSE_TILE
+from agro_kernels._head import SPARSE_TILE, Head, Upstream, Wanted, spans, stats_dtype
+from agro_kernels._matmul import accumulate, product
+from agro_kernels._slices import Gradients, Launchers
 
 ROUNDING = 1e-4
 """Share of the bound that is held back for the rounding of masses in fp32."""
@@ -50,3 +52,49 @@ def skipped_fraction(keep: Tensor, active: Tensor) -> Tensor:
     """The fraction of (active row, tile) pairs that the backward leaves out; () float32."""
     pairs = active.sum().clamp(min=1) * keep.shape[1]
     return 1.0 - (keep & active[:, None]).sum() / pairs
+
+
+def sparse_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    head: Head,
+    upstream: Upstream,
+    wanted: Wanted,
+    keep: Tensor,
+    launch: Launchers,
+) -> Gradients:
+    """`_slices.gradients` of the kept tiles alone: gathers, for each vocabulary tile, the rows that keep it.
+
+    Args:
+        hidden: (N, H).
+        weight: (V, H).
+        bias: (V,) or None.
+        targets: (N,).
+        head: the logit transform.
+        upstream: the rows' figures.
+        wanted: which gradients, and their dtypes.
+        keep: (N, tiles) bool.
+        launch: the backend.
+    """
+    columns, dtype, operand = weight.shape[0], stats_dtype(hidden.dtype), launch.operand(hidden)
+    d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if wanted.hidden else None
+    d_weight = weight.new_zeros(weight.shape, dtype=wanted.weight) if wanted.weight else None
+    d_bias = weight.new_zeros(columns, dtype=dtype) if wanted.bias else None
+    kept = keep.T.nonzero()[:, 1].split(keep.sum(0).tolist())  # rows in order, tile by tile
+    for (left, right), rows in zip(spans(columns, SPARSE_TILE), kept, strict=True):
+        if rows.numel() == 0:
+            continue
+        block, part = operand[rows], launch.operand(weight[left:right])
+        part_bias = None if bias is None else bias[left:right]
+        buffer = launch.buffer(block, rows.numel(), right - left)
+        figures = upstream.rows(rows)
+        grad = launch.dlogits(block, part, part_bias, targets[rows] - left, head, figures, buffer)
+        if d_weight is not None:
+            d_weight[left:right] = product(part.new_empty(part.shape, dtype=dtype), grad.T, block)
+        if d_bias is not None:
+            torch.sum(grad, dim=0, dtype=dtype, out=d_bias[left:right])
+        if d_hidden is not None:  # each row occurs once, so this read-modify-write is exact and repeatable
+            d_hidden[rows] = accumulate(d_hidden[rows], grad, part)
+    return None if d_hidden is None else d_hidden.to(wanted.hidden), d_weight, d_bias

@@ -44,7 +44,7 @@ def choose_tile(
     hidden_size: int,
     dtype: torch.dtype,
     *,
-    softcap: bool = False,
+    narrow: bool = False,
     descriptor: bool = True,
     interpreted: bool = False,
 ) -> Tile:
@@ -54,7 +54,7 @@ def choose_tile(
         table: FORWARD or DLOGITS; sizes above its last bucket take the last tile.
         hidden_size: H.
         dtype: of hidden and weight; fp32 has no exact tensor-core product, so its tile is small.
-        softcap: whether the epilogue has a tanh, whose registers a wide tile lacks.
+        narrow: whether the epilogue wants registers that a wide tile lacks (a tanh; the entropy's gradient).
         descriptor: whether the copy engine loads the tiles; plain loads cost registers too.
         interpreted: whether Triton's interpreter runs the kernel, on a CPU.
     """
@@ -64,6 +64,6 @@ def choose_tile(
         return EXACT
     if not descriptor:
         return POINTERS
-    if softcap:
+    if narrow:
         return NARROW
     return next((tile for limit, tile in table if hidden_size <= limit), table[-1][1])

@@ -87,7 +87,8 @@ def test_the_tables_tiles_are_candidates_that_fit(tmp_path):
     for kind, table in (("stats", _tiles.FORWARD), ("dlogits", _tiles.DLOGITS)):
         for _, tile in table:
             label = f"{tile.rows}x{tile.columns}x{tile.depth}:w{tile.warps}:s{tile.stages}:g{tile.group}"
-            assert fits[f"{kind}:plain:{label}"] == fits[f"{kind}:entropy:{label}"] == 1
+            assert fits[f"{kind}:plain:{label}"] == 1
+            assert kind == "dlogits" or fits[f"{kind}:entropy:{label}"] == 1
 
 
 def test_a_tile_that_asks_too_much_is_out_and_the_fastest_is_best():

@@ -59,14 +59,15 @@ def test_gradient_is_that_of_the_objective_over_beta(backend, dtype, options):
     assert not any(t.requires_grad for t in (out.objective, out.logprobs, out.log_ratios, out.coefficients))
 
 
-@pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("beta", (0.0, 0.05, BETA))
-def test_equals_the_composed_form(backend, beta):
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("beta", "negative_weight"), [(0.0, 1.0), (0.05, 1.0), (BETA, 1.0), (BETA, 0.3), (0.0, 0.3)]
+)
+def test_equals_the_composed_form(backend, beta, negative_weight):
     given, parts = batch()
     fused = [given.hidden.clone().requires_grad_(), given.weight.clone().requires_grad_()]
-    out = linear_agro_loss(
-        fused[0], fused[1], given.targets, **parts, beta=beta, num_groups=5, backend=backend
-    )
+    settings = {"beta": beta, "num_groups": 5, "negative_weight": negative_weight, "backend": backend}
+    out = linear_agro_loss(fused[0], fused[1], given.targets, **parts, **settings)
     out.loss.backward()
     composed = [given.hidden.clone().requires_grad_(), given.weight.clone().requires_grad_()]
     logprobs = linear_logprobs(composed[0], composed[1], given.targets, backend=backend).logprobs
@@ -75,14 +76,35 @@ def test_equals_the_composed_form(backend, beta):
     ratios = torch.where(active, logprobs - parts["ref_logprobs"], 0.0)
     s = torch.zeros(COMPLETIONS).index_add(0, parts["sequence_ids"], ratios)
     residual = (parts["rewards"] - beta * s).detach()
-    c = torch.zeros(COMPLETIONS)
+    c, value = torch.zeros(COMPLETIONS), 0.0
     for group in GROUPS.unique():
         mine = GROUPS == group
-        c[mine] = -(residual[mine] - residual[mine].mean()) / (mine.sum() - 1) / 5
+        deviation = residual[mine] - residual[mine].mean()
+        assert (deviation < 0).any() and (deviation > 0).any()
+        c[mine] = -torch.where(deviation < 0, negative_weight, 1.0) * deviation / (mine.sum() - 1) / 5
+        value += residual[mine].var() / 2 / 5  # the weight is not in the objective that is reported
     torch.testing.assert_close(out.coefficients, c, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.objective, value, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.loss, (c * s).sum(), rtol=1e-4, atol=1e-5)
     (c * s).sum().backward()
     for a, b in zip(fused, composed, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_negative_weight_of_one_is_the_loss_without_it(backend):
+    given, parts = batch()
+    runs = []
+    for options in ({}, {"negative_weight": 1.0}, {"negative_weight": 0.9}):
+        hidden = given.hidden.clone().requires_grad_()
+        out = linear_agro_loss(
+            hidden, given.weight, given.targets, **parts, beta=BETA, backend=backend, **options
+        )
+        out.loss.backward()
+        runs.append((out.loss, out.objective, out.coefficients, hidden.grad))
+    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
+    equal = [torch.equal(a, b) for a, b in zip(runs[0], runs[2], strict=True)]
+    assert equal == [False, True, False, False]
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -122,10 +144,8 @@ def test_invariances(backend):
 def test_bad_groups():
     given, parts = batch()
 
-    def call(beta=BETA, num_groups=None, **changed):
-        return linear_agro_loss(
-            given.hidden, given.weight, given.targets, **(parts | changed), beta=beta, num_groups=num_groups
-        )
+    def call(beta=BETA, **changed):
+        return linear_agro_loss(given.hidden, given.weight, given.targets, **(parts | changed), beta=beta)
 
     with pytest.raises(ValueError, match="group 4 has 1 completion; AGRO needs at least 2"):
         call(group_ids=torch.tensor([5, 5, 5, 2, 2, 9, 4]))
@@ -143,11 +163,14 @@ def test_bad_groups():
         call(beta=-1.0)
     with pytest.raises(ValueError, match="num_groups is 0"):
         call(num_groups=0)
+    for wrong in (0.0, -0.3, 1.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"negative_weight is {wrong}; expected a number above 0"):
+            call(negative_weight=wrong)
 
 
 def test_deterministic_sums_of_other_devices_agree():
     """The form without atomics that other devices than the CPU take."""
-    from agro_kernels import _agro_coefficients as module
+    from agro_kernels import _linear_agro_loss as module
 
     make = torch.Generator().manual_seed(0)
     values, segments = torch.randn(200, generator=make), torch.randint(9, (200,), generator=make)

@@ -5,7 +5,7 @@ import torch
 from kernel_oracle import DEVICE, RUNS_TRITON, problem
 
 from agro_kernels import linear_agro_loss, linear_logprobs
-from agro_kernels._agro_coefficients import agro_coefficients
+from agro_kernels._linear_agro_loss import agro_coefficients
 
 pytestmark = [
     pytest.mark.skipif(not RUNS_TRITON, reason="needs Triton's interpreter or a GPU"),
@@ -22,23 +22,21 @@ def case(rows, group_ids, dtype=torch.float64, reward_offset=0.0, seed=0):
     ids = torch.randint(count, (rows,), generator=make)
     ids[ids == 1] = 0  # completion 1 is empty
     ids[::3] = -5
+    logprobs, reference = torch.randn(2, rows, generator=make, dtype=torch.float64).to(dtype)
     parts = (
-        torch.randn(rows, generator=make, dtype=torch.float64).to(dtype),
-        torch.randn(rows, generator=make, dtype=torch.float64).to(dtype),
+        logprobs,
         targets,
-        -100,
         ids,
+        reference,
         (torch.randn(count, generator=make, dtype=torch.float64) + reward_offset).to(dtype),
         group_ids,
     )
-    return tuple(part.to(DEVICE) if isinstance(part, torch.Tensor) else part for part in parts)
+    return tuple(part.to(DEVICE) for part in parts)
 
 
-def both(parts, beta=0.3, num_groups=0.0):
-    return (
-        agro_coefficients(*parts, beta, num_groups, "triton"),
-        agro_coefficients(*parts, beta, num_groups, "reference"),
-    )
+def both(parts, beta=0.3, negative_weight=1.0, num_groups=0.0):
+    settings = (beta, negative_weight, num_groups)
+    return [agro_coefficients(*parts, settings, -100, backend) for backend in ("triton", "reference")]
 
 
 GROUPS = {
@@ -52,8 +50,9 @@ GROUPS = {
 @pytest.mark.parametrize(
     ("dtype", "num_groups"), [(torch.float64, 0.0), (torch.float32, 7.5), (torch.float16, 0.0)], ids=str
 )
-def test_equal_to_torch(groups, dtype, num_groups):
-    actual, expected = both(case(1501, GROUPS[groups], dtype), num_groups=num_groups)
+@pytest.mark.parametrize("negative_weight", (1.0, 0.3))
+def test_equal_to_torch(groups, dtype, num_groups, negative_weight):
+    actual, expected = both(case(1501, GROUPS[groups], dtype), 0.3, negative_weight, num_groups)
     for ours, theirs in zip(actual, expected, strict=True):
         assert ours.dtype == theirs.dtype == dtype and float(theirs.abs().max()) > 0
         if dtype == torch.float64:
@@ -72,24 +71,24 @@ def test_figures_by_hand():
     """Completions 0 and 2 are a group: s = (1, -2), R = (1 - 0.5, 0 + 1), mean 0.75."""
     parts = (
         torch.tensor([0.5, 1.0, 9.0, 0.0, 1.0, -1.0]),
-        torch.tensor([0.0, 0.5, 1.0, 2.0, 0.0, 0.0]),
         torch.tensor([1, 1, -100, 1, 1, 1]),
-        -100,
         torch.tensor([0, 0, 99, 2, 1, 3]),
+        torch.tensor([0.0, 0.5, 1.0, 2.0, 0.0, 0.0]),
         torch.tensor([1.0, 0.0, 0.0, 0.0]),
         torch.tensor([8, 4, 8, 4]),
     )
-    parts = tuple(part.to(DEVICE) if isinstance(part, torch.Tensor) else part for part in parts)
-    log_ratios, coefficients, rows, objective = agro_coefficients(*parts, 0.5, 0.0, "triton")
-    assert log_ratios.tolist() == [1.0, 1.0, -2.0, -1.0]
-    assert coefficients.tolist() == [0.125, 0.25, -0.125, -0.25]
-    assert rows.tolist() == [0.125, 0.125, 0.0, -0.125, 0.25, -0.25]
-    assert float(objective) == pytest.approx((0.125 / 2 + 0.5 / 2) / 2)
+    parts = tuple(part.to(DEVICE) for part in parts)
+    for below in (1.0, 0.25):
+        log_ratios, coefficients, rows, objective = both(parts, 0.5, below)[0]
+        assert log_ratios.tolist() == [1.0, 1.0, -2.0, -1.0]
+        assert coefficients.tolist() == [0.125 * below, 0.25 * below, -0.125, -0.25]
+        assert rows.tolist() == [0.125 * below, 0.125 * below, 0.0, -0.125, 0.25 * below, -0.25]
+        assert float(objective) == pytest.approx((0.125 / 2 + 0.5 / 2) / 2)
 
 
 def test_large_rewards_lose_nothing():
     near, far = case(90, GROUPS["uneven"]), case(90, GROUPS["uneven"], reward_offset=2.0**26)
-    far = (*far[:5], near[5] + 2.0**26, far[6])
+    far = (*far[:4], near[4] + 2.0**26, far[5])
     for a, b in zip(both(near)[0][1:], both(far)[0][1:], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
@@ -102,37 +101,32 @@ def test_beta_is_not_rounded_to_fp32():
 
 
 def test_nothing_to_do():
-    ids = torch.tensor([0, 0], device=DEVICE)
+    ids, rewards = torch.tensor([0, 0], device=DEVICE), torch.tensor([1.0, 0.0], device=DEVICE)
     empty = torch.zeros(0, device=DEVICE)
     none = empty.long()
-    out = agro_coefficients(
-        empty, empty, none, -100, none, torch.tensor([1.0, 0.0], device=DEVICE), ids, 0.1, 0.0, "triton"
-    )
+    out = both((empty, none, none, empty, rewards, ids), 0.1)[0]
     assert out[0].tolist() == [0.0, 0.0] and out[1].tolist() == [-0.5, 0.5] and float(out[3]) == 0.25
-    out = agro_coefficients(empty, empty, none, -100, none, empty, none, 0.1, 1.0, "triton")
+    out = both((empty, none, none, empty, empty, none), 0.1, num_groups=1.0)[0]
     assert [tuple(part.shape) for part in out] == [(0,), (0,), (0,), ()] and float(out[3]) == 0
 
 
 def test_bad_groups_and_ids():
     parts = case(40, torch.tensor([4, 4, 9, 2, 2]))
     with pytest.raises(ValueError, match="group 9 has 1 completion; AGRO needs at least 2"):
-        agro_coefficients(*parts, 0.1, 0.0, "triton")
-    good = (*parts[:6], torch.tensor([4, 4, 4, 2, 2], device=DEVICE))
+        both(parts)
+    good = (*parts[:5], torch.tensor([4, 4, 4, 2, 2], device=DEVICE))
     for wrong in (5, -1):
-        ids = torch.full_like(good[4], wrong)
+        ids = torch.full_like(good[2], wrong)
         with pytest.raises(ValueError, match=rf"sequence id {wrong} is outside \[0, 5\)"):
-            agro_coefficients(*good[:4], ids, *good[5:], 0.1, 0.0, "triton")
+            both((*good[:2], ids, *good[3:]))
 
 
 def test_bitwise_repeatable_and_strided():
     parts = case(333, GROUPS["uneven"], torch.float32)
-    first = agro_coefficients(*parts, 0.3, 0.0, "triton")
-    spaced = [
-        torch.stack([part, part], 1)[:, 0] if isinstance(part, torch.Tensor) else part for part in parts
-    ]
+    spaced = [torch.stack([part, part], 1)[:, 0] for part in parts]
+    first = both(parts)[0]
     for other in (parts, spaced):
-        again = agro_coefficients(*other, 0.3, 0.0, "triton")
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first, both(other)[0], strict=True))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)

@@ -13,63 +13,19 @@ from agro_kernels import linear_agro_loss, linear_logprobs
 def test_operators_are_registered_rightly(entropy):
     given = problem(12, 8, 40)
     none = torch.ops.agro_kernels
-    stats = (
-        given.hidden,
-        given.weight,
-        given.bias,
-        given.targets,
-        0,
-        40,
-        -100,
-        0.7,
-        1.0,
-        0.0,
-        entropy,
-        True,
-        "chunked",
-    )
+    inputs = (given.hidden, given.weight, given.bias, given.targets)
+    options = ((0.7, 1.0, 0.0), (0, 40, -100))
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(none.head_stats, stats, test_utils=checks)
+    torch.library.opcheck(none.head_stats, (*inputs, *options, entropy, True, "chunked"), test_utils=checks)
     row = torch.randn(12)
-    grads = (
-        given.hidden,
-        given.weight,
-        given.bias,
-        given.targets,
-        0,
-        -100,
-        0.7,
-        1.0,
-        0.0,
-        row,
-        given.coefficients,
-        row if entropy else None,
-        row if entropy else None,
-        None,
-        True,
-        True,
-        True,
-        False,
-        entropy,
-        "chunked",
-    )
+    rows = (row, given.coefficients, row if entropy else None, row if entropy else None, None)
+    grads = (*inputs, *options, *rows, (True, True, True), (False, entropy), "chunked")
     torch.library.opcheck(none.head_grads, grads, test_utils=checks)
-    logits = (given.hidden, given.weight, given.bias, given.targets, 0, 40, -100, 0.7, 1.0, 0.0)
-    torch.library.opcheck(none.target_logits, logits, test_utils=checks)
-    ids = torch.arange(12) % 4
-    groups = (
-        row,
-        row,
-        given.targets,
-        -100,
-        ids,
-        torch.randn(4),
-        torch.tensor([0, 0, 1, 1]),
-        0.1,
-        0.0,
-        "chunked",
+    torch.library.opcheck(none.target_logits, (*inputs, *options), test_utils=checks)
+    groups = (torch.arange(12) % 4, row, torch.randn(4), torch.tensor([0, 0, 1, 1]), (0.1, 0.5, 0.0))
+    torch.library.opcheck(
+        none.agro_coefficients, (row, given.targets, *groups, -100, "chunked"), test_utils=checks
     )
-    torch.library.opcheck(none.agro_coefficients, groups, test_utils=checks)
 
 
 def test_fake_tensors_give_shapes_and_take_no_memory():

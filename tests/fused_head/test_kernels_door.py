@@ -1,4 +1,4 @@
-"""Bad input at the kernels' door, autocast, and life without Triton."""
+"""Bad input of the public functions, autocast, and life without Triton."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 from kernel_oracle import naive, problem
 
-from agro_kernels import _dispatch, linear_logprobs, linear_logprobs_known
+from agro_kernels import _backends, linear_logprobs, linear_logprobs_known
 
 
 def call(hidden=None, weight=None, targets=None, **options):
@@ -61,21 +61,21 @@ def test_triton_refuses_fp64_and_says_when_it_is_missing(monkeypatch):
     given = problem(6, 8, 20)
     with pytest.raises(ValueError, match="not float64"):
         call(hidden=given.hidden.double(), weight=given.weight.double(), backend="triton")
-    monkeypatch.setattr(_dispatch, "triton_available", lambda: False)
+    monkeypatch.setattr(_backends, "triton_available", lambda: False)
     with pytest.raises(ValueError, match="triton is not installed; use backend='chunked' or 'auto'"):
         call(backend="triton")
     assert call(backend="auto").logprobs.shape == (6,)
 
 
 def test_sizes_that_the_copy_engine_cannot_read_are_said_once(monkeypatch):
-    monkeypatch.setattr(_dispatch, "_interpreted", lambda: True)
-    _dispatch.warn_once.cache_clear()
+    monkeypatch.setattr(_backends, "interpreted", lambda: True)
+    _backends.warn_once.cache_clear()
     meta = torch.empty(4, 507, device="meta", dtype=torch.float16)
     with pytest.warns(RuntimeWarning, match="hidden size 507 in torch.float16"):
-        assert _dispatch.choose_backend("triton", meta, meta) == "triton"
+        assert _backends.choose_backend("triton", meta, meta) == "triton"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _dispatch.choose_backend("triton", meta, meta)
+        _backends.choose_backend("triton", meta, meta)
 
 
 def test_dtensor_is_refused(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from kernel_oracle import DEVICE, RUNS_TRITON, check_gradient, leaves, naive, naive_gradients, problem
 
 from agro_kernels import linear_logprobs
-from agro_kernels._epilogue import choose_epilogue, tile_grads_, tile_stats_
+from agro_kernels._chunked import choose_epilogue, tile_grads_, tile_stats_
 from agro_kernels._head import Head, Upstream
 
 pytestmark = [

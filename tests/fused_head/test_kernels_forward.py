@@ -6,8 +6,9 @@ from kernel_oracle import BACKENDS, DTYPES, FUSED, INTERPRETED, naive, problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from agro_kernels import linear_logprobs
-from agro_kernels._chunked import chunked_grads, chunked_stats
+from agro_kernels._chunked import CHUNKED
 from agro_kernels._head import Head, Upstream, Wanted
+from agro_kernels._slices import gradients, statistics
 
 SHAPES = [(252, 507, 123), (521, 7, 13), (17, 31, 257), (1, 16, 40), (3, 896, 70)]
 if not INTERPRETED:
@@ -181,10 +182,10 @@ def test_no_full_logits(backend):
         if backend == "reference":
             linear_logprobs(given.hidden, given.weight, given.targets, backend=backend)
         else:
-            found = chunked_stats(given.hidden, given.weight, None, given.targets, head, True, True)
+            found = statistics(given.hidden, given.weight, None, given.targets, head, True, True, CHUNKED)
             upstream = Upstream(logsumexp=found.logsumexp, coefficient=given.coefficients)
             wanted = Wanted(hidden=torch.float32, weight=torch.float32, bias=False)
-            chunked_grads(given.hidden, given.weight, None, given.targets, head, upstream, wanted)
+            gradients(given.hidden, given.weight, None, given.targets, head, upstream, wanted, CHUNKED)
     assert (largest.elements >= rows * columns) == (backend == "reference")
 
 

@@ -9,9 +9,9 @@ import torch
 from kernel_oracle import check_gradient, leaves, naive, naive_gradients, problem, relative_error
 
 from agro_kernels import linear_agro_loss, linear_logprobs, linear_logprobs_known
-from agro_kernels._agro_coefficients import agro_coefficients
-from agro_kernels._epilogue import choose_epilogue, tile_grads_, tile_stats_
+from agro_kernels._chunked import choose_epilogue, tile_grads_, tile_stats_
 from agro_kernels._head import Head, Upstream
+from agro_kernels._linear_agro_loss import agro_coefficients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -172,7 +172,7 @@ def test_the_loss_kernels_on_many_completions():
     ids = torch.randint(count, (rows,), generator=make, device="cuda")
     rewards = torch.randn(count, generator=make, device="cuda", dtype=torch.float64)
     groups = torch.arange(count, device="cuda").sub(4096).clamp(min=-2) // 2
-    parts = (logprobs, reference, targets, -100, ids, rewards, groups, 0.1, 0.0)
+    parts = (logprobs, targets, ids, reference, rewards, groups, (0.1, 0.3, 0.0), -100)
     expected = agro_coefficients(*parts, "reference")
     first = agro_coefficients(*parts, "triton")
     for ours, theirs in zip(first, expected, strict=True):

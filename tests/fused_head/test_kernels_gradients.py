@@ -206,11 +206,9 @@ def test_known_coefficients_need_no_matmul_over_the_vocabulary(backend):
 @pytest.mark.skipif(not INTERPRETED, reason="slices of the Triton backend, run under its interpreter")
 @pytest.mark.parametrize("shape", [(40, 16, 2100), (300, 16, 90)], ids=("by_vocabulary", "by_tokens"))
 def test_slices_add_up(shape, monkeypatch):
-    from agro_kernels import _triton_backend
+    from agro_kernels import _slices
 
-    monkeypatch.setattr(
-        _triton_backend, "SLICE_BYTES", 1
-    )  # the narrowest slices: 1024 columns, or 128 tokens
+    monkeypatch.setattr(_slices, "SLICE_BYTES", 1)  # the narrowest slices: 1024 columns, or 128 tokens
     given = problem(*shape)
     hidden, weight, bias = leaves(given)
     out = linear_logprobs(hidden, weight, given.targets, bias=bias, backend="triton")
@@ -221,21 +219,18 @@ def test_slices_add_up(shape, monkeypatch):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_ignored_rows_and_zero_coefficients_cost_no_rows(backend, monkeypatch):
-    from agro_kernels import _ops
+    from agro_kernels import _operators
 
     given = problem(50, 16, 40)
     sizes = []
-    for name in ("_stats_backend", "_grads_backend"):
-        inner = getattr(_ops, name)
+    for name in ("statistics", "gradients"):
+        inner = getattr(_operators, name)
 
-        def counted(backend, inner=inner):
-            def run(hidden, *rest):
-                sizes.append(hidden.shape[0])
-                return inner(backend)(hidden, *rest)
+        def counted(hidden, *rest, inner=inner):
+            sizes.append(hidden.shape[0])
+            return inner(hidden, *rest)
 
-            return run
-
-        monkeypatch.setattr(_ops, name, counted)
+        monkeypatch.setattr(_operators, name, counted)
     coefficients = given.coefficients.clone()
     coefficients[:25] = 0.0
     hidden = given.hidden.clone().requires_grad_()

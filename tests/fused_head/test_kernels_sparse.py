@@ -123,10 +123,11 @@ def test_tiles_are_dropped_smallest_first_and_never_the_targets():
 
 def test_masses_follow_the_naive_form():
     hidden, weight, bias, targets, _ = logits_like("zipf")
-    from agro_kernels._chunked import chunked_stats
+    from agro_kernels._chunked import CHUNKED
     from agro_kernels._head import Head
+    from agro_kernels._slices import statistics
 
-    stats = chunked_stats(hidden, weight, bias, targets, Head(), False, True)
+    stats = statistics(hidden, weight, bias, targets, Head(), False, True, CHUNKED)
     _, logsumexp, _ = naive(hidden.double(), weight.double(), targets.clamp(min=0), bias.double())
     exact = torch.exp(hidden.double() @ weight.double().T + bias.double() - logsumexp[:, None])
     parts = torch.stack([part.sum(1) for part in exact.split(SPARSE_TILE, dim=1)], dim=1)

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from agro_kernels import _functions as kernels
+from agro_kernels import _linear_logprobs as kernels
 from agro_lightning.commands.doctor.memory.tracker import MASKS, MemoryTracker
 from agro_lightning.models import packed_attention as attention
 from agro_lightning.models import reference

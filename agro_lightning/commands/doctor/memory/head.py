@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agro_kernels._chunked import chunked_grads, chunked_stats
+from agro_kernels._chunked import CHUNKED
 from agro_kernels._head import Head, Upstream, Wanted, stats_dtype
+from agro_kernels._slices import SLICE_BYTES, gradients, statistics
 
-TRITON_SLICE_BYTES = 256 << 20
-"""agro_kernels._triton_backend.SLICE_BYTES, which is not to be had where Triton is not installed."""
 TRITON_COLUMNS = 128
 """Vocabulary entries of the narrowest forward tile."""
 
@@ -30,11 +29,10 @@ def head_workspace(func: Any, args: tuple, *, gpu: bool) -> None:
 
 
 def _stats(args: tuple, gpu: bool) -> None:
-    hidden, weight, bias, targets = args[:4]
-    temperature, logit_scale, softcap, entropy, tiles = args[7:12]
+    hidden, weight, bias, targets, (temperature, logit_scale, softcap), _, entropy, tiles = args[:8]
     head = Head(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     if not gpu:
-        chunked_stats(hidden, weight, bias, targets, head, entropy, tiles)
+        statistics(hidden, weight, bias, targets, head, entropy, tiles, CHUNKED)
         return
     blocks = -(-weight.shape[0] // TRITON_COLUMNS)
     for _ in range(2 if entropy else 1):
@@ -42,13 +40,11 @@ def _stats(args: tuple, gpu: bool) -> None:
 
 
 def _grads(args: tuple, gpu: bool) -> None:
-    hidden, weight, bias, targets, _, _, temperature, logit_scale, softcap, logsumexp, coefficient = args[:11]
-    entropy, entropy_coefficient, _, want_hidden, want_weight, want_bias = args[11:17]
-    exact_hidden, exact_weight = args[17:19]
+    hidden, weight, bias, targets, (temperature, logit_scale, softcap), _, logsumexp, coefficient = args[:8]
+    entropy, entropy_coefficient, _, want, exact = args[8:13]
     dtype = stats_dtype(hidden.dtype)
     if gpu:
-        rows, columns = hidden.shape[0], weight.shape[0]
-        _triton_grads(hidden, weight, rows > columns)
+        _triton_grads(hidden, weight, hidden.shape[0] > weight.shape[0])
         return
     upstream = Upstream(
         logsumexp=logsumexp,
@@ -57,19 +53,19 @@ def _grads(args: tuple, gpu: bool) -> None:
         entropy_coefficient=entropy_coefficient,
     )
     wanted = Wanted(
-        hidden=(dtype if exact_hidden else hidden.dtype) if want_hidden else None,
-        weight=(dtype if exact_weight else weight.dtype) if want_weight else None,
-        bias=want_bias,
+        hidden=(dtype if exact[0] else hidden.dtype) if want[0] else None,
+        weight=(dtype if exact[1] else weight.dtype) if want[1] else None,
+        bias=want[2],
     )
     head = Head(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
-    chunked_grads(hidden, weight, bias, targets, head, upstream, wanted)
+    gradients(hidden, weight, bias, targets, head, upstream, wanted, CHUNKED)
 
 
 def _triton_grads(hidden: Tensor, weight: Tensor, by_tokens: bool) -> None:
     """A slice of dL/du and the fp32 sum that its parts are added to; the results are counted outside."""
     item = hidden.element_size()
     whole = hidden.shape[0] * weight.shape[0] * item
-    slice_ = hidden.new_empty(min(whole, TRITON_SLICE_BYTES) // item)
+    slice_ = hidden.new_empty(min(whole, SLICE_BYTES) // item)
     total = (weight if by_tokens else hidden).new_empty(
         (weight if by_tokens else hidden).shape, dtype=torch.float32
     )

@@ -1,18 +1,14 @@
-"""Which backend runs: a small static table, never a measurement at run time."""
+"""Which backend runs, and its launchers: a small static table, never a measurement at run time."""
 
 import warnings
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-_TRITON = find_spec("triton") is not None  # a constant: torch.compile cannot trace the search
-
-
-def triton_available() -> bool:
-    """Whether Triton can be imported."""
-    return _TRITON
+from agro_kernels._chunked import CHUNKED
+from agro_kernels._devices import interpreted, triton_available
+from agro_kernels._slices import Launchers
 
 
 @cache
@@ -38,7 +34,7 @@ def choose_backend(backend: str, hidden: Tensor, weight: Tensor) -> str:
             raise ValueError(
                 "backend='triton' takes bfloat16, float16 and float32, not float64; use 'chunked'"
             )
-        if device.type == "cpu" and not _interpreted():
+        if device.type == "cpu" and not interpreted():
             raise ValueError(
                 "backend='triton' needs tensors on a GPU, but hidden is on cpu; use backend='chunked' "
                 "or 'auto'"
@@ -55,17 +51,10 @@ def choose_backend(backend: str, hidden: Tensor, weight: Tensor) -> str:
     return backend
 
 
-def runs_small_kernels(tensor: Tensor) -> bool:
-    """Whether the small Triton kernels (sums, epilogues) take the tensor: on a GPU of compute capability 8.0
-    or later, or under Triton's interpreter; not fp64."""
-    if tensor.dtype == torch.float64 or not triton_available():
-        return False
-    if tensor.device.type == "cpu":
-        return _interpreted()
-    return tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+def launchers(backend: str) -> Launchers:
+    """What a resolved backend makes statistics and dL/du with; Triton is imported only where it runs."""
+    if backend == "chunked":
+        return CHUNKED
+    from agro_kernels._triton_fused import FUSED
 
-
-def _interpreted() -> bool:
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
+    return FUSED

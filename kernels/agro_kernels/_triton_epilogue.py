@@ -1,0 +1,227 @@
+"""Triton: what is made of raw products X Wᵀ, in the fused kernels and, by tiles, in `chunked` on a GPU."""
+
+# pyright: basic, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportAssignmentType=false, reportArgumentType=false, reportIndexIssue=false
+# Kernel bodies are Triton's language, which only looks like Python.
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from agro_kernels._head import Head, Upstream
+
+STATS_SHAPE = (1, 2048)
+"""Rows and columns that a program of `tile_stats_kernel` holds at a time. Unmeasured."""
+GRADS_SHAPE = (4, 512)
+"""Rows and columns that a program of `tile_grads_kernel` turns. Unmeasured."""
+LOG2_E = 1.4426950408889634
+
+
+def kernel_factors(head: Head) -> tuple[float, float]:
+    """The kernels' (inner, outer): logits in units of log 2 are outer * tanh(inner * u), or outer * u."""
+    if head.softcap:
+        return head.logit_scale / head.softcap, head.softcap / head.temperature * LOG2_E
+    return 1.0, head.factor * LOG2_E
+
+
+@triton.jit
+def tanh(x):
+    """tanh without overflow, from exp(-2|x|)."""
+    decay = tl.exp(-2.0 * tl.abs(x))
+    size = (1.0 - decay) / (1.0 + decay)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def logits_tile(
+    products, bias, column, column_count, inner, outer,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """From X Wᵀ to logits in units of log 2: outer * u, or outer * tanh(inner * u) with a softcap."""
+    if BIAS:
+        columns = column + tl.arange(0, COLUMNS)
+        products += tl.load(bias + columns, mask=columns < column_count, other=0.0).to(tl.float32)[None, :]
+    if SOFTCAP:
+        products = tanh(products * inner)
+    return products * outer
+
+
+@triton.jit
+def gradient_tile(
+    logits, targets, logsumexp, coefficient, entropy, entropy_coefficient, row, column, row_count, outer,
+    factor, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dL/du = (c (onehot - p) - e p (log p + entropy)) * factor * (1 - tanh²), from logits in units of log 2;
+    the rows' figures are read here. (ROWS, COLUMNS)"""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    LN2: tl.constexpr = 0.6931471805599453
+    rows = row + tl.arange(0, ROWS)
+    inside = rows < row_count
+    log2_p = logits - (tl.load(logsumexp + rows, mask=inside, other=0.0) * LOG2_E)[:, None]
+    c = tl.load(coefficient + rows, mask=inside, other=0.0)
+    if ENTROPY:
+        e = tl.load(entropy_coefficient + rows, mask=inside, other=0.0)
+        h = tl.load(entropy + rows, mask=inside, other=0.0)
+        # -inf logits have p = 0, and 0 * -inf would be NaN.
+        level = tl.maximum(log2_p, -1.0e30) * (e * LN2)[:, None] + (c + e * h)[:, None]
+        grad = -tl.exp2(log2_p) * level
+    else:
+        grad = -tl.exp2(log2_p) * c[:, None]
+    target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32) - column
+    hit = target[:, None] == tl.arange(0, COLUMNS)[None, :]
+    grad = tl.where(hit, grad + c[:, None], grad) * factor
+    if SOFTCAP:
+        bounded = logits * (1.0 / outer)  # tanh again, which costs fewer registers than keeping it
+        grad *= 1.0 - bounded * bounded
+    return grad
+
+
+@triton.jit(do_not_specialize=["row_count"])
+def tile_stats_kernel(
+    products, bias, targets, logsumexp, entropy, target_logit, row_count, column_count, inner, outer,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """logsumexp and entropy of each row of a tile by an online softmax; target_logit where it is here. (N,)
+
+    `below` is the sum of weight * (logit - peak), moved along when the peak moves; in units of log 2.
+    """
+    LN2: tl.constexpr = 0.6931471805599453
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < row_count
+    target = tl.load(targets + rows, mask=inside, other=-1)
+    peak = tl.full((ROWS,), -3.0e38, tl.float32)  # a row of -inf must not give inf - inf
+    total = tl.zeros((ROWS,), tl.float32)
+    below = tl.zeros((ROWS,), tl.float32)
+    chosen = tl.zeros((ROWS,), tl.float32)
+    for column in range(0, column_count, COLUMNS):
+        columns = column + tl.arange(0, COLUMNS)
+        within = (columns < column_count)[None, :]
+        place = rows.to(tl.int64)[:, None] * column_count + columns[None, :]
+        raw = tl.load(products + place, mask=inside[:, None] & within, other=0.0)
+        logits = logits_tile(raw, bias, column, column_count, inner, outer, BIAS, SOFTCAP, COLUMNS)
+        chosen += tl.sum(tl.where(target[:, None] == columns[None, :], logits, 0.0), 1)
+        logits = tl.where(within, logits, -float("inf"))
+        higher = tl.maximum(peak, tl.max(logits, 1))
+        weights = tl.exp2(logits - higher[:, None])
+        kept = tl.exp2(peak - higher)
+        if ENTROPY:
+            moved = tl.where(total > 0, kept * (below + total * (peak - higher)), 0.0)
+            # At weight 0 the difference may be -inf, and 0 * -inf would be NaN.
+            below = moved + tl.sum(weights * tl.maximum(logits - higher[:, None], -1.0e30), 1)
+        total = total * kept + tl.sum(weights, 1)
+        peak = higher
+    tl.store(logsumexp + rows, (peak + tl.log2(total)) * LN2, mask=inside)
+    if ENTROPY:
+        inner_entropy = tl.where(total > 0, tl.log2(total) - below / total, 0.0)
+        tl.store(entropy + rows, inner_entropy * LN2, mask=inside)
+    owned = (target >= 0) & (target < column_count)
+    tl.store(target_logit + rows, chosen * LN2, mask=inside & owned)
+
+
+@triton.jit(do_not_specialize=["row_count"])
+def tile_grads_kernel(
+    products, bias, targets, logsumexp, coefficient, entropy, entropy_coefficient, out, row_count,
+    column_count, inner, outer, factor,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dL/du from X Wᵀ, in out's dtype (N, V); out may be products: a program writes only what it read."""
+    column_blocks = tl.cdiv(column_count, COLUMNS)
+    row = tl.program_id(0) // column_blocks * ROWS
+    column = tl.program_id(0) % column_blocks * COLUMNS
+    rows = row + tl.arange(0, ROWS)
+    columns = column + tl.arange(0, COLUMNS)
+    inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+    place = rows.to(tl.int64)[:, None] * column_count + columns[None, :]
+    raw = tl.load(products + place, mask=inside, other=0.0)
+    logits = logits_tile(raw, bias, column, column_count, inner, outer, BIAS, SOFTCAP, COLUMNS)
+    grad = gradient_tile(
+        logits, targets, logsumexp, coefficient, entropy, entropy_coefficient, row, column, row_count, outer,
+        factor, SOFTCAP, ENTROPY, ROWS, COLUMNS,
+    )  # fmt: skip
+    tl.store(out + place, grad.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["row_count", "block_count"])
+def combine_kernel(
+    block_logsumexp, block_entropy, logsumexp, entropy, row_count, block_count,
+    ENTROPY: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """logsumexp = log sum_t exp(lse_t);  entropy = sum_t share_t (entropy_t - log share_t), over blocks t of
+    the vocabulary, BLOCKS of them at a time."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = (rows < row_count)[None, :]
+    peak = tl.full((ROWS,), -3.0e38, tl.float32)
+    for first in range(0, block_count, BLOCKS):
+        blocks = first + tl.arange(0, BLOCKS)
+        place = blocks.to(tl.int64)[:, None] * row_count + rows[None, :]
+        within = inside & (blocks < block_count)[:, None]
+        peak = tl.maximum(peak, tl.max(tl.load(block_logsumexp + place, mask=within, other=-3.0e38), 0))
+    total = tl.zeros((ROWS,), tl.float32)
+    mixed = tl.zeros((ROWS,), tl.float32)
+    for first in range(0, block_count, BLOCKS):
+        blocks = first + tl.arange(0, BLOCKS)
+        place = blocks.to(tl.int64)[:, None] * row_count + rows[None, :]
+        within = inside & (blocks < block_count)[:, None]
+        below = tl.load(block_logsumexp + place, mask=within, other=-float("inf")) - peak[None, :]
+        share = tl.exp(below)
+        total += tl.sum(share, 0)
+        if ENTROPY:
+            own = tl.load(block_entropy + place, mask=within, other=0.0)
+            mixed += tl.sum(tl.where(share > 0, share * (own - below), 0.0), 0)
+    tl.store(logsumexp + rows, peak + tl.log(total), mask=rows < row_count)
+    if ENTROPY:
+        tl.store(entropy + rows, mixed / total + tl.log(total), mask=rows < row_count)
+
+
+COMBINE_SHAPE = (32, 64)
+"""Rows and blocks of the vocabulary that a program of `combine_kernel` reads at a time. Unmeasured."""
+
+
+def launch_combine(block_logsumexp: Tensor, block_entropy: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows' logsumexp and entropy (N,) from those of blocks (blocks, N), in a fixed order."""
+    count, rows = block_logsumexp.shape
+    logsumexp = block_logsumexp.new_empty(rows)
+    entropy = None if block_entropy is None else torch.empty_like(logsumexp)
+    combine_kernel[(-(-rows // COMBINE_SHAPE[0]),)](
+        block_logsumexp, block_logsumexp if block_entropy is None else block_entropy, logsumexp,
+        logsumexp if entropy is None else entropy, rows, count, ENTROPY=entropy is not None,
+        ROWS=COMBINE_SHAPE[0], BLOCKS=COMBINE_SHAPE[1], num_warps=4,
+    )  # fmt: skip
+    return logsumexp, entropy
+
+
+def launch_tile_stats(
+    tile: Tensor, bias: Tensor | None, head: Head, targets: Tensor, target_logit: Tensor, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """See `_chunked.tile_stats_`; this form only reads the tile, which is fp32 and contiguous."""
+    rows, columns = tile.shape
+    inner, outer = kernel_factors(head)
+    logsumexp = tile.new_empty(rows)
+    tile_entropy = torch.empty_like(logsumexp) if entropy else None
+    tile_stats_kernel[(-(-rows // STATS_SHAPE[0]),)](
+        tile, tile if bias is None else bias, targets, logsumexp,
+        logsumexp if tile_entropy is None else tile_entropy, target_logit, rows, columns, inner, outer,
+        BIAS=bias is not None, SOFTCAP=head.softcap != 0, ENTROPY=entropy, ROWS=STATS_SHAPE[0],
+        COLUMNS=STATS_SHAPE[1], num_warps=4,
+    )  # fmt: skip
+    return logsumexp, tile_entropy
+
+
+def launch_tile_grads(
+    tile: Tensor, bias: Tensor | None, head: Head, targets: Tensor, upstream: Upstream, dtype: torch.dtype
+) -> Tensor:
+    """See `_chunked.tile_grads_`; the tile is fp32 and contiguous, a 16-bit result is a new tensor."""
+    rows, columns = tile.shape
+    inner, outer = kernel_factors(head)
+    out = tile if dtype == tile.dtype else torch.empty_like(tile, dtype=dtype)
+    has_entropy, entropy, entropy_coefficient = upstream.entropy_arguments()
+    tile_grads_kernel[(-(-rows // GRADS_SHAPE[0]) * -(-columns // GRADS_SHAPE[1]),)](
+        tile, tile if bias is None else bias, targets, upstream.logsumexp, upstream.coefficient, entropy,
+        entropy_coefficient, out, rows, columns, inner, outer, head.factor, BIAS=bias is not None,
+        SOFTCAP=head.softcap != 0, ENTROPY=has_entropy, ROWS=GRADS_SHAPE[0], COLUMNS=GRADS_SHAPE[1],
+        num_warps=4,
+    )  # fmt: skip
+    return out
