@@ -66,13 +66,15 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), width
 
 
-def over_seeds(case: str, provider: str, metric: str, unit: str, values: Sequence[float]) -> Records:
+def over_seeds(
+    case: str, provider: str, metric: str, unit: str, values: Sequence[float], *, bench: str = BENCH
+) -> Records:
     """The records of a figure: its mean, with the seeds' own figures in the note, and its interval."""
     mean, interval = mean_and_interval(values)
     note = "seeds: " + " ".join(f"{value:.6g}" for value in values)
     return [
-        record(BENCH, case, provider, metric, mean, unit, note),
-        record(BENCH, case, provider, f"{metric}_interval", interval, unit),
+        record(bench, case, provider, metric, mean, unit, note),
+        record(bench, case, provider, f"{metric}_interval", interval, unit),
     ]
 
 

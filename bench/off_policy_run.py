@@ -5,10 +5,11 @@ import tempfile
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lightning as L
@@ -25,19 +26,22 @@ from agro_lightning.training.callbacks.step_metrics import NonFiniteError, NonFi
 from agro_lightning.training.datamodule import AgroDataModule
 from agro_lightning.training.module import AgroModule
 from agro_lightning.training.optimizer import OptimizerSettings
+from agro_lightning.types import Prompt
 from bench.off_policy_objectives import Topr, WeightedRegularizedPG
 from bench.off_policy_task import SAMPLING, measure
 
 OBJECTIVES: dict[str, Callable[[float, float], Objective]] = {
     "agro": lambda beta, weight: Agro(beta, negative_weight=weight),
+    "agro_taper": lambda beta, weight: Agro(beta, negative_weight=weight, taper=True),
     "rloo_frozen_kl": lambda beta, weight: RlooFrozenKL(beta),
     "grpo": lambda beta, weight: Grpo(beta),
+    "grpo_no_std": lambda beta, weight: Grpo(beta, scale_rewards=False),
     "regularized_pg": lambda beta, weight: (
         RegularizedPG(beta) if weight == 1 else WeightedRegularizedPG(beta, weight)
     ),
     "topr": lambda beta, weight: Topr(beta),
 }
-"""From beta and the weight of negatives, which the first and the fourth read."""
+"""From beta and the weight of negatives, which AGRO's and regularized_pg read."""
 NEEDS_EVERY_LOGPROB = ("rloo_frozen_kl", "topr")
 """Trained on the weaker policy's log-probs of its whole buffer, the right answers in it included."""
 LAGS = {"live": 0, "stale4": 4, "stale16": 16, "stale64": 64, "half": 0}
@@ -116,8 +120,8 @@ class StaleEngine(RolloutEngine):
 class Watch(Callback):
     """Measures accuracy and KL after some steps, and notes the staleness that the trainer logs."""
 
-    def __init__(self, run: Run) -> None:
-        self.steps, self.samples = frozenset(run.measure_at), run.samples
+    def __init__(self, run: Run, others: Mapping[str, Sequence[Prompt]]) -> None:
+        self.steps, self.samples, self.others = frozenset(run.measure_at), run.samples, others
         self.points: list[dict[str, float]] = []
         self.logged: list[dict[str, float]] = []
 
@@ -131,10 +135,14 @@ class Watch(Callback):
             self.points.append({"step": trainer.global_step} | self.figures(trainer, pl_module))
 
     def figures(self, trainer: L.Trainer, module: Any) -> dict[str, float]:
-        """What is measured of the policy as it is, on all validation prompts."""
+        """What is measured of the policy as it is, on the validation prompts and on the others."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        prompts = list(data.val_prompts)
-        return measure(module.policy, module.reference.policy, data.tokenizer, prompts, samples=self.samples)
+        models = module.policy, module.reference.policy, data.tokenizer
+        found = measure(*models, list(data.val_prompts), samples=self.samples)
+        for name, prompts in self.others.items():
+            figures = measure(*models, prompts, samples=self.samples)
+            found |= {f"{name}/{metric}": value for metric, value in figures.items()}
+        return found
 
 
 def sources_of(run: Run, task: Path) -> list[Source]:
@@ -187,8 +195,15 @@ def quietly() -> Iterator[None]:
 
 
 @quietly()
-def train(run: Run, task: Path) -> dict[str, Any]:
+def train(
+    run: Run, task: Path, others: Mapping[str, Sequence[Prompt]] = MappingProxyType({})
+) -> dict[str, Any]:
     """Makes the run.
+
+    Args:
+        run: its settings.
+        task: the folder that `prepare` filled.
+        others: prompts, besides the validation prompts, to measure on, by name; figures get it as a prefix.
 
     Returns:
         The run's settings; `points`, the figures after some steps; the `staleness_min` and
@@ -201,7 +216,7 @@ def train(run: Run, task: Path) -> dict[str, Any]:
         objective=OBJECTIVES[run.objective](run.beta, run.negative_weight),
         optimizer=OptimizerSettings(learning_rate=run.learning_rate, warmup_steps=10, schedule="cosine"),
     )
-    watch, stopped = Watch(run), None
+    watch, stopped = Watch(run, others), None
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
             accelerator="cpu",

@@ -74,6 +74,12 @@ def problems(tokenizer: PreTrainedTokenizerFast, count: int, *, seed: int) -> li
     ]
 
 
+def read_prompts(path: Path, tokenizer: Any) -> list[Prompt]:
+    """The problems that `prepare` wrote into a file."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [Prompt(prompt_ids=tuple(tokenizer(row["prompt"])["input_ids"]), **row) for row in rows]
+
+
 def careless_answer(prompt: Prompt, rng: random.Random) -> str:
     """The answer of a pupil who knows the method, but forgets carries out of the ones, and slips."""
     add = prompt.prompt[3] == "+"
