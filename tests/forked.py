@@ -1,5 +1,6 @@
 """Commands in processes of their own, which tests run, kill and start again."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -50,7 +51,7 @@ class Side:
     args: list[str]
     log: Path
     progress: Path
-    """A file that grows, or a folder that fills, as this side gets on."""
+    """A JSON file with this side's step, or a folder that it fills."""
     kills: int
     rng: random.Random
     killed: int = 0
@@ -87,7 +88,7 @@ class Side:
 
     def _now(self) -> int:
         if self.progress.suffix:
-            return self.progress.read_bytes().count(b"\n") if self.progress.exists() else 0
+            return json.loads(self.progress.read_text())["step"] if self.progress.exists() else 0
         return len(list(self.progress.glob("part-*.parquet")))
 
 

@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,8 +10,7 @@ import torch
 from forked import Side, run_both
 
 from agro_lightning.data.buffer.buffer import RolloutBuffer
-from agro_lightning.data.ledger import UseLedger
-from agro_lightning.data.use_log import read_uses
+from agro_lightning.data.stream import UseCounts
 
 GROUPS_PER_STEP, N, MAX_USES, PER_FILE = 4, 3, 2, 4
 
@@ -40,7 +38,7 @@ def sides(run_dir: Path, *, steps: int, kills: int, seed: int) -> list[Side]:
         *("--groups_per_file", str(PER_FILE), "--timeout_s", "300"),
     ]
     return [
-        Side(fit, run_dir.with_name("fit.log"), run_dir / "uses-stream.jsonl", kills, rng),
+        Side(fit, run_dir.with_name("fit.log"), run_dir / "stream" / "_progress.json", kills, rng),
         Side(rollout, run_dir.with_name("rollout.log"), run_dir / "stream", kills, rng),
     ]
 
@@ -54,20 +52,14 @@ def check_accounts(run_dir: Path, steps: int, tokenizer) -> None:
     visible = {file.name for file in (run_dir / "stream").iterdir() if not file.name.startswith((".", "_"))}
     assert visible == {file.name for file in files}
 
-    uses = read_uses(run_dir / "uses-stream.jsonl")
-    assert {label: counts.tolist() for label, counts in uses.items()} == {
-        file.name: [MAX_USES] * (PER_FILE * N) for file in files
-    }
-
     checkpoint = torch.load(run_dir / "checkpoints" / f"step-{steps:08d}.ckpt", weights_only=True)
     (state,) = _find(checkpoint, "ledger")
-    ledger = UseLedger(MAX_USES)
-    ledger.load_state_dict(state)
+    counts = UseCounts(MAX_USES)
+    counts.load_state_dict(state)
     buffer = RolloutBuffer(run_dir / "stream", tokenizer=tokenizer, vocab_size=64)
     assert buffer.num_rows == groups * N
-    assert len(ledger.available(buffer)) == 0
-    assert {file.label: ledger.uses(file.label).tolist() for file in buffer.files} == {
-        label: counts.tolist() for label, counts in uses.items()
+    assert {file.label: counts.uses(file.label).tolist() for file in buffer.files} == {
+        file.name: [MAX_USES] * (PER_FILE * N) for file in files
     }
 
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -91,7 +83,5 @@ def test_both_sides_are_killed_and_every_row_is_used_exactly_as_often_as_configu
     run_both(both)
     assert [side.killed for side in both] == [kills, kills]
     check_accounts(tmp_path / "run", steps, quickstart_tokenizer)
-    log = (tmp_path / "run" / "uses-stream.jsonl").read_text()
-    assert len(re.findall('"resume"', log)) > 1  # the run did go back, and the log says so
     assert not list((tmp_path / "run" / "weights").glob(".version-*"))
     assert len(list((tmp_path / "run" / "weights").glob("version-*"))) == 2

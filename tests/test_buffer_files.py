@@ -10,16 +10,16 @@ from dataclasses import replace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from rollout_files import group, open_buffer, text_rows, write_jsonl, write_parquet
+from rollout_files import group, open_buffer, text_rows, write_jsonl
 
 from agro_lightning.data.buffer.schema import (
     FILE_SCHEMA,
     SCHEMA_VERSION,
     VERSION_KEY,
-    BadFileError,
     tokenizer_id,
 )
-from agro_lightning.data.buffer.writer import append_rollouts, evict_files
+from agro_lightning.data.buffer.writer import append_rollouts
+from agro_lightning.data.replay import ReplayFolder
 from agro_lightning.primitives.atomic_files import DiskFullError, remove_temporaries, write_once
 
 
@@ -199,10 +199,13 @@ def test_a_full_disk_keeps_the_buffer_valid(small_disk, quickstart_tokenizer, tm
             written += 1
     assert 1 <= written < 100
     assert sorted(os.listdir(small_disk)) == [f"step-{number:03d}.parquet" for number in range(written)]
-    buffer = open_buffer(small_disk, quickstart_tokenizer, tmp_path)
+    buffer = open_buffer(small_disk, quickstart_tokenizer, tmp_path, live=True)
     assert buffer.num_rows == 2 * written
-    removed = evict_files(small_disk, keep_rows=2)
-    assert len(removed) == written - 1
+    replay = ReplayFolder(small_disk)
+    for _ in range(2):
+        replay.evict(buffer, capacity=2)
+        buffer.refresh()
+    assert sorted(os.listdir(small_disk)) == [f"step-{written - 1:03d}.parquet"]
     append(small_disk, [large_group(0)], "after", tokenizer=mine)
 
 
@@ -225,38 +228,20 @@ def test_write_once_never_overwrites(tmp_path):
 # ---------------------------------------------------------------------- eviction
 
 
-def test_whole_files_beyond_capacity_go_oldest_first(tmp_path):
+def test_whole_files_beyond_capacity_go_oldest_first_and_one_call_late(tmp_path, quickstart_tokenizer):
+    mine, folder = tokenizer_id(quickstart_tokenizer), tmp_path / "replay"
     for version, name in ((1, "z"), (2, "b"), (2, "c"), (3, "a")):
-        append(tmp_path, [group(1, version=version, each=4)], name)
-    assert evict_files(tmp_path, keep_rows=100) == []
-    assert evict_files(tmp_path, keep_rows=9) == [tmp_path / "z.parquet"]
-    assert sorted(os.listdir(tmp_path)) == ["a.parquet", "b.parquet", "c.parquet"]
-    assert evict_files(tmp_path, keep_rows=4) == [tmp_path / "b.parquet", tmp_path / "c.parquet"]
-    assert evict_files(tmp_path, keep_rows=1) == []
-    assert evict_files(tmp_path, keep_rows=0) == [tmp_path / "a.parquet"]
+        append(folder, [group(1, version=version, each=4)], name, tokenizer=mine)
+    buffer = open_buffer(folder, quickstart_tokenizer, tmp_path, live=True)
+    replay = ReplayFolder(folder)
 
+    def evict(capacity: int) -> list[str]:
+        replay.evict(buffer, capacity)
+        buffer.refresh()
+        return sorted(os.listdir(folder))
 
-def test_eviction_of_an_open_buffer_agrees_and_forgets_the_rows(tmp_path, quickstart_tokenizer):
-    mine = tokenizer_id(quickstart_tokenizer)
-    for version in range(4):
-        append(tmp_path / "replay", [group(1, version=version)], f"v{version}", tokenizer=mine)
-    buffer = open_buffer(tmp_path / "replay", quickstart_tokenizer, tmp_path, live=True)
-    assert [path.name for path in buffer.evict(6)] == ["v0.parquet", "v1.parquet"]
-    assert buffer.num_rows == 8
-    assert buffer.evict(6) == []
-
-
-def test_files_that_a_run_did_not_make_are_never_evicted(tmp_path, quickstart_tokenizer):
-    path = write_parquet(tmp_path / "mine.parquet", text_rows())
-    buffer = open_buffer(path, quickstart_tokenizer, tmp_path)
-    with pytest.raises(ValueError, match="live=False"):
-        buffer.evict(0)
-    assert path.exists()
-
-
-def test_eviction_refuses_what_it_cannot_count(tmp_path):
-    (tmp_path / "torn.parquet").write_bytes(b"PAR1")
-    with pytest.raises(BadFileError, match="torn.parquet"):
-        evict_files(tmp_path, keep_rows=0)
-    with pytest.raises(ValueError, match="keep_rows is -1"):
-        evict_files(tmp_path, keep_rows=-1)
+    everything = ["a.parquet", "b.parquet", "c.parquet", "z.parquet"]
+    assert evict(100) == evict(9) == everything, "the checkpoint before may still be resumed"
+    assert evict(9) == evict(4) == ["a.parquet", "b.parquet", "c.parquet"]
+    assert evict(4) == ["a.parquet"]
+    assert evict(1) == ["a.parquet"]

@@ -97,7 +97,6 @@ def test_bad_rows_are_named_or_dropped_and_counted(quickstart_tokenizer, tmp_pat
             "wrong_type",
             "reward is '0'; it must be a number",
         ),
-        ('{"prompt": "1=", "completion": "1", "reward": true}', "wrong_type", "reward is True"),
         (
             '{"prompt": "1=", "completion_ids": [1.0], "reward": 0}',
             "wrong_type",
@@ -194,9 +193,7 @@ BAD_FILES = {
         {**COLUMNS, "reward": ["0", "1"]},
         "column 'reward' of type string; accepted is a number",
     ),
-    "bool_reward": ({**COLUMNS, "reward": [True, False]}, "column 'reward' of type bool"),
     "number_prompt": ({**COLUMNS, "prompt": [1, 2]}, "column 'prompt' of type int64; accepted is text"),
-    "chat_prompt": ({**COLUMNS, "prompt": [[{"role": "user"}]] * 2}, "column 'prompt' of type list"),
     "float_ids": (
         {**COLUMNS, "completion_ids": [[1.0], [2.0]]},
         "completion_ids.*accepted is a list of integers",

@@ -318,10 +318,10 @@ def test_gym_tasks_score_their_own_answers(tmp_path):
 
 def test_gym_scorers_get_the_tasks_own_options():
     pytest.importorskip("reasoning_gym")
-    from agro_lightning.data.prompts.sources import Ledger, read_gym_rows
+    from agro_lightning.data.prompts.sources import RejectedRows, read_gym_rows
 
     options = {"size": 1, "max_num_decimal_places": 2, "min_num_decimal_places": 2}
-    (row,) = read_gym_rows("decimal_arithmetic", options, ledger=Ledger(strict=True))
+    (row,) = read_gym_rows("decimal_arithmetic", options, rejected=RejectedRows(strict=True))
     prompt = Prompt(
         prompt_id="x",
         prompt="q",

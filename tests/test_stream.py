@@ -10,8 +10,7 @@ from agro_lightning.data.buffer.buffer import RolloutBuffer
 from agro_lightning.data.buffer.schema import tokenizer_id
 from agro_lightning.data.buffer.writer import append_rollouts
 from agro_lightning.data.sources import Live, Replay, Stream, check_sources
-from agro_lightning.data.stream import StreamReader, read_progress
-from agro_lightning.data.use_log import UseLog, read_uses
+from agro_lightning.data.stream import StreamReader, UseCounts, read_progress
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
 VOCAB_SIZE = 17
@@ -35,11 +34,10 @@ def opened(tmp_path, quickstart_tokenizer):
     def append(part: int, groups: list[PromptGroup]) -> None:
         append_rollouts(folder, groups, name=f"part-{part:08d}", tokenizer_id=names)
 
-    def open_reader(log: bool = True, **settings) -> StreamReader:
+    def open_reader(reports: bool = True, **settings) -> StreamReader:
         source = Stream(**{"max_uses": 1, "timeout_s": 0.3, **settings})
         buffer = RolloutBuffer(folder, tokenizer=quickstart_tokenizer, vocab_size=VOCAB_SIZE, live=True)
-        path = UseLog(tmp_path / "run" / "uses-stream.jsonl") if log else None
-        return StreamReader(source, folder, buffer, log=path)
+        return StreamReader(source, folder, buffer, reports=reports)
 
     return append, open_reader, tmp_path / "run"
 
@@ -59,7 +57,6 @@ def test_groups_are_used_oldest_first_and_only_as_often_as_allowed(opened):
     append(1, [group("3", 5), group("4", 5)])
     append(0, [group("1", 7), group("2", 7, completions=3)])
     reader = open_reader()
-    reader.begin(0)
     assert take(reader, 0, 3) == ["3", "4", "1"]
     append(2, [group("5", 6)])
     assert take(reader, 1, 2) == ["5", "2"]
@@ -71,7 +68,6 @@ def test_a_group_that_was_begun_is_finished_before_another_is_begun(opened):
     append, open_reader, _ = opened
     append(0, [group("5", 9), group("6", 9)])
     reader = open_reader(max_uses=2)
-    reader.begin(0)
     assert take(reader, 0, 2) == ["5", "6"]
     append(1, [group("1", 1), group("2", 1)])
     assert [take(reader, step, 2) for step in (1, 2, 3)] == [["5", "6"], ["1", "2"], ["1", "2"]]
@@ -83,19 +79,17 @@ def test_updates_per_rollout_count_as_uses(opened):
     append, open_reader, run_dir = opened
     append(0, [group("1", 0), group("2", 0)])
     reader = open_reader(max_uses=4)
-    reader.begin(0)
     assert take(reader, 0, 2, uses=2) == ["1", "2"]
     with pytest.raises(TimeoutError):
         reader.draw(2, 2, 3)  # two uses are left
     assert take(reader, 2, 2, uses=2) == ["1", "2"]
-    assert read_uses(run_dir / "uses-stream.jsonl")["part-00000000.parquet"].tolist() == [4, 4, 4, 4]
+    assert reader.counts.uses("part-00000000.parquet").tolist() == [4, 4, 4, 4]
 
 
 def test_groups_older_than_max_staleness_expire_and_are_counted(opened):
     append, open_reader, run_dir = opened
     append(0, [group("1", 0), group("2", 4), group("3", 6)])
     reader = open_reader(max_staleness=2)
-    reader.begin(6)
     assert take(reader, 6, 2) == ["2", "3"]
     assert reader.metrics(6) == {"stream_unused_groups/stream": 0.0, "stream_expired_groups/stream": 1.0}
     progress = read_progress(run_dir / "stream")
@@ -109,7 +103,6 @@ def test_groups_older_than_max_staleness_expire_and_are_counted(opened):
 def test_a_reader_waits_for_groups_that_are_still_being_made(opened):
     append, open_reader, run_dir = opened
     reader = open_reader(timeout_s=30)
-    reader.begin(0)
 
     def make() -> None:
         for part in range(3):
@@ -135,31 +128,26 @@ def test_a_restart_from_a_checkpoint_uses_again_what_was_used_after_it(opened):
     append, open_reader, run_dir = opened
     append(0, [group(str(i), 0) for i in range(6)])
     first = open_reader()
-    first.begin(0)
     assert take(first, 0, 2) == ["0", "1"]
     checkpoint = first.state_dict()
     assert take(first, 1, 2) == ["2", "3"]
 
     second = open_reader()
     second.load_state_dict(checkpoint)
-    second.begin(1)
     assert [take(second, 1, 2), take(second, 2, 2)] == [["2", "3"], ["4", "5"]]
-    assert read_uses(run_dir / "uses-stream.jsonl")["part-00000000.parquet"].tolist() == [1] * 12
-    assert second.ledger.uses("part-00000000.parquet").tolist() == [1] * 12
+    assert second.counts.uses("part-00000000.parquet").tolist() == [1] * 12
 
 
 def test_a_restart_amid_the_uses_of_one_rollout_counts_the_rest_of_them(opened):
     append, open_reader, run_dir = opened
     append(0, [group("1", 0), group("2", 0)])
     first = open_reader(max_uses=2)
-    first.begin(0)
     first.draw(0, 2, 2)
     first.use(0)
     second = open_reader(max_uses=2)
     second.load_state_dict(first.state_dict())
-    second.begin(1)
     second.use(1)
-    assert read_uses(run_dir / "uses-stream.jsonl")["part-00000000.parquet"].tolist() == [2] * 4
+    assert second.counts.uses("part-00000000.parquet").tolist() == [2] * 4
     with pytest.raises(TimeoutError):
         second.draw(2, 1, 1)
 
@@ -168,7 +156,7 @@ def test_ranks_draw_the_same_groups_though_one_sees_files_later(opened, quicksta
     """Two readers in threads; `agree` hands rank 0's value over, as a broadcast does."""
     append, open_reader, run_dir = opened
     append(0, [group("7", 3), group("8", 3)])
-    readers = [open_reader(timeout_s=30), open_reader(log=False, timeout_s=30)]
+    readers = [open_reader(timeout_s=30), open_reader(reports=False, timeout_s=30)]
     append(1, [group("1", 2), group("2", 2)])
     readers[0].buffer.refresh()  # rank 0 knows of a file that rank 1 has not seen
     append(2, [group("3", 9)])
@@ -204,7 +192,6 @@ def test_a_file_that_was_removed_while_it_is_trained_on_is_named(opened):
     append, open_reader, run_dir = opened
     append(0, [group("1", 0)])
     first = open_reader(max_uses=2)
-    first.begin(0)
     first.draw(0, 1, 2)
     first.use(0)
     (run_dir / "stream" / "part-00000000.parquet").unlink()
@@ -224,47 +211,44 @@ def test_rows_that_were_dropped_count_as_no_use(tmp_path, quickstart_tokenizer):
     buffer = RolloutBuffer(
         tmp_path / "s", tokenizer=quickstart_tokenizer, vocab_size=VOCAB_SIZE, on_bad_row="drop", live=True
     )
-    log = UseLog(tmp_path / "uses.jsonl")
-    reader = StreamReader(Stream(max_uses=1), tmp_path / "s", buffer, log=log)
-    reader.begin(0)
+    reader = StreamReader(Stream(max_uses=1), tmp_path / "s", buffer, reports=True)
     reader.draw(0, 1, 1)
     reader.use(0)
-    assert read_uses(log.path)[bad.name].tolist() == [0, 1, 0, 1]  # JSONL counts lines from 1
+    assert reader.counts.uses(bad.name).tolist() == [0, 1, 0, 1]  # JSONL counts lines from 1
 
 
-# ---------------------------------------------------------------------- the use log
+# ---------------------------------------------------------------------- use counts
 
 
-def test_a_use_log_forgets_what_a_restart_took_back(tmp_path):
-    log = UseLog(tmp_path / "uses.jsonl")
-    log.resume(0)
-    for step in range(4):
-        log.record(step, {"a": [(step, step + 2)]})
-    log.resume(2)
-    log.record(2, {"a": [(0, 1)], "b": [(3, 4)]})
-    uses = read_uses(log.path)
-    assert {label: counts.tolist() for label, counts in uses.items()} == {"a": [2, 2, 1], "b": [0, 0, 0, 1]}
+def test_one_use_too_many_is_an_error_that_counts_nothing(opened):
+    append, open_reader, _ = opened
+    append(0, [group("1", 0, completions=4)])
+    append(1, [group("2", 0, completions=4)])
+    reader = open_reader()
+    counts = reader.counts
+    counts.record(reader.buffer, [5])
+    with pytest.raises(ValueError, match=r"part-00000001.parquet:1 would be used 2 times; max_uses is 1"):
+        counts.record(reader.buffer, [0, 5])
+    with pytest.raises(ValueError, match="2 times"):
+        counts.record(reader.buffer, [1, 1])
+    assert counts.uses("part-00000000.parquet").tolist() == []
+    assert counts.uses("part-00000001.parquet").tolist() == [0, 1]
 
 
-def test_a_line_that_a_kill_cut_short_is_removed_at_the_restart(tmp_path):
-    log = UseLog(tmp_path / "uses.jsonl")
-    log.record(0, {"a": [(0, 1)]})
-    with log.path.open("a") as handle:
-        handle.write('{"step":1,"rows":{"a":[[0,')
-    assert read_uses(log.path)["a"].tolist() == [1]
-    log.resume(1)
-    log.record(1, {"a": [(0, 1)]})
-    assert read_uses(log.path)["a"].tolist() == [2]
+def test_a_lower_limit_after_a_restart_only_ends_further_use(opened):
+    append, open_reader, _ = opened
+    append(0, [group("1", 0), group("2", 0)])
+    first = open_reader(max_uses=3)
+    assert [take(first, step, 1) for step in range(2)] == [["1"], ["1"]]
+    second = open_reader(max_uses=1)
+    second.load_state_dict(first.state_dict())
+    assert take(second, 2, 1) == ["2"]
 
 
-@pytest.mark.parametrize("line", ["nonsense", '{"step": 0, "rows": {}}'])
-def test_a_use_log_that_was_tampered_with_is_refused(tmp_path, line):
-    log = UseLog(tmp_path / "uses.jsonl")
-    log.record(0, {"a": [(0, 1)]})
-    with log.path.open("a") as handle:
-        handle.write(line + "\n")
-    with pytest.raises(ValueError, match="uses.jsonl:2"):
-        read_uses(log.path)
+@pytest.mark.parametrize("uses", [0, -1, 256])
+def test_max_uses_is_checked(uses):
+    with pytest.raises(ValueError, match=f"max_uses is {uses}"):
+        UseCounts(uses)
 
 
 # ---------------------------------------------------------------------- settings
@@ -294,11 +278,9 @@ def test_use_counts_do_not_depend_on_the_order_of_loading(opened):
     append, open_reader, _ = opened
     append(1, [group("1", 0), group("2", 0)])
     first = open_reader()
-    first.begin(0)
     append(0, [group("3", 1), group("4", 1)])
     assert take(first, 0, 3) == ["1", "2", "3"]
     second = open_reader()  # loads part 0 first
     second.load_state_dict(first.state_dict())
-    second.begin(1)
     assert take(second, 1, 1) == ["4"]
-    assert np.all(second.ledger.uses("part-00000000.parquet") == 1)
+    assert np.all(second.counts.uses("part-00000000.parquet") == 1)

@@ -13,8 +13,7 @@ import torch
 
 from agro_lightning.commands.rollout import choose_device
 from agro_lightning.data.buffer.buffer import RolloutBuffer
-from agro_lightning.data.buffer.discover import offline_paths
-from agro_lightning.data.buffer.files import RowFile
+from agro_lightning.data.buffer.files import RowFile, offline_paths
 from agro_lightning.data.buffer.group_plan import runs
 from agro_lightning.data.buffer.writer import append_rollouts
 from agro_lightning.models.config import PolicySettings
@@ -118,7 +117,7 @@ class _Copier:
 
     def copy(self, file: RowFile) -> int:
         """Makes the missing pieces of one file; returns how many rows they have."""
-        count = len(file.source.rows)
+        count = len(file)
         made = 0
         for piece, first in enumerate(range(0, count, self.rows_per_file)):
             rows = range(first, min(first + self.rows_per_file, count))
@@ -150,7 +149,7 @@ class _Copier:
 
     def _batches(self, file: RowFile, rows: range) -> Iterator[list[PromptGroup]]:
         """The rows as groups of neighbours with one prompt, a few at a time."""
-        keys = file.source.rows.column("prompt_keys")[rows.start : rows.stop]
+        keys = file.source.index["prompt_key"][rows.start : rows.stop]
         starts = runs(keys)
         base = file.first + rows.start
         batch: list[PromptGroup] = []

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.data.buffer.buffer import BufferCounts, RolloutBuffer
-from agro_lightning.data.buffer.discover import offline_paths
+from agro_lightning.data.buffer.files import offline_paths
 from agro_lightning.models.pretrained import load_tokenizer
 from agro_lightning.types import Completion, PromptGroup
 

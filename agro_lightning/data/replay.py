@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from agro_lightning.data.buffer.buffer import RolloutBuffer
-from agro_lightning.data.buffer.writer import append_rollouts, beyond_capacity, remove_files
+from agro_lightning.data.buffer.writer import append_rollouts
+from agro_lightning.primitives.atomic_files import sync_directory
 from agro_lightning.types import PromptGroup
 
 
@@ -28,21 +29,29 @@ class ReplayFolder:
         append_rollouts(self.path, groups, name=rollout_name(step, rank, part), tokenizer_id=tokenizer_id)
 
     def evict(self, buffer: RolloutBuffer, capacity: int) -> None:
-        """Deletes files beyond the capacity, one checkpoint late: the one before may still be resumed.
+        """Deletes files whose rows are all beyond the capacity, one checkpoint late: the run may be resumed
+        from the checkpoint before.
 
         Args:
             buffer: the folder, opened.
             capacity: completions to keep.
         """
-        remove_files(self._surplus)
-        files = [(file.source.path, len(file.source.rows)) for file in buffer.files]
-        self._surplus = [path for path in beyond_capacity(files, capacity) if path not in self._surplus]
+        for path in self._surplus:
+            path.unlink(missing_ok=True)
+        if self._surplus:
+            sync_directory(self.path)
+        newer, surplus = 0, []
+        for file in reversed(buffer.files):
+            if newer >= capacity and file.source.path not in self._surplus:
+                surplus.append(file.source.path)
+            newer += len(file)
+        self._surplus = surplus[::-1]  # oldest first, so that a kill leaves the newest ones
 
-    def set_aside_from(self, step: int) -> str | None:
+    def archive_from(self, step: int) -> str | None:
         """Moves rollouts of this step and later ones out of sight: a resumed run makes them again.
 
         Returns:
-            What was done, in words; None when there were none.
+            A message that says so; None when there were none.
         """
         later = [path for path in sorted(self.path.glob("step-*.parquet")) if step_of(path.name) >= step]
         if not later:

@@ -1,8 +1,9 @@
-"""Groups that other processes append to a folder while the run trains on it, each used exactly so often."""
+"""Reader for rollouts that other processes append: each group is used by exactly `max_uses` steps."""
 
+import base64
 import json
-import os
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,8 @@ import numpy as np
 from agro_lightning.data.buffer.buffer import RolloutBuffer
 from agro_lightning.data.buffer.files import RowFile
 from agro_lightning.data.buffer.group_plan import runs
-from agro_lightning.data.ledger import UseLedger
 from agro_lightning.data.sources import Stream
-from agro_lightning.data.use_log import UseLog
+from agro_lightning.primitives.atomic_files import replace_text
 
 PROGRESS_FILE = "_progress.json"
 """Written into the folder by the run, for the processes that fill it."""
@@ -26,17 +26,13 @@ AGREE_SECONDS = 10.0
 
 @dataclass(slots=True, kw_only=True)
 class StreamGroup:
-    """A committed group that may still be used: rows of one prompt that stand next to each other in a
-    file."""
+    """A committed group that may still be used: neighbouring rows of one prompt in a file."""
 
     label: str
     place: int
-    """Place of its first row in the file; with the label, its name on every rank and in every checkpoint."""
+    """Position of its first row in the file; with the label, its name on every rank and in checkpoints."""
     rows: list[int]
     """Row numbers in this rank's buffer."""
-    spans: list[tuple[int, int]]
-    """Row numbers in the file, as (first, one past the last); more than one where rows between were
-    dropped."""
     version: int
     """The policy version that it was sampled from."""
     uses: int
@@ -60,7 +56,7 @@ class StreamProgress:
 
 def stream_dir(source: Stream, run_dir: Path) -> Path:
     """Where the groups of a source appear."""
-    return Path(source.path) if source.path else run_dir / "stream"
+    return Path(source.path).expanduser() if source.path else run_dir / "stream"
 
 
 def read_progress(folder: Path) -> StreamProgress:
@@ -69,6 +65,62 @@ def read_progress(folder: Path) -> StreamProgress:
         return StreamProgress(**json.loads((folder / PROGRESS_FILE).read_text()))
     except FileNotFoundError:
         return StreamProgress()
+
+
+class UseCounts:
+    """Counts uses by file and row number, so that they hold whatever order the files are loaded in.
+
+    The state belongs in the trainer's checkpoint, next to the weights that the uses produced: a restart then
+    counts exactly the uses that those weights have seen.
+    """
+
+    def __init__(self, max_uses: int) -> None:
+        """
+        Args:
+            max_uses: how often a row may be used, 1 to 255.
+        """
+        if not 1 <= max_uses <= 255:
+            raise ValueError(f"max_uses is {max_uses}; it must be 1 to 255")
+        self.max_uses = max_uses
+        self._uses: dict[str, np.ndarray] = {}
+
+    def record(self, buffer: RolloutBuffer, rows: np.ndarray | list[int]) -> None:
+        """Counts one use of each of these rows, two of a row that is given twice.
+
+        Raises:
+            ValueError: a row would have been used more than max_uses times; nothing is counted then.
+        """
+        counted: dict[str, np.ndarray] = {}
+        for file, positions in buffer.by_file(rows):
+            numbers = file.source.index["number"][positions]
+            new = self.uses(file.label).astype(np.int64)
+            new = np.pad(new, (0, max(0, int(numbers.max()) + 1 - len(new))))
+            np.add.at(new, numbers, 1)
+            worst = int(numbers[np.argmax(new[numbers])])
+            if new[worst] > self.max_uses:
+                times = f"{new[worst]} times; max_uses is {self.max_uses}"
+                raise ValueError(f"row {file.source.path}:{worst} would be used {times}")
+            counted[file.label] = new.astype(np.uint8)
+        self._uses.update(counted)
+
+    def uses(self, label: str) -> np.ndarray:
+        """Uses by row number in the file with that label, up to the last row that was used."""
+        return self._uses.get(label, np.zeros(0, np.uint8))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain strings and numbers, for a checkpoint or JSON."""
+        counts = {
+            label: base64.b85encode(zlib.compress(uses.tobytes())).decode()
+            for label, uses in sorted(self._uses.items())
+        }
+        return {"max_uses": self.max_uses, "uses": counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over the counts; max_uses stays this run's."""
+        self._uses = {
+            label: np.frombuffer(zlib.decompress(base64.b85decode(packed)), np.uint8)
+            for label, packed in state["uses"].items()
+        }
 
 
 class StreamReader:
@@ -82,7 +134,7 @@ class StreamReader:
         source: the settings.
         folder: where the groups appear.
         buffer: opened on the folder, live.
-        log: of the rows that each step trains on; None on ranks that write none.
+        reports: whether this process writes the folder's progress file and waits for new files: on rank 0.
         agree: returns rank 0's value on every rank.
     """
 
@@ -92,12 +144,12 @@ class StreamReader:
         folder: Path,
         buffer: RolloutBuffer,
         *,
-        log: UseLog | None,
+        reports: bool,
         agree: Callable[[Any], Any] = lambda value: value,
     ) -> None:
         self.source, self.folder, self.buffer = source, folder, buffer
-        self.ledger = UseLedger(source.max_uses)
-        self._log, self._agree = log, agree
+        self.counts = UseCounts(source.max_uses)
+        self._reports, self._agree = reports, agree
         self._labels: set[str] = set()
         self._groups = 0
         self._open: dict[tuple[str, int], StreamGroup] = {}
@@ -107,17 +159,12 @@ class StreamReader:
 
     def state_dict(self) -> dict[str, Any]:
         """Uses by row, and the groups that are being trained on."""
-        return {"ledger": self.ledger.state_dict(), "current": [list(key) for key in self._current]}
+        return {"ledger": self.counts.state_dict(), "current": [list(key) for key in self._current]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over the uses; call before anything is drawn."""
-        self.ledger.load_state_dict(state["ledger"])
+        self.counts.load_state_dict(state["ledger"])
         self._current = [(label, place) for label, place in state["current"]]
-
-    def begin(self, step: int) -> None:
-        """Says that `step` is the next to be taken, in this life of the run."""
-        if self._log is not None:
-            self._log.resume(step)
 
     # ------------------------------------------------------------------ drawing
 
@@ -155,7 +202,6 @@ class StreamReader:
         if any(key not in self._open for key in self._current):  # drawn before a restart
             self._refresh()
         rows: list[int] = []
-        spans: dict[str, list[tuple[int, int]]] = {}
         for key in self._current:
             group = self._open.get(key)
             if group is None:
@@ -163,11 +209,8 @@ class StreamReader:
                     f"{key[0]} is gone from {self.folder}; the checkpoint is training on it"
                 )
             rows += group.rows
-            spans.setdefault(group.label, []).extend(group.spans)
             group.uses += 1
-        if self._log is not None:
-            self._log.record(step, spans)
-        self.ledger.record(self.buffer, rows)
+        self.counts.record(self.buffer, rows)
         for key in self._current:
             if self._open[key].uses >= self.source.max_uses:
                 del self._open[key]
@@ -195,7 +238,7 @@ class StreamReader:
 
     def _pause(self, missing: int, deadline: float) -> None:
         """Waits on rank 0 until there may be enough; the others wait for rank 0 in the next agreement."""
-        if self._log is None:
+        if not self._reports:
             return
         until = min(deadline, time.monotonic() + AGREE_SECONDS)
         before = self.buffer.num_rows
@@ -246,11 +289,9 @@ class StreamReader:
         self._labels |= agreed
 
     def _add(self, file: RowFile) -> None:
-        rows = file.source.rows
-        keys, numbers, versions = (
-            rows.column(name) for name in ("prompt_keys", "numbers", "policy_versions")
-        )
-        uses = self.ledger.uses(file.label)
+        index = file.source.index
+        keys, numbers, versions = index["prompt_key"], index["number"], index["version"]
+        uses = self.counts.uses(file.label)
         starts = runs(keys)
         for first, end in zip(starts.tolist(), [*starts[1:].tolist(), len(keys)], strict=True):
             if end - first < 2:
@@ -264,7 +305,6 @@ class StreamReader:
                 label=file.label,
                 place=first,
                 rows=list(range(file.first + first, file.first + end)),
-                spans=_spans(numbers[first:end]),
                 version=int(versions[first:end].min()),
                 uses=used,
             )
@@ -280,7 +320,7 @@ class StreamReader:
 
     def _report(self, step: int) -> None:
         """Tells the processes that fill the folder how much of it is done with."""
-        if self._log is None:
+        if not self._reports:
             return
         expired = self._expired(step)
         progress = {
@@ -289,16 +329,4 @@ class StreamReader:
             "expired_groups": expired,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        aside = self.folder / f"_{os.getpid()}.tmp"
-        aside.write_text(json.dumps(progress))
-        os.replace(aside, self.folder / PROGRESS_FILE)
-
-
-def _spans(numbers: np.ndarray) -> list[tuple[int, int]]:
-    """Ascending row numbers as ranges."""
-    starts = runs(numbers - np.arange(len(numbers)))
-    ends = [*starts[1:].tolist(), len(numbers)]
-    return [
-        (int(numbers[start]), int(numbers[end - 1]) + 1)
-        for start, end in zip(starts.tolist(), ends, strict=True)
-    ]
+        replace_text(self.folder / PROGRESS_FILE, json.dumps(progress))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 
 from agro_lightning.data.buffer.buffer import RolloutBuffer
-from agro_lightning.data.buffer.discover import offline_paths
+from agro_lightning.data.buffer.files import offline_paths
 from agro_lightning.data.buffer.schema import tokenizer_id
 from agro_lightning.data.prompts.dataset import PromptDataset, PromptSettings
 from agro_lightning.data.replay import ReplayFolder
@@ -28,7 +28,6 @@ from agro_lightning.data.sources import (
     check_streams,
 )
 from agro_lightning.data.stream import StreamReader, stream_dir
-from agro_lightning.data.use_log import UseLog
 from agro_lightning.distributed.fsdp import DataRank, data_rank, unsharded
 from agro_lightning.models.batch import TokenBatch
 from agro_lightning.models.policy import Policy
@@ -206,7 +205,7 @@ class AgroDataModule(L.LightningDataModule):
         folder = self._replay_folder = ReplayFolder(Path(trainer.default_root_dir) / "replay")
         if self._replay_source is not None and trainer.is_global_zero:
             done = self._restored["micro_batch"] // trainer.accumulate_grad_batches if self._restored else 0
-            if moved := folder.set_aside_from(done):
+            if moved := folder.archive_from(done):
                 rank_zero_info(moved)
         trainer.strategy.barrier("replay buffer")
         self.feed = TrainFeed(
@@ -246,12 +245,11 @@ class AgroDataModule(L.LightningDataModule):
     def _stream(self, source: Stream) -> StreamReader:
         assert self.trainer is not None
         folder = stream_dir(source, Path(self.trainer.default_root_dir))
-        log = Path(self.trainer.default_root_dir) / f"uses-{source.name}.jsonl"
         return StreamReader(
             source,
             folder,
             self._buffer([str(folder)], source.name, live=True),
-            log=UseLog(log) if self.trainer.is_global_zero else None,
+            reports=self.trainer.is_global_zero,
             agree=self._from_rank_zero,
         )
 

@@ -117,8 +117,6 @@ class TrainFeed:
         return self.settings.total_steps * self.settings.accumulate
 
     def __iter__(self) -> Iterator[TokenBatch]:
-        for stream in self.streams.values():
-            stream.begin(-(-self.micro_batch // self.settings.accumulate))
         while self.micro_batch < len(self):
             step, part = divmod(self.micro_batch, self.settings.accumulate)
             if part == 0:

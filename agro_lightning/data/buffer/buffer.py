@@ -14,12 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.data.buffer.files import FileSet, RowFile
 from agro_lightning.data.buffer.group_plan import GroupPlan
-from agro_lightning.data.buffer.prompt_index import Members
-from agro_lightning.data.buffer.row_store import RowStore
+from agro_lightning.data.buffer.prompt_index import PromptIndex
 from agro_lightning.data.buffer.schema import FIX_ROW, BadRowError, prompt_id_of
-from agro_lightning.data.buffer.store import Record, prompt_key
+from agro_lightning.data.buffer.store import Record, RowStore, prompt_key
 from agro_lightning.data.buffer.validation import row_checker
-from agro_lightning.data.buffer.writer import beyond_capacity, remove_files
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
 
@@ -42,24 +40,19 @@ class Selection:
     """Some of a buffer's rows, such as those that are new enough for replay."""
 
     buffer: "RolloutBuffer"
-    members: Members
+    prompts: PromptIndex
 
     @property
     def num_rows(self) -> int:
-        return len(self.members.rows)
-
-    def num_groups(self, min_size: int = 2) -> int:
-        """How many prompts have at least `min_size` of these rows."""
-        return int((self.members.counts >= min_size).sum())
+        return len(self.prompts.rows)
 
     def plan_epoch(self, seed: int, epoch: int, group_size: int) -> GroupPlan:
-        """As RolloutBuffer.plan_epoch; prompts with a single row among these are passed over, whatever
-        on_bad_row."""
-        return self.members.plan(seed, epoch, group_size)
+        """As RolloutBuffer.plan_epoch, but prompts with a single row are passed over, whatever on_bad_row."""
+        return self.prompts.plan(seed, epoch, group_size)
 
     def rows_of(self, prompt: str | Prompt) -> np.ndarray:
         """As RolloutBuffer.rows_of."""
-        return self.buffer.rows_of(prompt, self.members)
+        return self.buffer.rows_of(prompt, self.prompts)
 
     def groups(self, rows: Sequence[Sequence[int]]) -> list[PromptGroup]:
         """As RolloutBuffer.groups."""
@@ -70,7 +63,17 @@ class RolloutBuffer:
     """The completions of any number of row files, grouped by prompt.
 
     Rows are numbered from 0 in the order in which files are loaded, and keep their numbers. A draw reads only
-    the rows that it returns; what stays in memory is about 20 bytes a row.
+    the rows that it returns; memory holds about 20 bytes a row.
+
+    Example:
+        >>> from transformers import AutoTokenizer
+        >>> from agro_lightning.quickstart import FOLDER
+        >>> tokenizer = AutoTokenizer.from_pretrained(FOLDER / "policy")
+        >>> buffer = RolloutBuffer(FOLDER / "offline.parquet", tokenizer=tokenizer, vocab_size=17)
+        >>> plan = buffer.plan_epoch(seed=0, epoch=0, group_size=4)
+        >>> (group,) = buffer.groups([plan[0]])
+        >>> group.prompt.prompt.endswith("="), len(group)
+        (True, 4)
     """
 
     def __init__(
@@ -106,7 +109,7 @@ class RolloutBuffer:
             live: the folders are still being filled: they may be missing or empty now, see `refresh`.
             accept: called with the label of each file that is not loaded yet; False leaves it for a later
                 refresh.
-            cache_dir: where packed copies of large files are kept; default `row_store.default_cache()`.
+            cache_dir: where packed copies of large files are kept; default `store.default_cache()`.
 
         Raises:
             BadFileError, BadRowError: a file or row cannot be used, and is neither dropped nor skipped.
@@ -148,7 +151,7 @@ class RolloutBuffer:
             changed = self._set.refresh(self.accept)
         finally:
             if changed != 0:
-                self.__dict__.pop("_members", None)
+                self.__dict__.pop("_prompts", None)
                 self._planned = None
         return changed
 
@@ -163,7 +166,7 @@ class RolloutBuffer:
 
     def num_groups(self, min_size: int = 2) -> int:
         """How many prompts have at least `min_size` rows."""
-        return int((self._members.counts >= min_size).sum())
+        return int((self._prompts.counts >= min_size).sum())
 
     @property
     def counts(self) -> BufferCounts:
@@ -172,8 +175,8 @@ class RolloutBuffer:
         for file in self.files:
             dropped.update(file.source.dropped)
         if not self._strict_rows:
-            singles = int((self._members.counts == 1).sum())
-            dropped.update({"prompt_mismatch": self._members.mismatched, "group_of_one": singles})
+            singles = int((self._prompts.counts == 1).sum())
+            dropped.update({"prompt_mismatch": self._prompts.mismatched, "group_of_one": singles})
         return BufferCounts(
             rows=self.num_rows,
             files=len(self.files),
@@ -182,36 +185,33 @@ class RolloutBuffer:
         )
 
     @property
-    def fingerprint(self) -> str:
-        """Changes when the files do: what a plan depends on besides its arguments."""
-        content = [(file.label, file.source.size, len(file.source.rows)) for file in self.files]
-        return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of each file's rows, by label; equal rows have equal hashes, however they are stored."""
+        return {file.label: file.source.digest for file in self.files}
 
-    def select(
-        self,
-        *,
-        min_policy_version: int | None = None,
-        newest: int | None = None,
-        rows: np.ndarray | None = None,
-    ) -> Selection:
+    @property
+    def fingerprint(self) -> str:
+        """A hash of `fingerprints`: what a plan depends on besides its arguments."""
+        return hashlib.blake2b(
+            json.dumps(sorted(self.fingerprints.items())).encode(), digest_size=8
+        ).hexdigest()
+
+    def select(self, *, min_policy_version: int | None = None, newest: int | None = None) -> Selection:
         """The rows that may be drawn, for replay.
 
         Args:
             min_policy_version: leaves out rows of older policies: the current version minus max_staleness.
-            newest: of all rows, only so many of the newest: the capacity.
-            rows: only these, such as UseLedger.available gives.
+            newest: of all rows, only this many of the newest: the capacity.
         """
         chosen = self._set.order if newest is None else self._set.order[max(0, self.num_rows - newest) :]
         if min_policy_version is not None:
-            versions = self._set.column("policy_versions")[self.num_rows - len(chosen) :]
+            versions = self._set.column("version")[self.num_rows - len(chosen) :]
             chosen = chosen[versions >= min_policy_version]
-        if rows is not None:
-            chosen = np.intersect1d(chosen, rows)
-        return Selection(buffer=self, members=self._members.only(chosen))
+        return Selection(buffer=self, prompts=self._prompts.only(chosen))
 
     def plan_epoch(self, seed: int, epoch: int, group_size: int) -> GroupPlan:
         """Parts each prompt's rows into groups of up to `group_size`, in random order; see
-        `plan.plan_groups`.
+        `group_plan.plan_groups`.
 
         The plan depends on the arguments and the files alone, so (epoch, i) is all that a checkpoint has to
         keep. The last plan is kept, so asking for it again costs nothing.
@@ -227,19 +227,19 @@ class RolloutBuffer:
         key = (seed, epoch, group_size)
         if self._planned is not None and self._planned[0] == key:
             return self._planned[1]
-        members = self._members
-        single = np.flatnonzero(members.counts == 1)
+        prompts = self._prompts
+        single = np.flatnonzero(prompts.counts == 1)
         if self._strict_rows and len(single):
-            row = int(members.rows[members.starts[single[0]]])
+            record, row_id = self._set.read(int(prompts.rows[prompts.starts[single[0]]]))
             raise BadRowError(
-                f"{self.row_id(row)}: the only completion of prompt {self._read(row).prompt_id!r}; a group "
-                f"needs at least 2 to compare, and {len(single)} prompts have one. {FIX_ROW}",
+                f"{row_id}: the only completion of prompt {record.prompt_id!r}; a group needs at least 2 to "
+                f"compare, and {len(single)} prompts have one. {FIX_ROW}",
                 reason="group_of_one",
             )
-        self._planned = (key, members.plan(seed, epoch, group_size))
+        self._planned = (key, prompts.plan(seed, epoch, group_size))
         return self._planned[1]
 
-    def rows_of(self, prompt: str | Prompt, among: Members | None = None) -> np.ndarray:
+    def rows_of(self, prompt: str | Prompt, among: PromptIndex | None = None) -> np.ndarray:
         """The rows of one prompt, oldest first; none if it is not in the buffer.
 
         Args:
@@ -250,19 +250,19 @@ class RolloutBuffer:
         Raises:
             BadRowError: rows of that prompt_id have another prompt than the given one.
         """
-        members = self._members if among is None else among
+        index = self._prompts if among is None else among
         if isinstance(prompt, str):
-            return members.rows_of(prompt_key(prompt))
-        named = members.rows_of(prompt_key(prompt.prompt_id))
+            return index.rows_of(prompt_key(prompt))
+        named = index.rows_of(prompt_key(prompt.prompt_id))
         tokens = np.asarray(prompt.prompt_ids, "<i4").tobytes()
-        if len(named) and self._read(int(named[0])).prompt_tokens != tokens:
+        if len(named) and self._set.read(int(named[0]))[0].prompt_tokens != tokens:
             raise BadRowError(
                 f"{self.row_id(int(named[0]))}: prompt_id {prompt.prompt_id!r} has other tokens here "
                 "than in the run; were the prompts made with another chat template? Give one of them new ids",
                 reason="prompt_mismatch",
             )
         same_tokens = prompt_id_of(prompt.prompt_ids)
-        unnamed = members.rows_of(prompt_key(same_tokens)) if same_tokens != prompt.prompt_id else named[:0]
+        unnamed = index.rows_of(prompt_key(same_tokens)) if same_tokens != prompt.prompt_id else named[:0]
         return np.concatenate([named, unnamed])
 
     def groups(self, rows: Sequence[Sequence[int]]) -> list[PromptGroup]:
@@ -272,14 +272,14 @@ class RolloutBuffer:
             ValueError: a row stands twice in a group (that would bias the variance), or prompts differ.
             KeyError: a row's file is gone.
         """
-        return [self._group(members) for members in rows]
+        return [self._group(group) for group in rows]
 
     def iter_groups(self) -> Iterator[PromptGroup]:
         """Every prompt with all its rows, single ones included, in the order of the prompts' first rows."""
-        members = self._members
-        ends = members.starts + members.counts
-        for place in np.argsort(members.rows[members.starts], kind="stable"):
-            yield self._group(members.rows[members.starts[place] : ends[place]].tolist())
+        prompts = self._prompts
+        ends = prompts.starts + prompts.counts
+        for place in np.argsort(prompts.rows[prompts.starts], kind="stable"):
+            yield self._group(prompts.rows[prompts.starts[place] : ends[place]].tolist())
 
     def by_file(self, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[RowFile, np.ndarray]]:
         """Each file that has some of these rows, with their places among its rows."""
@@ -287,22 +287,7 @@ class RolloutBuffer:
 
     def row_id(self, row: int) -> str:
         """Names a row by its file and its number there."""
-        file, place = self._set.locate(row)
-        return f"{file.source.path}:{file.source.rows.read(place).number}"
-
-    def evict(self, keep_rows: int) -> list[Path]:
-        """Removes the oldest files whose rows are all beyond the newest `keep_rows`; see
-        `writer.evict_files`.
-
-        Raises:
-            ValueError: the buffer is not `live`: files that a run did not make are never removed.
-        """
-        if not self._live:
-            raise ValueError("only a live buffer's files may be evicted; this one was opened with live=False")
-        files = [(file.source.path, len(file.source.rows)) for file in self.files]
-        removed = remove_files(beyond_capacity(files, keep_rows))
-        self.refresh()
-        return removed
+        return self._set.read(row)[1]
 
     def _group(self, rows: Sequence[int]) -> PromptGroup:
         if not len(rows) or len(set(rows)) != len(rows):
@@ -312,34 +297,28 @@ class RolloutBuffer:
         first: Record | None = None
         completions: list[Completion] = []
         for row in rows:
-            file, place = self._set.locate(row)
-            record = file.source.rows.read(place)
+            record, row_id = self._set.read(row)
             first = first or record
             if record.prompt_tokens != first.prompt_tokens:
                 raise ValueError(
                     f"group {list(rows)} mixes prompts {first.prompt_id!r} and {record.prompt_id!r}; take one"
                 )
-            completions.append(record.completion(f"{file.source.path}:{record.number}", self._source_name))
+            completions.append(record.completion(row_id, self._source_name))
         assert first is not None
         return PromptGroup(prompt=first.prompt(), completions=tuple(completions))
 
-    def _read(self, row: int) -> Record:
-        file, place = self._set.locate(row)
-        return file.source.rows.read(place)
-
     @cached_property
-    def _members(self) -> Members:
-        keys = self._set.column("prompt_keys")
+    def _prompts(self) -> PromptIndex:
+        keys = self._set.column("prompt_key")
         order = np.argsort(keys, kind="stable").astype(self._set.order.dtype)
-        keys = keys[order]
-        return Members.of(
-            self._set.order[order], keys, self._set.column("prompt_checks")[order], self._refuse_mismatch
-        )
+        checks = self._set.column("prompt_check")[order]
+        return PromptIndex.of(self._set.order[order], keys[order], checks, self._refuse_mismatch)
 
     def _refuse_mismatch(self, row: int, first: int) -> None:
         if self._strict_rows:
+            record, row_id = self._set.read(row)
             raise BadRowError(
-                f"{self.row_id(row)}: prompt_id {self._read(row).prompt_id!r} has another prompt here than "
-                f"in {self.row_id(first)}; rows with one prompt_id are compared with each other. {FIX_ROW}",
+                f"{row_id}: prompt_id {record.prompt_id!r} has another prompt here than in "
+                f"{self.row_id(first)}; rows with one prompt_id are compared with each other. {FIX_ROW}",
                 reason="prompt_mismatch",
             )

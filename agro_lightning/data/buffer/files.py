@@ -1,34 +1,53 @@
-"""The row files of a buffer: which are loaded, and which row number lies in which file."""
+"""The row files of a buffer: finding them, which are loaded, and which row number is in which file."""
 
 import bisect
+import glob
+import os
+import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from agro_lightning.data.buffer.discover import FoundFile, find_row_files
-from agro_lightning.data.buffer.row_store import RowStore, SourceFile
+from agro_lightning import quickstart
+from agro_lightning.data.buffer.reader import SUFFIXES
 from agro_lightning.data.buffer.schema import BadFileError
-from agro_lightning.data.buffer.store import INDEX
+from agro_lightning.data.buffer.store import PackedFile, Record, RowStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundFile:
+    """A row file in a directory listing."""
+
+    path: str
+    label: str
+    """Its path within the folder that was named, or its name: the same wherever that folder is. The whole
+    path where two files would share a label."""
+    size: int
+    mtime_ns: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowFile:
-    """A loaded file; its rows have the numbers first..first+len(source.rows)-1 in the buffer."""
+    """A loaded file; its rows have the numbers first..first+len(file)-1 in the buffer."""
 
-    source: SourceFile
+    source: PackedFile
     label: str
-    """See discover.FoundFile."""
+    """See FoundFile."""
     first: int
     newest_version: int
     """The newest policy version of its rows; -1 where none is recorded."""
 
+    def __len__(self) -> int:
+        return len(self.source)
+
     @property
     def ids(self) -> np.ndarray:
         """Its rows' numbers in the buffer."""
-        return np.arange(self.first, self.first + len(self.source.rows))
+        return np.arange(self.first, self.first + len(self))
 
 
 class FileSet:
@@ -37,7 +56,7 @@ class FileSet:
     def __init__(self, paths: Sequence[str], store: RowStore, *, strict: bool, live: bool) -> None:
         """
         Args:
-            paths: see discover.find_row_files.
+            paths: see find_row_files.
             store: packs the files.
             strict: a file that cannot be used is an error instead of being skipped.
             live: paths may be missing.
@@ -57,7 +76,7 @@ class FileSet:
             BadFileError, BadRowError: a new file cannot be used, or a loaded one has changed.
         """
         found = find_row_files(self._paths, may_be_missing=self._live)
-        gone = sum(len(self._files.pop(name).source.rows) for name in self._files.keys() - found.keys())
+        gone = sum(len(self._files.pop(name)) for name in self._files.keys() - found.keys())
         before = self._next_row
         try:
             for name, entry in sorted(found.items(), key=lambda item: item[1].label):
@@ -84,15 +103,15 @@ class FileSet:
                 raise
             self._skipped[name] = (state, str(error))
             return
-        newest = int(source.rows.column("policy_versions").max(initial=-1))
+        newest = int(source.index["version"].max(initial=-1))
         self._files[name] = RowFile(
             source=source, label=entry.label, first=self._next_row, newest_version=newest
         )
-        self._next_row += len(source.rows)
+        self._next_row += len(source)
 
     @property
     def num_rows(self) -> int:
-        return sum(len(file.source.rows) for file in self._files.values())
+        return sum(len(file) for file in self._files.values())
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -111,17 +130,11 @@ class FileSet:
         return np.concatenate([np.zeros(0, kind), *(file.ids.astype(kind) for file in self.files)])
 
     def column(self, name: str) -> np.ndarray:
-        """An index column of all rows, in `order`."""
-        values = np.empty(self.num_rows, INDEX[name])
-        start = 0
-        for file in self.files:
-            end = start + len(file.source.rows)
-            values[start:end] = file.source.rows.column(name)
-            start = end
-        return values
+        """An index column of all rows (see PackedFile.index), in `order`."""
+        return np.concatenate([np.zeros(0, np.uint8), *(file.source.index[name] for file in self.files)])
 
     def locate(self, row: int) -> tuple[RowFile, int]:
-        """The file that holds a row, and its place among that file's rows.
+        """The file of a row, and its position among that file's rows.
 
         Raises:
             KeyError: there is no such row, perhaps since its file is gone.
@@ -129,31 +142,113 @@ class FileSet:
         index = bisect.bisect_right(self._firsts, row) - 1
         if index >= 0:
             file = self._by_first[index]
-            if row - file.first < len(file.source.rows):
+            if row - file.first < len(file):
                 return file, row - file.first
         raise KeyError(f"row {row} is not in the buffer (any more); plan again after refresh()")
 
+    def read(self, row: int) -> tuple[Record, str]:
+        """A row, and its name: file and row number there."""
+        file, position = self.locate(row)
+        return file.source.read(position), f"{file.source.path}:{file.source.index['number'][position]}"
+
     def by_file(self, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[RowFile, np.ndarray]]:
-        """Each file that has some of these rows, with their places among its rows."""
+        """Each file that has some of these rows, with their positions among its rows."""
         wanted = np.sort(np.asarray(rows, np.int64))
         while len(wanted):
             file, _ = self.locate(int(wanted[0]))
-            end = int(np.searchsorted(wanted, file.first + len(file.source.rows)))
+            end = int(np.searchsorted(wanted, file.first + len(file)))
             yield file, wanted[:end] - file.first
             wanted = wanted[end:]
 
     @cached_property
     def _by_first(self) -> list[RowFile]:
-        filled = [file for file in self._files.values() if len(file.source.rows)]
-        return sorted(filled, key=lambda file: file.first)
+        return sorted((file for file in self._files.values() if len(file)), key=lambda file: file.first)
 
     @cached_property
     def _firsts(self) -> list[int]:
         return [file.first for file in self._by_first]
 
 
-def _check_unchanged(source: SourceFile, entry: FoundFile) -> None:
+def _check_unchanged(source: PackedFile, entry: FoundFile) -> None:
     if (entry.size, entry.mtime_ns) != (source.size, source.mtime_ns):
         raise BadFileError(
             f"{entry.path} changed after it was read; row files are immutable: put new rows in new files"
         )
+
+
+def find_row_files(paths: Sequence[str], *, may_be_missing: bool) -> dict[str, FoundFile]:
+    """Every Parquet and JSONL file under `paths`, by its real path, so that none is found twice.
+
+    Works on plain strings, since a live buffer of thousands of files is listed again at every step.
+
+    Args:
+        paths: files; folders, searched at any depth, without names that start with "." or "_"; globs.
+        may_be_missing: a path that does not exist is skipped instead of being an error.
+
+    Raises:
+        BadFileError: a path does not exist, or is a file of another kind.
+    """
+    found: dict[str, FoundFile] = {}
+    folders: dict[str, str] = {}
+    for given in map(os.path.expanduser, paths):
+        for path, label in _expand(given, may_be_missing):
+            try:
+                state = os.lstat(path)
+                linked = stat.S_ISLNK(state.st_mode)
+                state = os.stat(path) if linked else state
+            except FileNotFoundError:
+                if os.path.islink(path):
+                    raise BadFileError(f"{path} is a link to a file that does not exist; remove it") from None
+                continue  # removed since it was listed
+            folder, name = os.path.split(path)
+            if folder not in folders:
+                folders[folder] = os.path.realpath(folder)
+            real = os.path.realpath(path) if linked else os.path.join(folders[folder], name)
+            entry = FoundFile(path=path, label=label, size=state.st_size, mtime_ns=state.st_mtime_ns)
+            found.setdefault(real, entry)
+    labels = Counter(entry.label for entry in found.values())
+    return {
+        name: entry if labels[entry.label] == 1 else replace(entry, label=entry.path)
+        for name, entry in found.items()
+    }
+
+
+def _expand(given: str, may_be_missing: bool) -> Iterator[tuple[str, str]]:
+    """(path, label) of the row files that one path names."""
+    if os.path.isdir(given):
+        yield from _walk(given)
+    elif os.path.exists(given):
+        if not given.endswith(SUFFIXES):
+            accepted = " and ".join(SUFFIXES)
+            raise BadFileError(f"{given} is no row file; accepted are {accepted} files, and folders of them")
+        yield given, os.path.basename(given)
+    elif glob.has_magic(given):
+        matches = sorted(glob.glob(given, recursive=True))
+        if not matches and not may_be_missing:
+            raise BadFileError(f"no file matches {given}")
+        for match in matches:
+            if os.path.isdir(match):
+                yield from _walk(match)
+            elif match.endswith(SUFFIXES):
+                yield match, os.path.basename(match)
+    elif not may_be_missing:
+        raise BadFileError(f"{given} does not exist; give {' or '.join(SUFFIXES)} files, folders, or globs")
+
+
+def _walk(folder: str) -> Iterator[tuple[str, str]]:
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # a folder may be removed while it is listed
+            raise BadFileError(f"{error.filename} cannot be read ({error.strerror}); allow it") from None
+
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
+        within = os.path.relpath(parent, folder)
+        for name in sorted(files):
+            if name.endswith(SUFFIXES) and not name.startswith((".", "_")):
+                label = name if within == os.curdir else os.path.join(within, name)
+                yield os.path.join(parent, name), label
+
+
+def offline_paths(paths: Sequence[str]) -> list[str]:
+    """The paths, with the shipped buffer's for "quickstart"."""
+    return [str(quickstart.FOLDER / "offline.parquet") if path == "quickstart" else path for path in paths]

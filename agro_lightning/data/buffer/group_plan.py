@@ -30,10 +30,6 @@ class GroupPlan:
         start = self.starts[index]
         return self.rows[start : start + self.sizes[index]].tolist()
 
-    @property
-    def num_rows(self) -> int:
-        return int(self.sizes.sum())
-
 
 def plan_groups(rows: np.ndarray, starts: np.ndarray, group_size: int, seed: int, epoch: int) -> GroupPlan:
     """Shuffles each prompt's rows, parts them into groups, and shuffles the groups.

@@ -1,4 +1,4 @@
-"""The rows of a buffer by prompt, in numpy arrays: a few bytes a row, whatever the rows hold."""
+"""Index from prompt to row numbers: numpy arrays of a few bytes a row."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from agro_lightning.data.buffer.group_plan import GroupPlan, plan_groups, runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Members:
+class PromptIndex:
     """Rows sorted by prompt; each prompt's rows lie together, oldest first."""
 
     rows: np.ndarray
     """Row numbers in the buffer."""
     keys: np.ndarray
-    """Each prompt's key (packed.prompt_key), ascending."""
+    """Each prompt's key (store.prompt_key), ascending."""
     starts: np.ndarray
     """Where each prompt's rows start in `rows`."""
     mismatched: int = 0
@@ -28,7 +28,7 @@ class Members:
         keys: np.ndarray,
         checks: np.ndarray,
         refuse: Callable[[int, int], None],
-    ) -> "Members":
+    ) -> "PromptIndex":
         """Finds the prompts of rows that are sorted by prompt, those of one prompt oldest first.
 
         Args:
@@ -61,13 +61,13 @@ class Members:
         end = self.starts[place + 1] if place + 1 < len(self.starts) else len(self.rows)
         return self.rows[self.starts[place] : end]
 
-    def only(self, rows: np.ndarray) -> "Members":
+    def only(self, rows: np.ndarray) -> "PromptIndex":
         """The same, restricted to some rows."""
         kept = np.isin(self.rows, rows)
         prompts = np.repeat(np.arange(len(self.starts), dtype=np.int32), self.counts)[kept]
         starts = runs(prompts)
-        return Members(rows=self.rows[kept], keys=self.keys[prompts[starts]], starts=starts)
+        return PromptIndex(rows=self.rows[kept], keys=self.keys[prompts[starts]], starts=starts)
 
     def plan(self, seed: int, epoch: int, group_size: int) -> GroupPlan:
-        """See plan.plan_groups; prompts with a single row are left out."""
+        """See group_plan.plan_groups; prompts with a single row are left out."""
         return plan_groups(self.rows, self.starts, group_size, seed, epoch)

@@ -1,15 +1,16 @@
-"""Reading rows from Parquet and JSONL files of any size, a bounded batch at a time; no code in a file is ever
-run."""
+"""Reading rollout rows from Parquet and JSONL files of any size, a bounded batch at a time."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
+from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.data.buffer.schema import (
     FIX_FILE,
@@ -19,16 +20,31 @@ from agro_lightning.data.buffer.schema import (
     BadFileError,
     Rejections,
 )
+from agro_lightning.data.chat import MAX_TEXT_BYTES, ChatWriter, RowError, as_messages, shown, without_filler
+from agro_lightning.data.row_files import (
+    BATCH_BYTES,
+    BATCH_ROWS,
+    open_parquet,
+    parquet_batches,
+    read_json_lines,
+)
 
 SUFFIXES = (".parquet", ".jsonl")
-BATCH_ROWS = 1024
-BATCH_BYTES = 4 << 20
-MAX_LINE_BYTES = 64 << 20
+_NEEDED = (("prompt", "prompt_ids"), ("completion", "completion_ids"), ("reward",))
+_SIDES = ("prompt", "completion")
+_CHAT_COLUMNS = ("tools", "chat_template_kwargs")
+_LOGS = {
+    "lm-eval samples": {"doc", "resps"},
+    "verifiers traces": {"nodes"},
+    "chat logs": {"messages"},
+    "inspect-ai samples": {"input", "output", "scores"},
+}
+"""Columns by which the logs that `import` reads are known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawRows:
-    """Rows as they stand in a file: every column typed and present, nothing else checked."""
+    """Rows as read from a file: every column typed and present, nothing else checked."""
 
     batch: pa.RecordBatch
     """Columns of READ_SCHEMA."""
@@ -36,57 +52,86 @@ class RawRows:
     """Their row numbers (Parquet, from 0) or line numbers (JSONL, from 1), int64."""
 
 
-def read_rows(path: Path, rejections: Rejections) -> Iterator[RawRows]:
+def read_rows(path: Path, rejections: Rejections, tokenizer: PreTrainedTokenizerBase) -> Iterator[RawRows]:
     """Reads a file's rows in batches of at most 1024 rows and about 4 MB.
+
+    Args:
+        path: a .parquet or .jsonl file.
+        rejections: takes note of bad rows.
+        tokenizer: writes prompts and completions that are given as chat messages.
 
     Raises:
         BadFileError: the file is torn, foreign, of a newer schema, or its columns are missing or of wrong
             types.
-        BadRowError: a JSONL line is not a row, and `rejections` is strict.
+        BadRowError: a row cannot be read, and `rejections` is strict.
         FileNotFoundError: it is gone.
     """
-    return _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path, rejections)
+    with ExitStack() as stack:
+        chats = _Chats(tokenizer, stack)
+        read = _read_parquet if path.suffix == ".parquet" else _read_jsonl
+        yield from read(path, rejections, chats)
 
 
-def _read_parquet(path: Path) -> Iterator[RawRows]:
-    """Streams through column chunks, so that one huge row group does not take memory of its size."""
-    first = 0
-    try:
-        with pq.ParquetFile(
-            path,
-            buffer_size=1 << 20,
-            pre_buffer=False,
-            page_checksum_verification=True,
-        ) as file:
-            present = _check_columns(path, file.schema_arrow)
-            for raw in file.iter_batches(_batch_rows(file, present), columns=present, use_threads=False):
-                batch = _typed(path, raw)
-                numbers = np.arange(first, first + batch.num_rows)
-                first += batch.num_rows
-                yield RawRows(batch=batch, numbers=numbers)
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowException, OSError, OverflowError, MemoryError, UnicodeDecodeError) as error:
-        detail = " ".join(str(error).split())[:300] or type(error).__name__
-        raise BadFileError(
-            f"{path} is not a readable Parquet file, torn perhaps: {detail}. {FIX_FILE}"
-        ) from None
+class _Chats:
+    """Turns prompts and completions that are chat messages into texts."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stack: ExitStack) -> None:
+        self._tokenizer, self._stack = tokenizer, stack
+        self._writer: ChatWriter | None = None
+
+    def texts(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row with texts; of a chat prompt also its ids, since templates write all special tokens.
+
+        Raises:
+            RowError: the messages cannot be written.
+        """
+        chats = {side: as_messages(row.get(side), side) for side in _SIDES}
+        prompt, completion = chats["prompt"], chats["completion"]
+        if prompt is None and completion is None:
+            return row
+        if prompt is None:
+            raise RowError("wrong_type", "completion is a chat and prompt is none; give both in the same way")
+        if not self._tokenizer.chat_template:
+            raise RowError("chat_template", "prompt is a chat, but the tokenizer has no chat template")
+        if self._writer is None:
+            self._writer = self._stack.enter_context(ChatWriter(self._tokenizer))
+        changed: dict[str, Any] = {}
+        if completion is None:
+            changed["prompt"] = self._writer.write(prompt, row)
+        else:
+            changed["prompt"], changed["completion"] = self._writer.write_pair(prompt, completion, row)
+        if row.get("prompt_ids") is None:
+            changed["prompt_ids"] = self._tokenizer(changed["prompt"], add_special_tokens=False).input_ids
+        return {**row, **changed}
 
 
-def _batch_rows(file: pq.ParquetFile, columns: list[str]) -> int:
-    """Rows whose decoded size stays near BATCH_BYTES.
+def _read_parquet(path: Path, rejections: Rejections, chats: _Chats) -> Iterator[RawRows]:
+    with open_parquet(path) as file:
+        schema = file.schema.to_arrow_schema()
+        present = _check_columns(path, schema)
+        extra = [name for name in _CHAT_COLUMNS if name in schema.names]
+        for numbers, raw in parquet_batches(file, [*present, *extra], rejections):
+            if any(_holds_chats(raw.column(name)) for name in _SIDES if name in present):
+                rows = {}
+                for number, row in zip(numbers.tolist(), raw.to_pylist(), strict=True):
+                    row = without_filler({**row, "reward_parts": _parts(path, row.get("reward_parts"))})
+                    rows[number] = _checked(row, number, rejections, chats)
+                yield _raw({number: row for number, row in rows.items() if row is not None})
+            else:
+                yield RawRows(batch=_typed(path, raw.select(present)), numbers=numbers)
 
-    A file's own sizes are those of encoded values, which may be far smaller (repeated prompts are stored
-    once), so the first rows are looked at as they decode. The sizes of single columns are not asked for: in
-    a damaged file that ends the process.
-    """
-    metadata = file.metadata
-    size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
-    average = size / max(1, metadata.num_rows)
-    for probe in file.iter_batches(8, columns=columns, use_threads=False):
-        average = max(average, probe.nbytes / max(1, probe.num_rows))
-        break
-    return int(min(BATCH_ROWS, max(1, BATCH_BYTES // max(1, average))))
+
+def _holds_chats(column: pa.Array) -> bool:
+    """Whether a column has lists of messages, or JSON text that may be one."""
+    values = column.dictionary if pa.types.is_dictionary(column.type) else column
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        opens = pc.call_function("starts_with", [values], pc.MatchSubstringOptions("[{"))
+        return bool(pc.call_function("any", [opens]).as_py())
+    return _is_chat(column.type)
+
+
+def _is_chat(found: pa.DataType) -> bool:
+    return (pa.types.is_list(found) or pa.types.is_large_list(found)) and pa.types.is_struct(found.value_type)
 
 
 def _check_columns(path: Path, found: pa.Schema) -> list[str]:
@@ -103,19 +148,32 @@ def _check_columns(path: Path, found: pa.Schema) -> list[str]:
     if doubled:
         raise BadFileError(f"{path} has the column {doubled[0]!r} more than once. {FIX_FILE}")
     present = [name for name in READ_SCHEMA.names if name in found.names]
-    for either in (("prompt", "prompt_ids"), ("completion", "completion_ids"), ("reward",)):
+    for either in _NEEDED:
         if not set(either) & set(present):
             raise BadFileError(
                 f"{path} has no column {' or '.join(map(repr, either))}; its columns are {found.names[:20]}. "
-                f"Needed are prompt or prompt_ids, completion or completion_ids, and reward. {FIX_FILE}"
+                f"Needed are prompt or prompt_ids, completion or completion_ids, and reward. "
+                f"{_hint(found.names)}{FIX_FILE}"
             )
     for name in present:
+        if name in _SIDES and _is_chat(found.field(name).type):
+            continue
+        if name == "reward" and pa.types.is_boolean(found.field(name).type):
+            continue
         if not _readable(found.field(name).type, READ_SCHEMA.field(name).type):
             raise BadFileError(
                 f"{path} has column {name!r} of type {found.field(name).type}; accepted is "
                 f"{_PLAIN_NAMES[READ_SCHEMA.field(name).type]}. {FIX_FILE}"
             )
     return present
+
+
+def _hint(names: Iterable[str]) -> str:
+    """What to do with a log that is no rollout file yet."""
+    kind = next((kind for kind, columns in _LOGS.items() if columns <= set(names)), None)
+    if kind is None:
+        return ""
+    return f"These look like {kind}: `python -m agro_lightning import FILE --out rows.parquet` makes rows. "
 
 
 _PLAIN_NAMES = {
@@ -139,7 +197,7 @@ def _readable(found: pa.DataType, wanted: pa.DataType) -> bool:
             return _readable(found.key_type, pa.string()) and _readable(found.item_type, pa.float64())
         if pa.types.is_struct(found):
             return all(_readable(field.type, pa.float64()) for field in found)
-        return pa.types.is_string(found) or pa.types.is_large_string(found)  # JSON, looked into by _parts
+        return pa.types.is_string(found) or pa.types.is_large_string(found)  # JSON, checked by _parts
     if pa.types.is_list(wanted):
         listed = (
             pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
@@ -174,7 +232,7 @@ def _typed(path: Path, raw: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def _parts(path: Path, value: Any) -> list[tuple[str, float]] | None:
-    """Rewards by name, from a struct or from JSON text."""
+    """Rewards by name, from a map, a struct or JSON text."""
     if isinstance(value, str):
         shown = value[:80]
         try:
@@ -187,66 +245,61 @@ def _parts(path: Path, value: Any) -> list[tuple[str, float]] | None:
             )
     if value is None:
         return None
-    return [(name, float(part)) for name, part in value.items() if part is not None]
+    return [(name, float(part)) for name, part in dict(value).items() if part is not None]
 
 
-def _read_jsonl(path: Path, rejections: Rejections) -> Iterator[RawRows]:
-    rows: list[dict[str, Any]] = []
-    numbers: list[int] = []
+def _read_jsonl(path: Path, rejections: Rejections, chats: _Chats) -> Iterator[RawRows]:
+    rows: dict[int, dict[str, Any]] = {}
     size = 0
-    try:
-        handle = path.open("rb")
-    except PermissionError as error:
-        raise BadFileError(f"{path} cannot be read ({error.strerror}). {FIX_FILE}") from None
-    with handle:
-        for number, line in enumerate(_lines(path, handle), start=1):
-            row = _json_row(line, number, rejections) if line.strip() else None
-            if row is None:
-                continue
-            rows.append(row)
-            numbers.append(number)
-            size += len(line)
-            if len(rows) >= BATCH_ROWS or size >= BATCH_BYTES:
-                yield RawRows(batch=pa.RecordBatch.from_pylist(rows, READ_SCHEMA), numbers=np.array(numbers))
-                rows, numbers, size = [], [], 0
+    no_object = "a JSON {}; each line must be one object"
+    for number, found, length in read_json_lines(path, rejections, no_object=no_object):
+        row = _checked(found, number, rejections, chats)
+        if row is None:
+            continue
+        rows[number] = row
+        size += length
+        if len(rows) >= BATCH_ROWS or size >= BATCH_BYTES:
+            yield _raw(rows)
+            rows, size = {}, 0
     if rows:
-        yield RawRows(batch=pa.RecordBatch.from_pylist(rows, READ_SCHEMA), numbers=np.array(numbers))
+        yield _raw(rows)
 
 
-def _lines(path: Path, handle: BinaryIO) -> Iterator[bytes]:
-    if handle.read(3) != b"\xef\xbb\xbf":  # a byte order mark is no part of the first line
-        handle.seek(0)
-    while line := handle.readline(MAX_LINE_BYTES + 1):
-        if len(line) > MAX_LINE_BYTES:
-            raise BadFileError(
-                f"{path} has a line of more than {MAX_LINE_BYTES >> 20} MiB, so it holds no rows. {FIX_FILE}"
-            )
-        yield line
+def _raw(rows: dict[int, dict[str, Any]]) -> RawRows:
+    batch = pa.RecordBatch.from_pylist(list(rows.values()), READ_SCHEMA)
+    return RawRows(batch=batch, numbers=np.fromiter(rows, np.int64, len(rows)))
 
 
-def _json_row(line: bytes, number: int, rejections: Rejections) -> dict[str, Any] | None:
-    """The known columns of one line, or None when it was rejected."""
+def _checked(
+    row: dict[str, Any], number: int, rejections: Rejections, chats: _Chats
+) -> dict[str, Any] | None:
+    """The known columns of a row of plain Python values, or None where it was rejected."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        detail = f"not valid JSON ({error}); each line must be one object"
-        rejections.add("bad_json", [number], lambda: detail)
+        return _known(chats.texts(row))
+    except RowError as error:
+        rejections.add(error.reason, [number], str(error))
         return None
-    if not isinstance(row, dict):
-        found = type(row).__name__
-        rejections.add("bad_json", [number], lambda: f"a JSON {found}; each line must be one object")
-        return None
+
+
+def _known(row: dict[str, Any]) -> dict[str, Any]:
     known = {name: row[name] for name in READ_SCHEMA.names if row.get(name) is not None}
+    if isinstance(known.get("reward"), bool):
+        known["reward"] = float(known["reward"])
+    for either in _NEEDED:
+        if not set(either) & known.keys() and (hint := _hint(row)):
+            raise RowError(f"missing_{either[0]}", f"has no {' or '.join(either)}. {hint.rstrip(' .')}")
     for name, value in known.items():
         accepted, check = _JSON_CHECKS[READ_SCHEMA.field(name).type]
         if not check(value):
-            shown = repr(value)[:80]
-            rejections.add("wrong_type", [number], lambda: f"{name} is {shown}; it must be {accepted}")  # noqa: B023
-            return None
+            raise RowError("wrong_type", f"{name} is {shown(value)}; it must be {accepted}")
+        if isinstance(value, str) and len(value) > MAX_TEXT_BYTES:
+            raise RowError(
+                "text_too_long", f"{name} has {len(value):,} characters; at most {MAX_TEXT_BYTES:,}"
+            )
     for name, value in known.items():
         wanted = READ_SCHEMA.field(name).type
         if pa.types.is_map(wanted):
-            known[name] = [(key, float(part)) for key, part in value.items()]
+            known[name] = [(key, float(part)) for key, part in dict(value).items()]
         elif wanted == pa.float64():
             known[name] = float(value)
         elif wanted == pa.list_(pa.float32()):
@@ -273,7 +326,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_parts(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_text(key) and _is_number(part) for key, part in value.items())
+    pairs = value.items() if isinstance(value, dict) else value
+    return isinstance(pairs, Iterable) and all(
+        isinstance(pair, tuple) and _is_text(pair[0]) and _is_number(pair[1]) for pair in pairs
+    )
 
 
 _JSON_CHECKS: dict[pa.DataType, tuple[str, Callable[[Any], bool]]] = {

@@ -7,7 +7,7 @@ required; rows with the same `prompt_id` (or, without one, with the same prompt)
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import get_args
 
 import numpy as np
@@ -57,8 +57,8 @@ READ_SCHEMA = pa.schema(
         if field.name != "created_at"
     ]
 )
-"""What a batch of rows looks like once it is read: every column present, token ids still wide enough to be
-wrong."""
+"""A batch of rows once it is read: every column is present; ids are int64, so that out-of-range ones survive
+and can be named."""
 
 FIX_ROW = "Fix the row, or set on_bad_row: drop to leave such rows out (they are counted)."
 FIX_FILE = "Replace or remove the file, or set on_bad_file: skip to leave such files out (they are counted)."
@@ -94,19 +94,19 @@ class Rejections:
         self.first: tuple[str, str] | None = None
         """(reason, message) of the first row that was rejected."""
 
-    def add(self, reason: str, numbers: Sequence[int] | np.ndarray, describe: Callable[[], str]) -> None:
+    def add(self, reason: str, numbers: Sequence[int] | np.ndarray, message: str) -> None:
         """Rejects rows.
 
         Args:
             reason: what they are counted under.
             numbers: their row or line numbers, at least one.
-            describe: says what is wrong with the first of them and what is accepted.
+            message: what is wrong with the first of them, and what is accepted.
 
         Raises:
             BadRowError: when strict.
         """
         if self.first is None:
-            self.first = (reason, f"{self.path}: {self.unit} {int(numbers[0])}: {describe()}. {FIX_ROW}")
+            self.first = (reason, f"{self.path}: {self.unit} {int(numbers[0])}: {message}. {FIX_ROW}")
         if self.strict:
             raise BadRowError(self.first[1], reason=self.first[0])
         self.counts[reason] += len(numbers)

@@ -1,4 +1,4 @@
-"""Tokens for rows that have only text, text for rows that have only tokens, and retokenising foreign ids."""
+"""Tokenisation of prompts and rows: ids for texts, texts for ids, new ids for another tokenizer's."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -9,24 +9,54 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.data.buffer.schema import READ_SCHEMA, prompt_id_of, tokenizer_id
+from agro_lightning.data.chat import special_tokens
 from agro_lightning.primitives.ragged import Ragged
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of prompt texts, special tokens included.
+    """Token ids of prompt texts, for prompt data sets and buffer rows alike.
 
-    The tokenizer's own BOS is added unless the text already starts with it, as it does after many chat
-    templates. An EOS that the tokenizer would put at the end is left out: the completion goes on from here.
+    The tokenizer's special tokens are added unless the text begins with them: with BOS, or with a special
+    token that the tokenizer's chat template writes. An EOS that the tokenizer would put at the end is left
+    out: the completion goes on from here.
     """
-    ids = _encode(tokenizer, prompts, special=True)
-    bos, eos = tokenizer.bos_token, tokenizer.eos_token_id
-    doubled = [place for place, text in enumerate(prompts) if isinstance(bos, str) and text.startswith(bos)]
-    for place, plain in zip(
-        doubled, _encode(tokenizer, [prompts[i] for i in doubled], special=False), strict=True
-    ):
-        ids[place] = plain
-    adds_eos = eos is not None and _encode(tokenizer, ["a"], special=True)[0][-1:] == [eos]
-    return [row[:-1] if adds_eos and row[-1:] == [eos] else row for row in ids]
+    openings, ends = _openings(tokenizer), adds_eos(tokenizer)
+    written = [text.startswith(openings) for text in prompts]
+    rows: list[list[int]] = [[] for _ in prompts]
+    for special in (True, False):
+        chosen = [place for place, begun in enumerate(written) if begun != special]
+        encoded = _encode(tokenizer, [prompts[place] for place in chosen], special=special)
+        for place, ids in zip(chosen, encoded, strict=True):
+            rows[place] = ids[:-1] if special and ends else ids
+    return rows
+
+
+def adds_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer ends texts with its EOS."""
+    eos = tokenizer.eos_token_id
+    return eos is not None and _encode(tokenizer, ["a"], special=True)[0][-1:] == [eos]
+
+
+def describe_special_tokens(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> str:
+    """What stands before a prompt's text, in words, for `doctor`."""
+    added = _encode(tokenizer, ["a"], special=True)[0]
+    bare = _encode(tokenizer, ["a"], special=False)[0]
+    front = tokenizer.convert_ids_to_tokens(added[: max(0, len(added) - len(bare) - adds_eos(tokenizer))])
+    if chat:
+        return "chats get the special tokens that the chat template writes, and no others"
+    if not front:
+        return "the tokenizer adds no special token to a prompt's text"
+    return (
+        f"{' '.join(front)} is put before a prompt's text, unless the text begins with it; text-only buffer "
+        "rows are tokenised in the same way"
+    )
+
+
+def _openings(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """How texts begin that bring their special tokens along."""
+    template = str(tokenizer.chat_template or "")
+    in_chats = {token for token in special_tokens(tokenizer) if token in template}
+    return tuple({str(tokenizer.bos_token)} - {"None"} | in_chats)
 
 
 def encode_completions(tokenizer: PreTrainedTokenizerBase, completions: Sequence[str]) -> list[list[int]]:
@@ -69,8 +99,7 @@ class RowTokens:
         self.append_eos = append_eos
         self._eos = eos if isinstance(eos, int) else None
         self.tokenizer_id = tokenizer_id(tokenizer)
-        specials = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-        self._ends = np.array(sorted(specials | set(tokenizer.all_special_ids)), dtype=np.int64)
+        self._ends = {tokenizer.convert_tokens_to_ids(token) for token in special_tokens(tokenizer)}
         self._warned = False
 
     def encode(self, batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -145,7 +174,7 @@ class RowTokens:
         if not self.append_eos or eos is None:
             return tokens
         return [
-            row if not row or row[-1] == eos or reason == "length" else [*row, eos]
+            row if not row or row[-1] in self._ends or reason == "length" else [*row, eos]
             for row, reason in zip(tokens, finish, strict=True)
         ]
 
@@ -157,7 +186,7 @@ class RowTokens:
         tokens = Ragged.of(ids.filter(pa.array(unknown)))
         ended = np.zeros(len(tokens.present), dtype=bool)
         filled = tokens.lengths > 0
-        ended[filled] = np.isin(tokens.values[tokens.offsets[1:][filled] - 1], self._ends)
+        ended[filled] = np.isin(tokens.values[tokens.offsets[1:][filled] - 1], list(self._ends))
         return _scatter(unknown, np.where(ended, "stop", "length").tolist(), found)
 
     def _warn(self, other: str) -> None:

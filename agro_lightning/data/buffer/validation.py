@@ -1,4 +1,4 @@
-"""From rows as they stand in a file to rows that can be trained on: tokenised, checked, nothing missing."""
+"""Row checks: rows as read from a file become rows to train on, tokenised, checked and complete."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from agro_lightning.data.buffer.schema import FINISH_REASONS, READ_SCHEMA, Rejec
 from agro_lightning.data.buffer.tokenization import RowTokens
 from agro_lightning.primitives.ragged import Ragged
 
-Problem = tuple[str, np.ndarray, Callable[[int], str]]
-"""Why rows are bad, which they are (a mask over the batch), and what to say of the one at an index."""
+BadRows = tuple[str, np.ndarray, Callable[[int], str]]
+"""(reason, bad-row mask over the batch, function from row index to message)"""
 
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "policy_version": -1, "source": "offline"}
 
@@ -28,9 +28,15 @@ class RowChecker:
     max_prompt_tokens: int | None
     max_completion_tokens: int | None
 
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What the checked rows depend on besides the file, for the cache's keys."""
+        tokens = self.tokens
+        limits = (self.vocab_size, self.max_prompt_tokens, self.max_completion_tokens)
+        return tokens.tokenizer_id, tokens.tokenizer.chat_template, tokens.append_eos, *limits
+
     def check(self, raw: RawRows, rejections: Rejections) -> tuple[pa.RecordBatch, np.ndarray]:
-        """Returns the good rows of READ_SCHEMA with tokens, texts and defaults filled in, and their row
-        numbers.
+        """Returns the good rows with tokens, texts and defaults filled in, and their row numbers.
 
         Raises:
             BadRowError: a row is bad and `rejections` is strict.
@@ -40,11 +46,11 @@ class RowChecker:
         for reason, mask, describe in self._problems(raw.batch, batch):
             rows = np.flatnonzero(mask & ~bad)  # a row counts under its first problem only
             if len(rows):
-                rejections.add(reason, raw.numbers[rows], lambda: describe(int(rows[0])))  # noqa: B023
+                rejections.add(reason, raw.numbers[rows], describe(int(rows[0])))
                 bad[rows] = True
         return self.tokens.complete(_fill_defaults(batch.filter(pa.array(~bad)))), raw.numbers[~bad]
 
-    def _problems(self, found: pa.RecordBatch, batch: pa.RecordBatch) -> Iterator[Problem]:
+    def _problems(self, found: pa.RecordBatch, batch: pa.RecordBatch) -> Iterator[BadRows]:
         """Every check, in the order in which a row's first problem is named."""
         yield from self.tokens.problems(found)
         yield from self._token_problems(batch, "prompt", self.max_prompt_tokens)
@@ -54,7 +60,7 @@ class RowChecker:
         yield from _logprob_problems(batch, "behavior_logprobs", completion, finite=False)
         yield from _logprob_problems(batch, "ref_logprobs", completion, finite=True)
 
-    def _token_problems(self, batch: pa.RecordBatch, side: str, limit: int | None) -> Iterator[Problem]:
+    def _token_problems(self, batch: pa.RecordBatch, side: str, limit: int | None) -> Iterator[BadRows]:
         column = f"{side}_ids"
         ids = Ragged.of(batch.column(column))
         yield (
@@ -84,7 +90,7 @@ class RowChecker:
             )
 
 
-def _value_problems(batch: pa.RecordBatch) -> Iterator[Problem]:
+def _value_problems(batch: pa.RecordBatch) -> Iterator[BadRows]:
     def numbers(name: str) -> np.ndarray:
         return batch.column(name).fill_null(DEFAULTS.get(name, np.nan)).to_numpy(zero_copy_only=False)
 
@@ -119,7 +125,7 @@ def _value_problems(batch: pa.RecordBatch) -> Iterator[Problem]:
 
 def _logprob_problems(
     batch: pa.RecordBatch, column: str, tokens: Ragged, *, finite: bool
-) -> Iterator[Problem]:
+) -> Iterator[BadRows]:
     logprobs = Ragged.of(batch.column(column))
     yield (
         "wrong_type",

@@ -1,7 +1,6 @@
-"""Appending rollouts: every append is one new immutable Parquet file; eviction removes whole files."""
+"""Appending rollouts: every append is one new immutable Parquet file."""
 
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from agro_lightning.data.buffer.schema import FILE_SCHEMA, FINISH_REASONS, BadFileError
+from agro_lightning.data.buffer.schema import FILE_SCHEMA, FINISH_REASONS
 from agro_lightning.primitives.atomic_files import sync_directory, write_once
 from agro_lightning.types import Completion, Prompt, PromptGroup, answer_to_text
 
@@ -25,7 +24,7 @@ def append_rollouts(
 ) -> Path:
     """Writes prompt groups as one new Parquet file that is whole or absent, and durable once this returns.
 
-    Rows stand in the order of the groups and of their completions. Appending the same rollouts under the same
+    Rows are in the order of the groups and of their completions. Appending the same rollouts under the same
     name again (after a restart, say) changes nothing.
 
     Args:
@@ -129,61 +128,3 @@ def _holds(path: Path, table: pa.Table) -> bool:
         return False
     without = [name for name in table.schema.names if name != "created_at"]
     return repr(found.select(without).to_pylist()) == repr(table.select(without).to_pylist())
-
-
-def evict_files(directory: str | Path, keep_rows: int) -> list[Path]:
-    """Removes the oldest files of a replay buffer whose rows are all beyond its capacity.
-
-    Files are removed whole and oldest first, so that a kill at any moment leaves the newest ones. A file is
-    as new as its newest policy version, and files of equal version are as new as their names sort. At least
-    `keep_rows` rows stay. A reader that has a file open goes on reading it.
-
-    Args:
-        directory: the buffer; only its own `*.parquet` files are considered, not folders within.
-        keep_rows: capacity in rows (completions).
-
-    Returns:
-        The files that were removed, oldest first.
-
-    Raises:
-        BadFileError: a file that cannot be read, so its rows cannot be counted.
-    """
-    if keep_rows < 0:
-        raise ValueError(f"keep_rows is {keep_rows}; it must be 0 or more")
-    folder = Path(directory)
-    files = [path for path in folder.glob("*.parquet") if not path.name.startswith((".", "_"))]
-    sizes = sorted((*_extent(path), path) for path in files)
-    return remove_files(
-        path for path in beyond_capacity([(path, rows) for _, _, rows, path in sizes], keep_rows)
-    )
-
-
-def beyond_capacity(files: Sequence[tuple[Path, int]], keep_rows: int) -> list[Path]:
-    """The leading (path, rows) files, given oldest first, that `keep_rows` rows do not reach."""
-    newest_first = [rows for _, rows in reversed(files)]
-    newer = [0, *itertools.accumulate(newest_first)][: len(files)]  # rows newer than each file
-    gone = sum(count >= keep_rows for count in newer)
-    return [path for path, _ in files[:gone]]
-
-
-def remove_files(paths: Iterable[Path]) -> list[Path]:
-    """Removes files in the given order, durably; one that another process removed first does not matter."""
-    removed = []
-    for path in paths:
-        path.unlink(missing_ok=True)
-        removed.append(path)
-    for folder in sorted({path.parent for path in removed}):
-        sync_directory(folder)
-    return removed
-
-
-def _extent(path: Path) -> tuple[int, str, int]:
-    """(newest policy version, name, rows) of a file; -1 where it records no version."""
-    try:
-        with pq.ParquetFile(path) as file:
-            recorded = "policy_version" in file.schema_arrow.names
-            versions = file.read(["policy_version"]).column(0).to_pylist() if recorded else []
-            rows = file.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise BadFileError(f"{path} is not a readable Parquet file ({error}). Remove it by hand") from None
-    return max((version for version in versions if version is not None), default=-1), path.name, rows

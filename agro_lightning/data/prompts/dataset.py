@@ -1,9 +1,12 @@
-"""Prompt data sets: what a run is asked, tokenised and checked."""
+"""Prompt data sets: the questions of a run, tokenised and checked."""
 
 import hashlib
+import json
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -12,27 +15,29 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from agro_lightning.data.buffer.schema import prompt_id_of
+from agro_lightning.data.buffer.schema import Rejections, prompt_id_of
+from agro_lightning.data.buffer.tokenization import adds_eos, encode_prompts
+from agro_lightning.data.chat import ChatWriter, Message, RowError
 from agro_lightning.data.prompts.formats import (
     FORMATS,
     FormatName,
     PromptWriter,
-    RowProblem,
     answer_text,
     check_template,
     lookup,
 )
-from agro_lightning.data.prompts.sources import Ledger, PromptRow, read_gym_rows, read_prompt_rows
+from agro_lightning.data.prompts.sources import PromptRow, RejectedRows, read_gym_rows, read_prompt_rows
 from agro_lightning.types import Prompt
 
 logger = logging.getLogger(__name__)
 
 _TOKENIZE_ROWS = 512
+Answer = str | tuple[str, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSettings:
-    """Where prompts come from and how they are put to the policy."""
+    """Where prompts come from and how the policy sees them."""
 
     path: str
     """A .jsonl, .json or .parquet file, a glob, a folder with such files, a folder from save_to_disk, a hub
@@ -60,23 +65,33 @@ class PromptSettings:
     chat: bool = False
     """Whether to write the prompt with the tokenizer's chat template, up to where the answer begins."""
     chat_template_options: dict[str, Any] = field(default_factory=dict)
-    """Further variables of the chat template, such as enable_thinking."""
+    """Further variables of the chat template, such as enable_thinking. A row's own `tools` and
+    `chat_template_kwargs` reach the template too."""
+    prefill: bool = False
+    """Where a prompt ends with an assistant turn: whether the policy goes on with it. Otherwise that turn is
+    cut off (a counted warning), and is the reference answer where the row has none."""
     max_prompt_tokens: int | None = None
     """Longer prompts are bad rows; None: no limit but the model's."""
-    first: int = 0
+    skip: int = 0
     """Rows to leave out at the start."""
     limit: int | None = None
     """Most rows to read after that; None: all."""
     options: dict[str, Any] = field(default_factory=dict)
     """With `format: gym`: the task's own options, such as size and seed."""
+    first: int | None = None
+    """Old name of `skip`; goes with version 0.3."""
 
     def __post_init__(self) -> None:
+        if self.first is not None:
+            warnings.warn("prompts.first is now prompts.skip", FutureWarning, stacklevel=3)
+            object.__setattr__(self, "skip", self.first)
+            object.__setattr__(self, "first", None)
         if self.format not in FORMATS:
             raise ValueError(f"prompts.format is {self.format!r}; it must be one of {', '.join(FORMATS)}")
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
             raise ValueError(f"prompts.max_prompt_tokens is {self.max_prompt_tokens}; it must be at least 1")
-        if self.first < 0:
-            raise ValueError(f"prompts.first is {self.first}; it must be 0 or more")
+        if self.skip < 0:
+            raise ValueError(f"prompts.skip is {self.skip}; it must be 0 or more")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"prompts.limit is {self.limit}; it must be at least 1")
         if self.options and self.format != "gym":
@@ -115,17 +130,63 @@ class PromptDataset:
                 f"prompts of {settings.path!r} have chat: true, but the tokenizer has no chat template; "
                 "set chat to false, and a template if you need one"
             )
+        if not settings.chat and adds_eos(tokenizer):
+            raise ValueError(
+                f"the tokenizer ends the prompts of {settings.path!r} with its EOS token "
+                f"{str(tokenizer.eos_token)!r}, after which a policy has nothing to say; set add_eos_token "
+                "to false in its tokenizer_config.json"
+            )
         self.settings = settings
         reader = _Reader(settings, tokenizer, on_bad_row == "error", vocab_size)
         self._prompts = list(reader.read())
         self.dropped: Counter[str] = reader.dropped
         """Rows that were left out, by reason."""
+        self.cut_turns = reader.cut_turns
+        """Prompts whose last turn was the assistant's and was cut off."""
         if not self._prompts:
             raise ValueError(f"{settings.path!r} gives no prompt. {reader.summary()}")
-        self.longest = max(len(prompt.prompt_ids) for prompt in self._prompts)
-        """Tokens of the longest prompt."""
         if self.dropped:
             logger.warning("prompts of %s: %s", settings.path, reader.summary())
+        if self.cut_turns:
+            logger.warning(
+                "prompts of %s: %d end with an assistant turn, which was cut off (and is the answer where "
+                "the row has none); set prefill: true to let the policy go on with it",
+                settings.path,
+                self.cut_turns,
+            )
+        first = self._prompts[0]
+        if settings.chat and encode_prompts(tokenizer, [first.prompt]) != [list(first.prompt_ids)]:
+            logger.warning(
+                "prompts of %s: the chat template writes no %s, which the tokenizer puts before other texts; "
+                "buffer rows of these prompts need prompt_ids or messages to be the same",
+                settings.path,
+                tokenizer.bos_token,
+            )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(prompt.prompt_ids) for prompt in self._prompts)
+
+    def drop_longer_than(self, limit: int) -> int:
+        """Leaves out, counts and reports the prompts of more than `limit` tokens; returns how many.
+
+        Raises:
+            ValueError: none is left.
+        """
+        kept = [prompt for prompt in self._prompts if len(prompt.prompt_ids) <= limit]
+        dropped = len(self._prompts) - len(kept)
+        if dropped:
+            message = (
+                f"{dropped} of {len(self._prompts)} prompts of {self.settings.path} have more than {limit} "
+            )
+            message += f"tokens (up to {self.longest}), so that no room is left in the model's context"
+            if not kept:
+                raise ValueError(message)
+            logger.warning("%s; they are dropped", message)
+            self._prompts = kept
+            self.dropped["too_long"] += dropped
+        return dropped
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -137,21 +198,22 @@ class PromptDataset:
         return iter(self._prompts)
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """(len(self),) int64: the indices in the order of an epoch, the same on every machine and version."""
+        """(len(self),) int64: the indices in the order of an epoch."""
         return _permutation(len(self), seed, epoch)
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all prompts and answers in order: a run that resumes can tell whether they changed."""
+        """A hash of all prompts, answers and fields in order; a run that resumes compares it."""
         digest = hashlib.blake2b(digest_size=16)
         for prompt in self._prompts:
             known = (prompt.prompt_id, prompt.prompt_ids, prompt.answer)
-            digest.update(repr(known).encode("utf-8", "replace"))
+            fields = json.dumps(prompt.fields, sort_keys=True, default=str, skipkeys=True)
+            digest.update(f"{known!r}{fields}".encode("utf-8", "replace"))
         return digest.hexdigest()
 
 
 class _Reader:
-    """Turns rows into prompts, and keeps the counts."""
+    """Turns rows into prompts, and counts what it leaves out."""
 
     def __init__(
         self,
@@ -161,101 +223,118 @@ class _Reader:
         vocab_size: int | None,
     ) -> None:
         self.settings, self.tokenizer, self.vocab_size = settings, tokenizer, vocab_size
-        self.ledger = Ledger(strict=strict)
+        self.rejected = RejectedRows(strict=strict)
         self.form = FORMATS[settings.format]
         self.prompt_column = settings.prompt_column or self.form.prompt_column
+        self.chat = ChatWriter(tokenizer, settings.chat_template_options) if settings.chat else None
         self.writer = PromptWriter(
-            tokenizer=tokenizer,
             prompt_column=self.prompt_column,
             template=settings.template,
             system_prompt=settings.system_prompt,
-            chat=settings.chat,
-            chat_template_options=settings.chat_template_options,
+            chat=self.chat,
+            prefill=settings.prefill,
         )
-        self.known: dict[str, Prompt] = {}
+        self.known: dict[str, tuple[Prompt, Rejections, int]] = {}
         self.duplicates: Counter[str] = Counter()
+        self.cut_turns = 0
 
     @property
     def dropped(self) -> Counter[str]:
-        return self.ledger.counts + self.duplicates
+        return self.rejected.counts + self.duplicates
 
     def summary(self) -> str:
-        """The rows that were left out, and what was wrong with the first of them, in words."""
+        """The counts of rows that were left out, and the first one's error, as a sentence."""
         counts = ", ".join(f"{count} as {reason}" for reason, count in self.dropped.items())
-        first = "" if self.ledger.first is None else f"; first: {self.ledger.first}"
+        first = "" if self.rejected.first is None else f"; first: {self.rejected.first}"
         return f"Rows left out: {counts or 'none'}{first}"
 
     def read(self) -> Iterator[Prompt]:
         settings = self.settings
         if settings.format == "gym":
-            rows = read_gym_rows(settings.path, settings.options, ledger=self.ledger)
+            rows = read_gym_rows(settings.path, settings.options, rejected=self.rejected)
         else:
             rows = read_prompt_rows(
-                settings.path, subset=settings.subset, split=settings.split, ledger=self.ledger
+                settings.path, subset=settings.subset, split=settings.split, rejected=self.rejected
             )
-        stop = None if settings.limit is None else settings.first + settings.limit
-        rows = islice(rows, settings.first, stop)
-        while chunk := list(islice(rows, _TOKENIZE_ROWS)):
-            yield from self._prompts_of(chunk)
+        stop = None if settings.limit is None else settings.skip + settings.limit
+        rows = islice(rows, settings.skip, stop)
+        with self.chat or nullcontext():
+            while chunk := list(islice(rows, _TOKENIZE_ROWS)):
+                yield from self._prompts_of(chunk)
 
     def _prompts_of(self, chunk: list[PromptRow]) -> Iterator[Prompt]:
         written = []
         for row in chunk:
             try:
-                text = self.writer.write(row.columns)
-                written.append((row, text, answer_text(row.columns, self.form, self.settings.answer_column)))
-            except RowProblem as problem:
-                self._reject(row, problem)
+                text, cut = self.writer.write(row.columns)
+                written.append((row, text, self._answer(row.columns, cut)))
+                self.cut_turns += cut is not None
+            except RowError as error:
+                row.rejections.add(error.reason, [row.number], str(error))
         if not written:
             return
         texts = [text for _, text, _ in written]
-        encoded = self.tokenizer(texts, add_special_tokens=not self.settings.chat, verbose=False).input_ids
+        if self.settings.chat:
+            encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        else:
+            encoded = encode_prompts(self.tokenizer, texts)
         for (row, text, answer), ids in zip(written, encoded, strict=True):
             try:
-                self._check_ids(text, ids)
+                self._check_ids(ids)
                 prompt = self._prompt(row, text, answer, tuple(ids))
-            except RowProblem as problem:
-                self._reject(row, problem)
+            except RowError as error:
+                row.rejections.add(error.reason, [row.number], str(error))
                 continue
-            if self.known.setdefault(prompt.prompt_id, prompt) is prompt:
+            if self.known.setdefault(prompt.prompt_id, (prompt, row.rejections, row.number))[0] is prompt:
                 yield prompt
             else:
                 self.duplicates["duplicate"] += 1
 
-    def _reject(self, row: PromptRow, problem: RowProblem) -> None:
-        row.rejections.add(problem.reason, [row.number], lambda: str(problem))
+    def _answer(self, columns: Mapping[str, Any], cut: Message | None) -> Answer:
+        """The row's reference answer; else that of the assistant turn that was cut off the prompt."""
+        if cut is not None and self.settings.answer_column is None:
+            try:
+                given = lookup(columns, self.form.answer_column)
+            except KeyError:
+                given = None
+            if given is None:
+                text = cut.get("content")
+                text = text.strip() if isinstance(text, str) else ""
+                return self.form.answer_of(text) or text or None
+        return answer_text(columns, self.form, self.settings.answer_column)
 
-    def _check_ids(self, text: str, ids: list[int]) -> None:
-        limit, eos = self.settings.max_prompt_tokens, str(self.tokenizer.eos_token)
+    def _check_ids(self, ids: list[int]) -> None:
+        limit = self.settings.max_prompt_tokens
         if not ids:
-            raise RowProblem("empty_prompt", f"{self.prompt_column!r} has 0 tokens; it needs at least 1")
+            raise RowError("empty_prompt", f"{self.prompt_column!r} has 0 tokens; it needs at least 1")
         if limit is not None and len(ids) > limit:
-            raise RowProblem("too_long", f"the prompt has {len(ids)} tokens; max_prompt_tokens is {limit}")
+            raise RowError("too_long", f"the prompt has {len(ids)} tokens; max_prompt_tokens is {limit}")
         if self.vocab_size is not None and max(ids) >= self.vocab_size:
             message = f"the prompt has token id {max(ids)}; the model's ids end at {self.vocab_size - 1}"
-            raise RowProblem("token_outside_vocabulary", message)
-        if ids[-1] == self.tokenizer.eos_token_id and not text.rstrip().endswith(eos):
-            raise ValueError(
-                f"the tokenizer ends the prompts of {self.settings.path!r} with its EOS token {eos!r}, after "
-                "which a policy has nothing to say; set add_eos_token to false in its tokenizer_config.json"
-            )
+            raise RowError("token_outside_vocabulary", message)
 
     def _prompt(
-        self, row: PromptRow, text: str, answer: str | tuple[str, ...] | None, ids: tuple[int, ...]
+        self, row: PromptRow, text: str, answer: Answer, ids: tuple[int, ...]
     ) -> Prompt:
         """The finished prompt.
 
         Raises:
-            RowProblem: its id is no text, or already that of another prompt.
+            RowError: its id is no text, or already that of another prompt.
         """
         taken = {self.prompt_column, self.settings.answer_column or self.form.answer_column, "prompt_id"}
         fields = {name: value for name, value in row.columns.items() if name not in taken}
-        prompt_id = self._given_id(row.columns) or prompt_id_of(ids)
-        other = self.known.get(prompt_id)
-        if other is not None and (other.prompt_ids, other.answer) != (ids, answer):
-            what = "prompt" if other.prompt_ids != ids else "answer"
-            message = f"has the prompt_id {prompt_id!r} of an earlier row, but another {what}"
-            raise RowProblem("conflicting_id", message)
+        given = self._given_id(row.columns)
+        prompt_id = given or prompt_id_of(ids)
+        if prompt_id in self.known:
+            other, rejections, number = self.known[prompt_id]
+            where = f"{rejections.path}: {rejections.unit} {number}"
+            same = "prompt" if given is None else f"prompt_id {given!r}"
+            if other.prompt_ids != ids:
+                message = f"has the {same} of {where}, but another prompt"
+                raise RowError("conflicting_id", message)
+            if other.answer != answer:
+                message = f"has the {same} of {where}, but another answer: {answer!r}, there {other.answer!r}"
+                raise RowError("conflicting_id", message)
         return Prompt(prompt_id=prompt_id, prompt=text, prompt_ids=ids, answer=answer, fields=fields)
 
     def _given_id(self, columns: Mapping[str, Any]) -> str | None:
@@ -267,26 +346,12 @@ class _Reader:
         if value is None and self.settings.id_column is None:
             return None
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-            raise RowProblem("bad_id", f"{name!r} is {value!r}; text or an integer is needed")
+            raise RowError("bad_id", f"{name!r} is {value!r}; text or an integer is needed")
         return str(value)
 
 
 @lru_cache(maxsize=4)
 def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Indices sorted by a 64-bit mix of seed, epoch and index, so that no library's generator is involved."""
-    keys = _mix(np.arange(count, dtype=np.uint64) + _mix(_mix(_uint64(seed)) + _uint64(epoch)))
-    order = np.argsort(keys, kind="stable")
+    order = np.random.default_rng([seed % 2**64, epoch]).permutation(count)
     order.flags.writeable = False
     return order
-
-
-def _uint64(value: int) -> np.ndarray:
-    return np.array([value % 2**64], dtype=np.uint64)
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function (Steele, Lea and Flood 2014), modulo 2^64."""
-    values = values * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

@@ -8,21 +8,10 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerBase
-
+from agro_lightning.data.chat import ChatWriter, Message, RowError, as_messages, check_size, plain_text, shown
 from agro_lightning.rewards.answer_parsing import boxes, extract
 
 FormatName = Literal["plain", "gsm8k", "math", "dapo", "gym"]
-Message = dict[str, str]
-"""One turn of a chat: `role` and `content`."""
-
-
-class RowProblem(Exception):
-    """Why a row gives no prompt: a short name to count it under, and what to say."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +94,7 @@ def answer_text(columns: Mapping[str, Any], form: Format, column: str | None) ->
         column: the column that the settings name instead of the format's own.
 
     Raises:
-        RowProblem: no answer where one is needed, or an empty one.
+        RowError: no answer where one is needed, or an empty one.
     """
     name = column or form.answer_column
     try:
@@ -114,7 +103,7 @@ def answer_text(columns: Mapping[str, Any], form: Format, column: str | None) ->
         value = None
     if value is None:
         if form.answer_needed or column is not None:
-            raise RowProblem("missing_answer", f"has no {name!r}; {_names(columns)}")
+            raise RowError("missing_answer", f"has no {name!r}; {_names(columns)}")
         return None
     values = value if isinstance(value, list | tuple) else [value]
     answers: list[str] = []
@@ -123,10 +112,10 @@ def answer_text(columns: Mapping[str, Any], form: Format, column: str | None) ->
         if answer is None and column is not None:
             answer = text.strip()
         if answer is None:
-            raise RowProblem("missing_answer", f"{name!r} is {_shown(text)}; {form.expects} is needed in it")
+            raise RowError("missing_answer", f"{name!r} is {shown(text)}; {form.expects} is needed in it")
         answers.append(answer)
     if not answers or not all(answers):
-        raise RowProblem("empty_answer", f"{name!r} is {_shown(value)}, which has an empty answer")
+        raise RowError("empty_answer", f"{name!r} is {shown(value)}, which has an empty answer")
     answers = list(dict.fromkeys(answers))
     return answers[0] if len(answers) == 1 else tuple(answers)
 
@@ -136,73 +125,78 @@ def _answer_forms(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return ["True", "true"] if value else ["False", "false"]
     if isinstance(value, float | Decimal) and not math.isfinite(value):
-        raise RowProblem("empty_answer", f"{name!r} is {value}, which is no answer")
+        raise RowError("empty_answer", f"{name!r} is {value}, which is no answer")
     if isinstance(value, float | Decimal) and value == int(value) and abs(value) < 1e21:
         return [str(int(value))]
     if isinstance(value, Decimal):
         return [f"{value.normalize():f}"]
     if isinstance(value, str | int | float):
         return [str(value)]
-    message = f"{name!r} is {_shown(value)}; text, a number, true or false, or a list of them is needed"
-    raise RowProblem("wrong_type", message)
+    message = f"{name!r} is {shown(value)}; text, a number, true or false, or a list of them is needed"
+    raise RowError("wrong_type", message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptWriter:
-    """Writes a row's prompt the way the policy is to see it."""
+    """Writes a row's prompt the way the policy sees it."""
 
-    tokenizer: PreTrainedTokenizerBase
     prompt_column: str
     template: str
     """Text with the columns' names in braces; `{prompt}` is the prompt column, whatever its name."""
     system_prompt: str | None
-    chat: bool
-    chat_template_options: Mapping[str, Any]
+    chat: ChatWriter | None
+    """None: texts are joined without a chat template."""
+    prefill: bool
 
-    def write(self, columns: Mapping[str, Any]) -> str:
-        """The prompt's text.
+    def write(self, columns: Mapping[str, Any]) -> tuple[str, Message | None]:
+        """The prompt's text, and a last assistant turn that was cut off.
 
         Raises:
-            RowProblem: no prompt, or one that the template or the chat template does not take.
+            RowError: no prompt, or one that the template or the chat template does not take.
         """
         messages = self._messages(columns)
-        if messages[-1]["role"] == "user":
-            messages[-1]["content"] = self._fill(columns, messages[-1]["content"])
+        answered = messages[-1]["role"] == "assistant"
+        cut = messages.pop() if answered and not self.prefill else None
+        if not messages:
+            raise RowError("empty_prompt", f"{self.prompt_column!r} has one assistant turn and no prompt")
+        last = len(messages) - 1 - (answered and self.prefill)
+        if last >= 0 and messages[last]["role"] == "user" and isinstance(messages[last].get("content"), str):
+            messages[last] = {
+                **messages[last],
+                "content": self._fill(columns, messages[last]["content"]),
+            }
+        elif self.template != "{prompt}":
+            raise RowError("wrong_type", "ends with no user turn of text for the template; unset template")
         if self.system_prompt is not None:
             if messages[0]["role"] == "system":
-                raise RowProblem("two_system_prompts", "has a system message of its own; unset system_prompt")
+                raise RowError("two_system_prompts", "has a system message of its own; unset system_prompt")
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        text = self._render(messages) if self.chat else "\n\n".join(turn["content"] for turn in messages)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RowProblem("bad_text", f"the prompt is no valid Unicode text ({error.reason})") from None
+        if self.chat is None:
+            text = plain_text(messages)
+        else:
+            ends = "prefill" if answered and self.prefill else "prompt"
+            text = self.chat.write(messages, columns, ends=ends)
+        check_size(text, "the prompt")
         if not text.strip():
-            raise RowProblem("empty_prompt", f"{self.prompt_column!r} is empty")
-        return text
+            raise RowError("empty_prompt", f"{self.prompt_column!r} is empty")
+        return text, cut
 
     def _messages(self, columns: Mapping[str, Any]) -> list[Message]:
         """The prompt as turns: one of the user, or those that the row lists."""
         try:
             value = lookup(columns, self.prompt_column)
         except KeyError:
-            raise RowProblem("missing_prompt", f"has no {self.prompt_column!r}; {_names(columns)}") from None
-        if isinstance(value, str):
-            if not value.strip():
-                raise RowProblem("empty_prompt", f"{self.prompt_column!r} is {_shown(value)}; it has no text")
-            return [{"role": "user", "content": value}]
-        if not isinstance(value, list) or not value:
-            message = f"{self.prompt_column!r} is {_shown(value)}; text or a list of chat messages is needed"
-            raise RowProblem("missing_prompt" if value is None else "wrong_type", message)
-        turns = []
-        for turn in value:
-            parts = {name: turn.get(name) for name in ("role", "content")} if isinstance(turn, dict) else {}
-            texts = {name: part for name, part in parts.items() if isinstance(part, str)}
-            if len(texts) < 2:
-                message = f"{self.prompt_column!r} has the message {_shown(turn)}; it needs role and content"
-                raise RowProblem("wrong_type", message)
-            turns.append(texts)
-        return turns
+            raise RowError("missing_prompt", f"has no {self.prompt_column!r}; {_names(columns)}") from None
+        messages = as_messages(value, self.prompt_column)
+        if messages is not None:
+            return messages
+        if not isinstance(value, str):
+            message = f"{self.prompt_column!r} is {shown(value)}; text or a list of chat messages is needed"
+            raise RowError("missing_prompt" if value is None else "wrong_type", message)
+        if not value.strip():
+            raise RowError("empty_prompt", f"{self.prompt_column!r} is {shown(value)}; it has no text")
+        check_size(value, repr(self.prompt_column))
+        return [{"role": "user", "content": value}]
 
     def _fill(self, columns: Mapping[str, Any], prompt: str) -> str:
         parts = []
@@ -214,22 +208,11 @@ class PromptWriter:
                 value = prompt if name == "prompt" else lookup(columns, name)
             except KeyError:
                 message = f"has no {name!r} for the template; {_names(columns)}"
-                raise RowProblem("missing_column", message) from None
+                raise RowError("missing_column", message) from None
             if value is None:
-                raise RowProblem("missing_column", f"{name!r} is null, and the template needs it")
+                raise RowError("missing_column", f"{name!r} is null, and the template needs it")
             parts.append(prompt if name == self.prompt_column else str(value))
         return "".join(parts)
-
-    def _render(self, messages: list[Message]) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self.chat_template_options
-            )
-        except Exception as error:  # templates are programs of their own and raise what they like
-            detail = " ".join(str(error).split())[:200]
-            raise RowProblem("chat_template", f"the chat template does not take it: {detail}") from error
-        assert isinstance(text, str)
-        return text
 
 
 def check_template(template: str) -> None:
@@ -253,8 +236,3 @@ def _is_column(name: str) -> bool:
 
 def _names(columns: Mapping[str, Any]) -> str:
     return f"its columns are {', '.join(list(columns)[:20]) or 'none'}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,16 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from agro_lightning import quickstart
 from agro_lightning.data.buffer.schema import BadFileError, Rejections
+from agro_lightning.data.chat import without_filler
+from agro_lightning.data.row_files import (
+    BOM,
+    check_regular,
+    one_line,
+    open_parquet,
+    parquet_batches,
+    read_json_lines,
+)
 from agro_lightning.rewards.gym import GYM_FIELD, require_reasoning_gym
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 SHIPPED = {"quickstart-train": "prompts_train.jsonl", "quickstart-val": "prompts_val.jsonl"}
 SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+MAX_LIST_BYTES = 1 << 30
 GYM_SIZE = 1000
 """Prompts of a gym task whose options name no size."""
 _LOCAL = "Give a .jsonl, .json or .parquet file, a folder with some, a folder from save_to_disk, or a hub id"
@@ -36,7 +44,7 @@ class PromptRow:
     """Takes note of the row where it is bad."""
 
 
-class Ledger:
+class RejectedRows:
     """The bad rows of all files of a data set."""
 
     def __init__(self, *, strict: bool) -> None:
@@ -60,49 +68,52 @@ class Ledger:
         return next((rejections.first[1] for rejections in self.files if rejections.first is not None), None)
 
 
-def read_prompt_rows(path: str, *, subset: str | None, split: str, ledger: Ledger) -> Iterator[PromptRow]:
+def read_prompt_rows(
+    path: str, *, subset: str | None, split: str, rejected: RejectedRows
+) -> Iterator[PromptRow]:
     """The rows of a data set, in the order of its files.
 
     Args:
         path: a file, a glob, a folder, a hub id, or `quickstart-train` or `quickstart-val`.
         subset: the configuration, where the data set has several (`main` of GSM8K).
         split: the split, where it has several.
-        ledger: takes note of bad rows.
+        rejected: takes note of bad rows.
 
     Raises:
         BadFileError: there is nothing at `path`, or a file cannot be read; the message names it.
-        BadRowError: a line is no row, and the ledger is strict.
+        BadRowError: a line is no row, and bad rows are errors.
     """
+    path = os.path.expanduser(path)
     place = Path(path)
     if path in SHIPPED:
-        yield from _read_file(quickstart.FOLDER / SHIPPED[path], ledger)
+        yield from _read_file(quickstart.FOLDER / SHIPPED[path], rejected)
     elif place.is_dir() and any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        yield from _read_saved(path, split, ledger)
+        yield from _read_saved(path, split, rejected)
     elif place.is_dir():
         files = [file for file in sorted(place.rglob("*")) if _is_rows(file.relative_to(place))]
         for file in _of_split(place, files, subset, split):
-            yield from _read_file(file, ledger)
-    elif place.is_file():
-        yield from _read_file(place, ledger)
+            yield from _read_file(file, rejected)
+    elif place.exists():
+        yield from _read_file(place, rejected)
     elif glob.has_magic(path):
         matches = sorted(Path(match) for match in glob.glob(path, recursive=True))
         if not matches:
             raise BadFileError(f"no file matches {path!r}. {_LOCAL}")
         for file in matches:
-            yield from _read_file(file, ledger)
+            yield from _read_file(file, rejected)
     elif place.suffix not in SUFFIXES and _HUB_ID.fullmatch(path):
-        yield from _read_hub(path, subset, split, ledger)
+        yield from _read_hub(path, subset, split, rejected)
     else:
         raise BadFileError(f"{path!r} does not exist. {_LOCAL}")
 
 
-def read_gym_rows(task: str, options: dict[str, Any], *, ledger: Ledger) -> Iterator[PromptRow]:
+def read_gym_rows(task: str, options: dict[str, Any], *, rejected: RejectedRows) -> Iterator[PromptRow]:
     """The prompts that a reasoning-gym task generates: `prompt`, `answer`, and what scores them.
 
     Args:
         task: the task's name, such as `leg_counting`.
         options: the task's own options. `size` is 1000 and `seed` is 0 where they are not given.
-        ledger: takes note of bad rows.
+        rejected: takes note of bad rows.
 
     Raises:
         ImportError: reasoning-gym is not installed.
@@ -112,7 +123,7 @@ def read_gym_rows(task: str, options: dict[str, Any], *, ledger: Ledger) -> Iter
     from reasoning_gym import create_dataset  # pyright: ignore[reportMissingImports]
 
     options = {"size": GYM_SIZE, "seed": 0} | options
-    rejections = ledger.open(f"reasoning-gym task {task}", "entry")
+    rejections = rejected.open(f"reasoning-gym task {task}", "entry")
     try:
         entries = create_dataset(task, **options)
     except (ValueError, TypeError, AssertionError) as error:
@@ -161,14 +172,17 @@ def _words(inside: Path) -> set[str]:
     return {*inside.parts[:-1], inside.stem, *re.split(r"[-_.]", inside.stem)}
 
 
-def _read_file(path: Path, ledger: Ledger) -> Iterator[PromptRow]:
+def _read_file(path: Path, rejected: RejectedRows) -> Iterator[PromptRow]:
     try:
         if path.suffix == ".parquet":
-            yield from _read_parquet(path, ledger)
+            yield from _read_parquet(path, rejected)
         elif path.suffix == ".json" and _first_character(path) == b"[":
-            yield from _read_json_list(path, ledger)
+            yield from _read_json_list(path, rejected)
         elif path.suffix in (".json", ".jsonl"):
-            yield from _read_jsonl(path, ledger)
+            rejections = rejected.open(str(path), "line")
+            no_object = "is a {}; an object with a prompt is needed"
+            for number, columns, _ in read_json_lines(path, rejections, no_object=no_object):
+                yield PromptRow(number=number, columns=columns, rejections=rejections)
         else:
             raise BadFileError(f"{path} is no file of prompts; accepted are {', '.join(SUFFIXES)} files")
     except OSError as error:
@@ -176,88 +190,71 @@ def _read_file(path: Path, ledger: Ledger) -> Iterator[PromptRow]:
 
 
 def _first_character(path: Path) -> bytes:
+    check_regular(path)
     with path.open("rb") as file:
-        return file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        return file.read(1024).removeprefix(BOM).lstrip()[:1]
 
 
-def _read_jsonl(path: Path, ledger: Ledger) -> Iterator[PromptRow]:
-    rejections = ledger.open(str(path), "line")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            text = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
-            if not text:
-                continue
-            try:
-                columns = json.loads(text.decode())
-            except (ValueError, RecursionError) as error:
-                reason = _one_line(error)
-                rejections.add("not_json", [number], lambda: f"is no JSON ({reason})")  # noqa: B023
-                continue
-            yield from _checked(number, columns, rejections)
-
-
-def _read_json_list(path: Path, ledger: Ledger) -> Iterator[PromptRow]:
-    rejections = ledger.open(str(path), "entry")
+def _read_json_list(path: Path, rejected: RejectedRows) -> Iterator[PromptRow]:
+    rejections = rejected.open(str(path), "entry")
+    if path.stat().st_size > MAX_LIST_BYTES:
+        raise BadFileError(
+            f"{path} is one JSON list of {path.stat().st_size:,} bytes, which must be read whole; at most "
+            f"{MAX_LIST_BYTES:,} are. Write it as JSONL, an object a line"
+        )
     try:
-        entries = json.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode())
+        entries = json.loads(path.read_bytes().removeprefix(BOM).decode())
     except (ValueError, RecursionError) as error:
-        raise BadFileError(f"{path} is no JSON: {_one_line(error)}") from error
+        raise BadFileError(f"{path} is no JSON: {one_line(error)}") from error
     for number, columns in enumerate(entries):
-        yield from _checked(number, columns, rejections)
+        if isinstance(columns, dict):
+            yield PromptRow(number=number, columns=columns, rejections=rejections)
+        else:
+            kind = type(columns).__name__
+            rejections.add("bad_json", [number], f"is a {kind}; an object with a prompt is needed")
 
 
-def _checked(number: int, columns: Any, rejections: Rejections) -> Iterator[PromptRow]:
-    if isinstance(columns, dict):
-        yield PromptRow(number=number, columns=columns, rejections=rejections)
-    else:
-        kind = type(columns).__name__
-        rejections.add("no_row", [number], lambda: f"is a {kind}; an object with a prompt is needed")
+def _read_parquet(path: Path, rejected: RejectedRows) -> Iterator[PromptRow]:
+    rejections = rejected.open(str(path), "row")
+    with open_parquet(path) as file:
+        for numbers, batch in parquet_batches(file, None, rejections):
+            for number, columns in zip(numbers.tolist(), batch.to_pylist(), strict=True):
+                yield PromptRow(number=number, columns=_without_filler(columns), rejections=rejections)
 
 
-def _read_parquet(path: Path, ledger: Ledger) -> Iterator[PromptRow]:
-    rejections = ledger.open(str(path), "row")
-    number = 0
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for batch in file.iter_batches(batch_size=1024, use_threads=False):
-                for columns in batch.to_pylist():
-                    yield PromptRow(number=number, columns=columns, rejections=rejections)
-                    number += 1
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        detail = _one_line(error)
-        raise BadFileError(f"{path} is no readable Parquet file, torn perhaps: {detail}") from error
+def _without_filler(columns: Any) -> dict[str, Any]:
+    """A row from Arrow; its lists of messages and tools without the nulls that stand for missing keys."""
+    return {
+        name: without_filler(value) if isinstance(value, list) else value for name, value in columns.items()
+    }
 
 
-def _read_saved(path: str, split: str, ledger: Ledger) -> Iterator[PromptRow]:
+def _read_saved(path: str, split: str, rejected: RejectedRows) -> Iterator[PromptRow]:
     from datasets import DatasetDict, load_from_disk
 
     try:
         data = load_from_disk(path)
     except Exception as error:  # datasets raises whatever its parts raise on a damaged folder
-        raise BadFileError(f"{path} is no readable folder of save_to_disk: {_one_line(error)}") from error
+        raise BadFileError(f"{path} is no readable folder of save_to_disk: {one_line(error)}") from error
     if isinstance(data, DatasetDict):
         if split not in data:
             raise BadFileError(f"{path} has the splits {', '.join(map(str, data))}, none called {split!r}")
         data = data[split]
-    rejections = ledger.open(path, "row")
+    rejections = rejected.open(path, "row")
     for number, columns in enumerate(data):
-        yield PromptRow(number=number, columns=dict(columns), rejections=rejections)
+        yield PromptRow(number=number, columns=_without_filler(columns), rejections=rejections)
 
 
-def _read_hub(path: str, subset: str | None, split: str, ledger: Ledger) -> Iterator[PromptRow]:
+def _read_hub(path: str, subset: str | None, split: str, rejected: RejectedRows) -> Iterator[PromptRow]:
     from datasets import load_dataset
 
     try:
         data = load_dataset(path, name=subset, split=split)
     except Exception as error:  # of many kinds: no network, no such data set, subset or split, a gated one
         raise BadFileError(
-            f"{path!r} is no local path, and cannot be loaded from the hub: {_one_line(error)}. Without a "
+            f"{path!r} is no local path, and cannot be loaded from the hub: {one_line(error)}. Without a "
             "network, set path to a local copy of it"
         ) from error
-    rejections = ledger.open(path, "row")
+    rejections = rejected.open(path, "row")
     for number, columns in enumerate(data):
-        yield PromptRow(number=number, columns=dict(columns), rejections=rejections)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+        yield PromptRow(number=number, columns=_without_filler(columns), rejections=rejections)

@@ -1,0 +1,70 @@
+"""A limit on the seconds and the memory of Python code that is not ours, such as chat templates."""
+
+import ctypes
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self, TypeVar
+
+T = TypeVar("T")
+_STATM = Path("/proc/self/statm")
+
+
+class CallLimits:
+    """Calls functions in this thread, each for at most `seconds` and with at most `memory` more bytes.
+
+    Time is limited to what Python can interrupt: a loop, not one long call into C. Memory is limited through
+    the process's address space, where the system tells its size (Linux).
+
+    Args:
+        seconds: a call that takes longer raises TimeoutError.
+        memory: bytes that a call may add to the process; more raises MemoryError.
+    """
+
+    def __init__(self, *, seconds: float, memory: int) -> None:
+        self.seconds, self.memory = seconds, memory
+        self._since, self._lock, self._done = math.inf, threading.Lock(), threading.Event()
+        self._caller = 0
+
+    def __enter__(self) -> Self:
+        self._caller = threading.get_ident()
+        self._done.clear()
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Calls the function; raises TimeoutError, MemoryError, or whatever it raises."""
+        unlimited = self._limit_memory()
+        self._since = time.monotonic()
+        try:
+            return function()
+        finally:
+            with self._lock:
+                self._since = math.inf
+            unlimited()  # a Python call: an interruption that is due arrives here, not in the caller's code
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.1):
+            with self._lock:
+                if time.monotonic() - self._since > self.seconds:
+                    self._since = math.inf
+                    interrupt = ctypes.pythonapi.PyThreadState_SetAsyncExc
+                    interrupt(ctypes.c_ulong(self._caller), ctypes.py_object(TimeoutError))
+
+    def _limit_memory(self) -> Callable[[], None]:
+        if not _STATM.exists():
+            return lambda: None
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = int(_STATM.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + self.memory
+        if soft != resource.RLIM_INFINITY and soft < limit:
+            return lambda: None
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+        return lambda: resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
