@@ -99,7 +99,8 @@ class RowTokens:
         self.append_eos = append_eos
         self._eos = eos if isinstance(eos, int) else None
         self.tokenizer_id = tokenizer_id(tokenizer)
-        self._ends = {tokenizer.convert_tokens_to_ids(token) for token in special_tokens(tokenizer)}
+        added = tokenizer.added_tokens_decoder
+        self._ends = {token for token in added if added[token].special} | set(tokenizer.all_special_ids)
         self._warned = False
 
     def encode(self, batch: pa.RecordBatch) -> pa.RecordBatch:
