@@ -313,9 +313,7 @@ class _Reader:
             message = f"the prompt has token id {max(ids)}; the model's ids end at {self.vocab_size - 1}"
             raise RowError("token_outside_vocabulary", message)
 
-    def _prompt(
-        self, row: PromptRow, text: str, answer: Answer, ids: tuple[int, ...]
-    ) -> Prompt:
+    def _prompt(self, row: PromptRow, text: str, answer: Answer, ids: tuple[int, ...]) -> Prompt:
         """The finished prompt.
 
         Raises:
