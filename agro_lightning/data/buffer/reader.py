@@ -12,6 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
+from agro_lightning.data.buffer.row_files import (
+    BATCH_BYTES,
+    BATCH_ROWS,
+    open_parquet,
+    parquet_batches,
+    read_json_lines,
+)
 from agro_lightning.data.buffer.schema import (
     FIX_FILE,
     READ_SCHEMA,
@@ -21,13 +28,6 @@ from agro_lightning.data.buffer.schema import (
     Rejections,
 )
 from agro_lightning.data.chat import MAX_TEXT_BYTES, ChatWriter, RowError, as_messages, shown, without_filler
-from agro_lightning.data.row_files import (
-    BATCH_BYTES,
-    BATCH_ROWS,
-    open_parquet,
-    parquet_batches,
-    read_json_lines,
-)
 
 SUFFIXES = (".parquet", ".jsonl")
 _NEEDED = (("prompt", "prompt_ids"), ("completion", "completion_ids"), ("reward",))

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from agro_lightning import quickstart
-from agro_lightning.data.buffer.schema import BadFileError, Rejections
-from agro_lightning.data.chat import without_filler
-from agro_lightning.data.row_files import (
+from agro_lightning.data.buffer.row_files import (
     BOM,
     check_regular,
     one_line,
@@ -21,6 +19,8 @@ from agro_lightning.data.row_files import (
     parquet_batches,
     read_json_lines,
 )
+from agro_lightning.data.buffer.schema import BadFileError, Rejections
+from agro_lightning.data.chat import without_filler
 from agro_lightning.rewards.gym import GYM_FIELD, require_reasoning_gym
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
