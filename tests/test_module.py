@@ -116,14 +116,15 @@ def test_completions_above_the_token_budget_are_named(tmp_path):
     assert (pieces - whole).norm() / whole.norm() < 1e-5
 
 
-def test_the_fused_loss_is_the_composed_one(tmp_path):
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_the_fused_loss_is_the_composed_one(weight, tmp_path):
     batch = pack_groups(make_groups(groups=SHAPES), num_groups=4)
 
     class Composed(Agro):  # another type, so that the module takes the general path
         pass
 
-    fused = one_gradient(module(objective=Agro(beta=0.3)), [batch], tmp_path)
-    composed = one_gradient(module(objective=Composed(beta=0.3)), [batch], tmp_path)
+    fused = one_gradient(module(objective=Agro(0.3, weight)), [batch], tmp_path)
+    composed = one_gradient(module(objective=Composed(0.3, weight)), [batch], tmp_path)
     assert (fused - composed).norm() / composed.norm() < 1e-5
 
 

@@ -207,7 +207,14 @@ class Policy(nn.Module):
         out = linear_logprobs(*tensors, batch.targets, entropy=entropy, **options)
         return TokenLogprobs(out.logprobs, out.logsumexp, out.entropy)
 
-    def agro_loss(self, batch: TokenBatch, ref_logprobs: Float[Tensor, " N"], *, beta: float) -> GroupLoss:
+    def agro_loss(
+        self,
+        batch: TokenBatch,
+        ref_logprobs: Float[Tensor, " N"],
+        *,
+        beta: float,
+        negative_weight: float = 1.0,
+    ) -> GroupLoss:
         """The AGRO loss of whole groups, fused with the head (agro_kernels.linear_agro_loss)."""
         tensors, options = self._head(self.hidden_states(batch))
         out = linear_agro_loss(
@@ -218,6 +225,7 @@ class Policy(nn.Module):
             batch.rewards,
             batch.group_ids,
             beta=beta,
+            negative_weight=negative_weight,
             num_groups=batch.num_groups,
             **options,
         )

@@ -238,11 +238,14 @@ class AgroModule(L.LightningModule):
         return computed if known is None else known
 
     def _whole(self, batch: TokenBatch, ref_logprobs: Tensor) -> StepResult:
-        """One pass; AGRO's loss is fused with the head, other objectives take its log-probs."""
+        """One pass; AGRO's loss is fused with the head (unless tapered), others take its log-probs."""
         assert self.policy is not None
-        beta = self.objective.beta
-        if self.objective == Agro(beta):  # the fused loss knows neither of Agro's other settings
-            fused = self.policy.agro_loss(batch, ref_logprobs, beta=beta)
+        objective = self.objective
+        if type(objective) is Agro and not objective.taper:
+            beta = objective.beta
+            fused = self.policy.agro_loss(
+                batch, ref_logprobs, beta=beta, negative_weight=objective.negative_weight
+            )
             return StepResult(
                 loss=fused.loss,
                 objective=fused.objective.detach(),
