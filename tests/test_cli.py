@@ -193,7 +193,7 @@ def test_a_mistyped_section_without_content_is_refused_too(text, key, line, near
         (('--data.rewards=[{"class_path": "a.B"}]',), "No module named 'a'"),
         (("--trainer.callbacks+=EarlyStoping",), "did you mean EarlyStopping?"),
         (("--model.objective.betaa", "3"), "unknown key model.objective.betaa; did you mean beta?"),
-        (("--data.engine", "Generate", "--data.engine.foo", "1"), "foo; Generate takes memory_bytes"),
+        (("--data.engine", "HFGenerate", "--data.engine.foo", "1"), "foo; HFGenerate takes memory_bytes"),
         (("--data.rewards.extrct", "x"), "unknown key data.rewards.extrct; did you mean extract?"),
     ],
 )
@@ -253,7 +253,7 @@ def test_help_lists_every_command():
 
 
 @pytest.mark.parametrize(
-    "engine", ["AutoEngine", "BatchedDecoding", "ContinuousBatching", "Generate", "engines.vllm.VLLMEngine"]
+    "engine", ["AutoEngine", "BatchedDecoding", "ContinuousBatching", "HFGenerate", "engines.vllm.VLLMEngine"]
 )
 def test_every_engine_can_be_asked_for(engine):
     asked = printed_config("--data.engine", f"agro_lightning.rollout.{engine}")["data"]["engine"]

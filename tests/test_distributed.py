@@ -22,7 +22,7 @@ from agro_lightning.objectives.rloo import Rloo
 from agro_lightning.rollout.engines.base import Sampling
 from agro_lightning.rollout.engines.batched import BatchedDecoding
 from agro_lightning.rollout.engines.continuous import ContinuousBatching
-from agro_lightning.rollout.engines.hf_generate import Generate
+from agro_lightning.rollout.engines.hf_generate import HFGenerate
 from agro_lightning.training.module import AgroModule
 from agro_lightning.training.optimizer import OptimizerSettings
 from agro_lightning.training.strategy import Sharded
@@ -260,7 +260,7 @@ def generate(rank, world, path, engine, tensor):
 
 @pytest.mark.parametrize(
     ("engine", "world", "tensor"),
-    [(Generate, 2, 1), (BatchedDecoding, 2, 1), (ContinuousBatching, 2, 1), (BatchedDecoding, 4, 2)],
+    [(HFGenerate, 2, 1), (BatchedDecoding, 2, 1), (ContinuousBatching, 2, 1), (BatchedDecoding, 4, 2)],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_generation_of_unequal_lengths_before_and_after_steps(model_folder, engine, world, tensor):

@@ -20,7 +20,7 @@ from agro_lightning.objectives import Agro, Rloo
 from agro_lightning.rollout.engines.base import Sampling
 from agro_lightning.rollout.engines.batched import BatchedDecoding
 from agro_lightning.rollout.engines.continuous import ContinuousBatching
-from agro_lightning.rollout.engines.hf_generate import Generate
+from agro_lightning.rollout.engines.hf_generate import HFGenerate
 from agro_lightning.training.datamodule import AgroDataModule
 from agro_lightning.training.module import AgroModule
 from agro_lightning.training.optimizer import OptimizerSettings
@@ -138,7 +138,7 @@ def test_reused_rollouts_have_log_ratios_of_0_while_the_policy_stays(name, reuse
     assert largest < 1e-5 if name == "float32" else largest == 0
 
 
-@pytest.mark.parametrize("engine", [BatchedDecoding, Generate, ContinuousBatching])
+@pytest.mark.parametrize("engine", [BatchedDecoding, HFGenerate, ContinuousBatching])
 @pytest.mark.parametrize("name", TYPES)
 def test_rollouts_compute_in_the_policys_type(name, engine, quickstart_tokenizer):
     """Also where the engine generates in a thread of its own, which autocast around it would not reach."""

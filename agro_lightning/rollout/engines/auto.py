@@ -6,27 +6,22 @@ from typing import Any
 
 from agro_lightning.rollout.engines.base import Generation, RolloutEngine, Sampling
 from agro_lightning.rollout.engines.batched import BatchedDecoding
-from agro_lightning.rollout.engines.continuous import ContinuousBatching, flash_attention
-from agro_lightning.rollout.engines.hf_generate import Generate
+from agro_lightning.rollout.engines.hf_generate import HFGenerate
 
 _log = logging.getLogger(__name__)
 
 
 def default_engine(lm: Any, memory_bytes: int | None = None) -> RolloutEngine:
-    """The engine for a transformers model.
+    """BatchedDecoding for models of attention layers, HFGenerate for recurrent and hybrid ones.
 
-    - With flash attention on a GPU: ContinuousBatching, whose paged cache wastes no memory.
-    - Otherwise, for models of attention layers: BatchedDecoding. (Without flash attention, a paged cache lets
-      every query meet the keys of all requests in flight.)
-    - Recurrent and hybrid models: Generate.
+    ContinuousBatching is never the default: it has not been measured on a GPU, and is slower on a CPU.
 
     Args:
-        lm: the model.
+        lm: the transformers model.
         memory_bytes: bytes that a rollout may take; the engines' docstrings name the default.
     """
-    if BatchedDecoding.unsupported(lm) is not None:
-        return Generate(memory_bytes)
-    return ContinuousBatching(memory_bytes) if flash_attention(lm) else BatchedDecoding(memory_bytes)
+    served = BatchedDecoding.unsupported(lm) is None
+    return BatchedDecoding(memory_bytes) if served else HFGenerate(memory_bytes)
 
 
 class AutoEngine(RolloutEngine):

@@ -60,7 +60,7 @@ class BatchedDecoding(TransformersEngine):
         if reason is not None:
             raise ValueError(
                 f"BatchedDecoding does not serve {type(policy.base).__name__}: {reason}. "
-                "Use the engine Generate"
+                "Use the engine HFGenerate"
             )
         super().attach(policy, tokenizer)
 
@@ -77,33 +77,33 @@ class BatchedDecoding(TransformersEngine):
             memory=self.memory_budget(lm),
             kv_bytes=self.kv_bytes_per_token(lm),
         )
-        for slab in self._slabs(lm, [len(prompt) for prompt in prompts], n):
-            run.decode(slab)
+        for bucket in self._length_buckets(lm, [len(prompt) for prompt in prompts], n):
+            run.decode(bucket)
         return run.generations()
 
-    def _slabs(self, lm: Any, lengths: Sequence[int], n: int) -> list[list[int]]:
-        """Prompts in groups that are decoded one after the other, so that short ones get short rows.
+    def _length_buckets(self, lm: Any, lengths: Sequence[int], n: int) -> list[list[int]]:
+        """Prompts in buckets of like length, so that short ones are not padded to the longest of all.
 
-        Each step of a group reads the weights and each row's columns, as many as the longest row of the group
-        has. A group is cut in two where that saves more reading of padding than it costs in reading weights.
+        Each step of a bucket reads the weights, and of each row as many columns as the bucket's longest has.
+        A bucket is cut in two where that saves more reading of padding than it costs in reading weights.
         """
         weights = sum(parameter.nbytes for parameter in lm.parameters())
         cut_cost = weights + _STEP_BYTES["cuda" if lm.device.type == "cuda" else "cpu"]
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         column = n * self.kv_bytes_per_token(lm)
-        slabs, pending = [], [order]
+        buckets, pending = [], [order]
         while pending:
-            slab = pending.pop()
+            bucket = pending.pop()
             saved = [
-                (len(slab) - cut) * (lengths[slab[0]] - lengths[slab[cut]]) * column
-                for cut in range(1, len(slab))
+                (len(bucket) - cut) * (lengths[bucket[0]] - lengths[bucket[cut]]) * column
+                for cut in range(1, len(bucket))
             ]
             if saved and max(saved) > cut_cost:
                 cut = saved.index(max(saved)) + 1
-                pending += [slab[cut:], slab[:cut]]
+                pending += [bucket[cut:], bucket[:cut]]
             else:
-                slabs.append(slab)
-        return slabs
+                buckets.append(bucket)
+        return buckets
 
 
 @dataclass(slots=True)

@@ -42,7 +42,7 @@ def _no_defaults(lm: Any) -> Iterator[None]:
         lm.generation_config = kept
 
 
-class Generate(TransformersEngine):
+class HFGenerate(TransformersEngine):
     """Generates with `lm.generate`: every model that has it, also recurrent and hybrid ones.
 
     Each completion computes its own copy of the prompt, and rows that ended are decoded until the last one

@@ -1,9 +1,8 @@
-"""What the engines that run the policy itself share: checks, end-of-sequence ids, the model's modes."""
+"""What the engines that run the policy itself share: checks, end-of-sequence ids, prompts' lengths."""
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,19 +21,6 @@ def eos_token_ids(lm: Any, tokenizer: Any) -> tuple[int, ...]:
     found = set(configured if isinstance(configured, (list, tuple)) else [configured])
     found.add(getattr(tokenizer, "eos_token_id", None))
     return tuple(sorted(int(token) for token in found if token is not None and token >= 0))
-
-
-@contextmanager
-def generation_mode(policy: Any) -> Iterator[Any]:
-    """The policy's transformers model, out of any peft wrapper, in eval mode; modes are restored."""
-    modes = [(module, module.training) for module in policy.lm.modules()]
-    try:
-        with policy.generating() as lm:
-            lm.eval()
-            yield lm.get_base_model() if hasattr(lm, "get_base_model") else lm
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def check_prompts(lm: Any, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
@@ -128,7 +114,8 @@ class TransformersEngine(RolloutEngine):
             raise ValueError(f"n is {n}; each prompt needs at least 1 completion")
         if not prompts:
             return []
-        with generation_mode(self._policy) as lm:
+        with self._policy.generating():
+            lm = self._policy.base
             check_prompts(lm, prompts, sampling)
             return self._generate(lm, prompts, sampling, n, seed)
 
