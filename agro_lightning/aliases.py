@@ -27,6 +27,7 @@ MOVED = {
     "agro_lightning.reference": "agro_lightning.models.reference",
     "agro_lightning.rewards.answers": "agro_lightning.rewards.answer_parsing",
     "agro_lightning.rewards.mathverify": "agro_lightning.rewards.math_verify",
+    "agro_lightning.rewards.python_reward": "agro_lightning.rewards.python.reward",
     "agro_lightning.rollout.base": "agro_lightning.rollout.engines.base",
     "agro_lightning.rollout.vllm_engine": "agro_lightning.rollout.engines.vllm",
     "agro_lightning.sharding": "agro_lightning.distributed.fsdp",

@@ -17,7 +17,7 @@ REWARDS = {
     "exact": {"class_path": "agro_lightning.rewards.ExactMatch"},
     "parity": {
         "class_path": "agro_lightning.rewards.PythonReward",
-        "init_args": {"function": "bench._trl_task:parity"},
+        "init_args": {"function": "bench._trl_task:parity", "timeout_s": None},  # in this process, as there
     },
 }
 OBJECTIVES = {"rloo": "Rloo", "grpo": "Grpo", "agro": "Agro"}

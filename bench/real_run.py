@@ -121,7 +121,7 @@ def train(run: Run) -> None:
         train=prompts,
         validation=prompts,
         sources=[Live()],
-        rewards=[PythonReward("bench._trl_task:parity")],
+        rewards=[PythonReward("bench._trl_task:parity", timeout_s=None)],
         batch_size=run.prompts,
         group_size=run.group_size,
         sampling=Sampling(max_new_tokens=run.max_new_tokens),

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agro_lightning.rewards import ExactMatch, MathVerify, NumericMatch, Reward
-from agro_lightning.rewards.pool import default_workers
+from agro_lightning.rewards.pool.pool import default_workers
 from agro_lightning.types import Prompt
 from bench._records import absent, emit, parser, record
 
@@ -128,7 +128,7 @@ def hangs(count: int) -> list[dict[str, Any]]:
 def cold_start() -> list[dict[str, Any]]:
     """Seconds from nothing to the first score, one worker."""
     reward = MathVerify(workers=1)
-    seconds, _ = score(reward, [("3", "\\boxed{3}")])
+    seconds, _ = score(reward, [("3", "\\boxed{6/2}")])
     reward.close()
     return [record(BENCH, "cold_start", "ours", "seconds", seconds, "s")]
 

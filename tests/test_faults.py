@@ -134,7 +134,7 @@ data:
   pass_at: [2]
   rewards:
   - class_path: agro_lightning.rewards.PythonReward
-    init_args: {{function: "{folder}/deadly.py:deadly"}}
+    init_args: {{function: "{folder}/deadly.py:deadly", timeout_s: null}}
   sources: [{{weight: 1, name: live}}]
 """
 DEADLY = """

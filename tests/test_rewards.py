@@ -1,5 +1,7 @@
 """Sets of rewards and their alarms, reward models, gym tasks, and rewards from configs."""
 
+import doctest
+import importlib
 import json
 import logging
 import math
@@ -45,6 +47,8 @@ class Told:
         if "few" in completions:
             return []
         failures = {"error", "timeout", "non_finite"}
+        if "abstain" in completions:
+            return [Score(reward=None if text == "abstain" else float(text)) for text in completions]
         return [
             Score(reward=None, failure=text, message=f"{text} of {self.name}")
             if text in failures
@@ -91,6 +95,55 @@ def test_parts_that_did_not_fail_stay_visible():
     assert score.parts == {"exact_match": 0.0} and score.reward is None
 
 
+def test_a_reward_that_abstains_is_left_out_of_the_sum_and_is_no_failure():
+    rewards = RewardSet([Told(weight=2.0), ExactMatch(weight=0.5)], max_failure_fraction=0.0)
+    scores = call(rewards, "1", "abstain", "3")
+    assert [score.reward for score in scores] == [2.5, 0.0, 6.0]
+    assert [score.failure for score in scores] == [None] * 3
+    assert scores[1].parts == {"exact_match": 0.0}
+    assert rewards.counts["abstained"] == rewards.counts["error"] == 0
+
+
+def test_where_all_rewards_abstain_the_completion_is_counted_and_raises_no_alarm():
+    rewards = RewardSet([Told(), Told("other")], max_failure_fraction=0.0, zero_reward_calls=1)
+    for _ in range(20):
+        scores = call(rewards, "abstain", "1")
+        assert [(score.reward, score.failure) for score in scores] == [(None, None), (2.0, None)]
+    assert rewards.counts == {"completions": 40, "error": 0, "timeout": 0, "non_finite": 0, "abstained": 20}
+    failed = call(RewardSet([Told(), Told("other")]), "timeout", "1")
+    assert [score.failure for score in failed] == ["timeout", None]
+
+
+def test_rewards_are_told_their_rank_and_share_the_machine(monkeypatch, llama_folder):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "7")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    python = PythonReward(double)
+    model = RewardModel(str(llama_folder))
+    rewards = RewardSet([Told(), python, model])
+    assert python._pool is not None and python._pool.size == 8
+    rewards.place(3, 4, "cpu")
+    assert python._pool.size == 2
+    assert model._device() == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    rewards.place(3, 4)
+    assert model._device() == torch.device("cuda", 3)
+    rewards.place(3, 4, "cuda:5")
+    assert model._device() == torch.device("cuda", 5)
+    assert RewardModel(str(llama_folder), device="cuda:1")._device() == torch.device("cuda", 1)
+
+
+def double(completions):
+    return [2.0] * len(completions)
+
+
+@pytest.mark.parametrize("module", ["base", "match", "python.reward", "reward_set", "units"])
+def test_the_examples_of_the_documentation_are_true(module):
+    found = doctest.testmod(importlib.import_module(f"agro_lightning.rewards.{module}"))
+    assert found.attempted > 0 and found.failed == 0
+
+
 def test_an_overflowing_total_is_a_failure():
     (score,) = call(RewardSet([Told(weight=1e308), Told("b", weight=1e308)]), "1e10")
     assert score.failure == "non_finite" and score.reward is None
@@ -100,7 +153,7 @@ def test_counts_go_by_kind_and_not_by_quiet_calls():
     rewards = RewardSet([Told()], max_failure_fraction=1.0)
     call(rewards, "1", "timeout", "error", "nan", "timeout")
     rewards.score_quietly(prompts(2), ["timeout", "error"])
-    assert rewards.counts == {"completions": 5, "error": 1, "timeout": 2, "non_finite": 1}
+    assert rewards.counts == {"completions": 5, "error": 1, "timeout": 2, "non_finite": 1, "abstained": 0}
     assert call(rewards) == []
 
 

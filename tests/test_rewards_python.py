@@ -1,6 +1,7 @@
-"""Python functions as rewards, in this process and isolated."""
+"""Python functions as rewards, in this process and in workers."""
 
 import copy
+import os
 
 import pytest
 
@@ -29,7 +30,7 @@ def one(completion, answer):
         raise SystemExit(1)
     if completion == "crash":
         os._exit(1)
-    return {"nan": float("nan"), "inf": float("inf"), "text": "good", "none": None}.get(completion, 1.5)
+    return {"nan": float("nan"), "inf": float("inf"), "text": "good", "list": [1]}.get(completion, 1.5)
 
 async def slow_one(completion):
     if completion == "hang":
@@ -71,9 +72,23 @@ def torch_like(completions):
 def needs_more(completions, secret):
     return [0.0]
 
-def in_thread(completions):
-    import threading
-    return [float(threading.current_thread() is threading.main_thread())] * len(completions)
+def process(completions):
+    return [float(os.getpid())] * len(completions)
+
+def unless_empty(completions):
+    return [1 if text else None for text in completions]
+
+def unless_empty_one(completion):
+    return 1 if completion else None
+
+def hungry(completions):
+    return [len(bytearray(2**30))] * len(completions)
+
+def lacks(completions, answer, **others):
+    return [0.0] * len(completions)
+
+def no_plural(completion, **others):
+    return [0.0]
 
 class NotAFunction:
     pass
@@ -108,23 +123,22 @@ def results(reward, *completions):
     return [(score.reward, score.failure) for score in reward(prompts(*completions), list(completions))]
 
 
-@pytest.mark.parametrize("isolate", [False, True])
-def test_a_function_gets_what_it_names(python_reward, isolate):
-    assert results(python_reward("lengths", isolate=isolate, workers=1), "a", "abc") == [
+@pytest.mark.parametrize("timeout_s", [None, 60.0])
+def test_a_function_gets_what_it_names(python_reward, timeout_s):
+    assert results(python_reward("lengths", timeout_s=timeout_s, workers=1), "a", "abc") == [
         (1.0, None),
         (3.0, None),
     ]
-    rich = python_reward("rich", isolate=isolate, workers=1, options={"bonus": 0.5})
+    rich = python_reward("rich", timeout_s=timeout_s, workers=1, options={"bonus": 0.5})
     row = Prompt(prompt_id="p", prompt="q", prompt_ids=(1,), answer="x", fields={"extra": 2})
     assert [score.reward for score in rich([row, row], ["x", "y"])] == [4.5, 3.5]
-    assert results(python_reward("anything", isolate=isolate, workers=1), "a") == [(4.0, None)]
-    assert results(python_reward("torch_like", isolate=isolate, workers=1), "a", "b") == [(1.0, None)] * 2
+    assert results(python_reward("anything", timeout_s=timeout_s, workers=1), "a") == [(4.0, None)]
+    assert results(python_reward("torch_like", timeout_s=timeout_s, workers=1), "a", "b") == [(1.0, None)] * 2
 
 
-@pytest.mark.parametrize("isolate", [False, True])
-def test_no_failure_of_a_function_becomes_a_score(python_reward, isolate):
-    reward = python_reward("one", batched=False, isolate=isolate, timeout_s=1.5, workers=2)
-    found = results(reward, "fine", "raise", "hang", "nan", "inf", "text", "none", "exit", "fine")
+def test_no_failure_of_a_function_becomes_a_score(python_reward):
+    reward = python_reward("one", batched=False, timeout_s=1.5, workers=2)
+    found = results(reward, "fine", "raise", "hang", "nan", "inf", "text", "list", "exit", "fine")
     failures = ["error", "timeout", "non_finite", "non_finite", "error", "error", "error"]
     assert found == [(1.5, None), *((None, kind) for kind in failures), (1.5, None)]
     messages = [score.message for score in reward(prompts("raise", "text", "nan"), ["raise", "text", "nan"])]
@@ -134,13 +148,12 @@ def test_no_failure_of_a_function_becomes_a_score(python_reward, isolate):
 
 
 def test_a_crash_is_survived_in_isolation(python_reward):
-    reward = python_reward("one", batched=False, isolate=True, workers=1)
+    reward = python_reward("one", batched=False, workers=1)
     assert results(reward, "fine", "crash", "fine") == [(1.5, None), (None, "error"), (1.5, None)]
 
 
-@pytest.mark.parametrize("isolate", [False, True])
-def test_what_fails_a_batched_call_fails_all_of_it(python_reward, isolate):
-    options = {"isolate": isolate, "timeout_s": 1.0, "workers": 1}
+def test_what_fails_a_batched_call_fails_all_of_it(python_reward):
+    options = {"timeout_s": 1.0, "workers": 1}
     scores = python_reward("raises", **options)(prompts("a", "b"), ["a", "b"])
     assert [score.message for score in scores] == ["RuntimeError: down for maintenance"] * 2
     assert results(python_reward("hangs", **options), "a", "b") == [(None, "timeout")] * 2
@@ -150,15 +163,15 @@ def test_what_fails_a_batched_call_fails_all_of_it(python_reward, isolate):
 
 def test_unbatched_async_calls_wait_side_by_side_and_fail_alone(python_reward):
     for concurrency, most in ((64, 40.0), (3, 3.0)):
-        reward = python_reward("how_many_at_once", batched=False, concurrency=concurrency)
+        reward = python_reward("how_many_at_once", batched=False, concurrency=concurrency, workers=1)
         assert max(score.reward for score in reward(prompts(*["a"] * 40), ["a"] * 40)) == most
-    reward = python_reward("slow_one", batched=False, timeout_s=1.0, concurrency=2)
+    reward = python_reward("slow_one", batched=False, timeout_s=1.0, concurrency=2, workers=1)
     assert results(reward, "hang", "ab", "raise", "a", "hang", "a") == [
         (None, "timeout"), (2.0, None), (None, "error"), (1.0, None), (None, "timeout"), (1.0, None),
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("timeout_s", [None, 60.0])
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -166,8 +179,8 @@ def test_unbatched_async_calls_wait_side_by_side_and_fail_alone(python_reward):
         ("scalar", "returned a float for 3 completions; it must return a list of 3 numbers"),
     ],
 )
-def test_a_wrong_number_of_scores_ends_the_run(python_reward, function, message, isolate):
-    reward = python_reward(function, isolate=isolate, workers=1)
+def test_a_wrong_number_of_scores_ends_the_run(python_reward, function, message, timeout_s):
+    reward = python_reward(function, timeout_s=timeout_s, workers=1)
     with pytest.raises(RewardUsageError, match=f"reward '{function}': .*{message}"):
         reward(prompts("a", "b", "c"), ["a", "b", "c"])
 
@@ -190,6 +203,14 @@ def test_a_wrong_number_of_scores_ends_the_run(python_reward, function, message,
             "takes .completions.; with batched: false it must take `completion`",
         ),
         ("{file}:lengths", {"options": {"bonus": 1}}, "must take the options .bonus."),
+        (
+            "{file}:lacks",
+            {},
+            "takes .completions, answer, ..others.*of `answer`, did you mean `answers`",
+        ),
+        ("{file}:no_plural", {}, "Instead of `completion`, did you mean `completions`"),
+        ("{file}:needs_more", {}, "Nothing gives `secret`; the data set's other columns are in `fields`"),
+        ("{file}:rich", {"options": {"bonis": 1}}, "Instead of `bonis`, did you mean `bonus`"),
     ],
 )
 def test_a_function_that_cannot_be_used_is_told_at_once(functions, function, options, message):
@@ -197,40 +218,61 @@ def test_a_function_that_cannot_be_used_is_told_at_once(functions, function, opt
         PythonReward(function.format(file=functions), **options)
 
 
-def test_isolated_functions_are_checked_at_the_first_call(functions):
-    reward = PythonReward(f"{functions}:missing", isolate=True, workers=1)
-    with pytest.raises(RewardUsageError, match="has no attribute 'missing'"):
-        reward(prompts("a"), ["a"])
-
-
 def test_modules_of_the_parents_path_load_in_workers(functions, monkeypatch):
     monkeypatch.syspath_prepend(str(functions.parent))
-    for isolate in (False, True):
-        reward = PythonReward("my_rewards:lengths", isolate=isolate, workers=1)
+    for timeout_s in (None, 60.0):
+        reward = PythonReward("my_rewards:lengths", timeout_s=timeout_s, workers=1)
         assert reward.name == "lengths"
         assert results(reward, "abc") == [(3.0, None)]
         reward.close()
 
 
-def test_without_a_time_limit_the_function_runs_in_the_calling_thread(python_reward):
-    assert results(python_reward("in_thread", timeout_s=None), "a") == [(1.0, None)]
-    assert results(python_reward("in_thread"), "a") == [(0.0, None)]
+def test_without_a_time_limit_the_function_runs_in_this_process(python_reward):
+    here, there = python_reward("process", timeout_s=None), python_reward("process", workers=1)
+    assert results(here, "a") == [(float(os.getpid()), None)] != results(there, "a")
     assert results(python_reward("slow_batch", timeout_s=None), "a") == [(1.0, None)]
-    with pytest.raises(ValueError, match="with isolate it must be a number"):
-        python_reward("in_thread", timeout_s=None, isolate=True)
+    messages = [score.message for score in python_reward("raises", timeout_s=None)(prompts("a"), ["a"])]
+    assert messages == ["RuntimeError: down for maintenance"]
 
 
-def test_calls_that_hang_in_this_process_end_the_run_at_some_point(python_reward, monkeypatch):
-    monkeypatch.setattr("agro_lightning.rewards.python_reward.MAX_STUCK_THREADS", 2)
-    reward = python_reward("hangs", timeout_s=0.1)
-    assert results(reward, "a") + results(reward, "a") == [(None, "timeout")] * 2
-    with pytest.raises(RewardUsageError, match="2 calls of .* hang in this process; set isolate: true"):
-        reward(prompts("a"), ["a"])
+def importable(completions):
+    return [float(os.getpid())] * len(completions)
 
 
-def test_rewards_with_processes_and_threads_can_be_copied(python_reward):
-    for isolate in (False, True):
-        reward = python_reward("lengths", isolate=isolate, workers=1)
+def test_functions_of_a_script_run_here_where_workers_cannot_import_them():
+    bonus = 2.0
+
+    def closure(completions):
+        return [bonus] * len(completions)
+
+    assert results(PythonReward(closure, timeout_s=None), "a") == [(2.0, None)]
+    with pytest.raises(RewardUsageError, match="closure.*cannot be imported.*set timeout_s to null"):
+        PythonReward(closure)
+    reward = PythonReward(importable, workers=1)
+    assert reward.name == "importable" and results(reward, "a") != [(float(os.getpid()), None)]
+    reward.close()
+
+
+@pytest.mark.parametrize("timeout_s", [None, 60.0])
+def test_none_abstains_and_is_no_failure(python_reward, timeout_s):
+    reward = python_reward("unless_empty", timeout_s=timeout_s, workers=1)
+    assert results(reward, "a", "", "b") == [(1.0, None), (None, None), (1.0, None)]
+    single = python_reward("unless_empty_one", batched=False, timeout_s=timeout_s, workers=1)
+    assert results(single, "a", "", "b") == [(1.0, None), (None, None), (1.0, None)]
+
+
+def test_memory_beyond_the_limit_is_a_failure(python_reward):
+    reward = python_reward("hungry", workers=1, memory_mb=1024)
+    (score,) = reward(prompts("a"), ["a"])
+    assert score.failure == "error" and score.message.startswith("MemoryError")
+    assert results(python_reward("hungry", workers=1, memory_mb=None), "a") == [(float(2**30), None)]
+    with pytest.raises(ValueError, match="memory_mb is 0"):
+        python_reward("hungry", memory_mb=0)
+
+
+def test_rewards_with_processes_can_be_copied(python_reward):
+    for timeout_s in (None, 60.0):
+        reward = python_reward("lengths", timeout_s=timeout_s, workers=1)
         results(reward, "a")
         twin = copy.deepcopy(reward)
         assert results(twin, "abc") == [(3.0, None)]

@@ -88,6 +88,20 @@ def test_failed_rewards_are_dropped_and_counted_never_scored_zero(quickstart_tok
     assert report.metrics()["reward_failures/timeout"] == 7
 
 
+def test_completions_on_which_every_reward_abstains_are_dropped_and_no_failures(quickstart_tokenizer):
+    class Abstains(ByPrompt):
+        def __call__(self, prompts, completions):
+            scores = super().__call__(prompts, completions)
+            return [Score(reward=None) if score.failure else score for score in scores]
+
+    _, (groups, report) = collect(quickstart_tokenizer, Abstains(failing={"p1"}))
+    assert [group.prompt.prompt_id for group in groups] == ["p0", "p2"]
+    assert dict(report.failures) == {"abstained": 4} and report.dropped_groups == 1
+    metrics = report.metrics()
+    assert metrics["reward_abstained"] == 4 and metrics["reward_failures"] == 0
+    assert not [name for name in metrics if name.startswith("reward_failures/")]
+
+
 def test_failed_generations_are_dropped_and_counted(quickstart_tokenizer):
     lm = tiny_lm("llama")
     with torch.no_grad():

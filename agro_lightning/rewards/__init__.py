@@ -5,7 +5,7 @@ from agro_lightning.rewards.gym import GymReward
 from agro_lightning.rewards.match import ExactMatch, NumericMatch
 from agro_lightning.rewards.math_verify import MathVerify
 from agro_lightning.rewards.model import RewardModel
-from agro_lightning.rewards.python_reward import PythonReward
+from agro_lightning.rewards.python import PythonReward
 from agro_lightning.rewards.reward_set import RewardSet
 
 __all__ = [

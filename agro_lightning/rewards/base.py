@@ -11,21 +11,34 @@ FailureKind = Literal["error", "timeout", "non_finite"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """The reward of one completion, or why there is none."""
+    """The reward of one completion, or why there is none: scoring failed, or the reward abstains."""
 
     reward: float | None
-    """The scalar reward; None when scoring failed."""
+    """The scalar reward; None when scoring failed, and, without a failure, when the reward abstains."""
     parts: Mapping[str, float] = field(default_factory=dict)
-    """Each reward's own value by name, before weights."""
+    """Each reward's own value by name, before weights; without those that abstain."""
     failure: FailureKind | None = None
-    """Why there is no reward; the completion is dropped and counted under this kind."""
+    """Why scoring failed; the completion is dropped and counted under this kind."""
     message: str = ""
     """What went wrong, for the log."""
 
 
 @runtime_checkable
 class Reward(Protocol):
-    """Scores completions in batches. Implementations are classes whose constructor holds the options."""
+    """Scores completions in batches. Implementations are classes whose constructor holds the options.
+
+    A reward may also have these methods: `start()`, called before a run, and `close()`, after it; and
+    `place(local_rank, local_ranks, device)`, called first, with this process's place among the processes of
+    its machine and the device that it trains on.
+
+    Example:
+        >>> class Brevity:
+        ...     name, weight = "brevity", 0.1
+        ...     def __call__(self, prompts, completions):
+        ...         return [Score(reward=-len(text) / 100) for text in completions]
+        >>> isinstance(Brevity(), Reward), Brevity()([], ["four"])[0].reward
+        (True, -0.04)
+    """
 
     name: str
     """The key of this reward in reward_parts and in metrics."""

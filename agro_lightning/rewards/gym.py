@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
 from agro_lightning.rewards.answer_parsing import Extract, extract
 from agro_lightning.rewards.base import Score
@@ -54,8 +53,9 @@ class GymReward:
         self.weight = weight
         self.extract: Extract = extract
         self.marker = marker
-        file = Path(__file__).with_name("gym_worker.py")
-        self._pool = ProcessPool(file, {}, timeout_s=timeout_s, workers=workers)
+        self._pool = ProcessPool(
+            "agro_lightning.rewards.gym_worker:make_check", {}, timeout_s=timeout_s, workers=workers
+        )
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Score]:
         scores: list[Score | None] = []
@@ -74,6 +74,10 @@ class GymReward:
                 found = next(outcomes)
                 scores[index] = Score(reward=found.value, failure=found.failure, message=found.message)
         return [score for score in scores if score is not None]
+
+    def place(self, local_rank: int, local_ranks: int, device: str | None = None) -> None:
+        """Shares the machine's cores with its other ranks."""
+        self._pool.share_cores(local_ranks)
 
     def start(self) -> None:
         """Starts the worker processes without waiting for them."""

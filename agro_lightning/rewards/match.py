@@ -71,7 +71,14 @@ class NumericMatch:
     """1 where the completion's answer is the reference answer's number, else 0.
 
     Numbers are compared exactly, as fractions, unless a tolerance is set. The notations that are read are
-    listed at `agro_lightning.rewards.answer_parsing.numbers`. For symbolic answers use `MathVerify`.
+    listed at `agro_lightning.rewards.answer_parsing.numbers`. For symbolic answers use `MathVerify`. Of
+    several reference answers, any is right; a number with another known unit than the answer's is wrong.
+
+    Example:
+        >>> prompt = Prompt(prompt_id="a", prompt="How long?", prompt_ids=(1,), answer="1500 m")
+        >>> texts = ["It is 1,500 m.", r"\\boxed{1.5 \\times 10^3}", "1500 km", "15"]
+        >>> [score.reward for score in NumericMatch()([prompt] * 4, texts)]
+        [1.0, 1.0, 0.0, 0.0]
 
     Args:
         name: the key of this reward in reward_parts and in metrics.

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
 from agro_lightning.rewards.answer_parsing import are_words, same_text, stated_answer, tidy_latex
 from agro_lightning.rewards.base import Score
@@ -51,8 +50,13 @@ class MathVerify:
         self.weight = weight
         self._prefer_boxed = prefer_boxed
         options = {"prefer_boxed": prefer_boxed, "digits": digits}
-        file = Path(__file__).with_name("math_verify_worker.py")
-        self._pool = ProcessPool(file, options, timeout_s=timeout_s, workers=workers, memory_mb=memory_mb)
+        self._pool = ProcessPool(
+            "agro_lightning.rewards.math_verify_worker:make_check",
+            options,
+            timeout_s=timeout_s,
+            workers=workers,
+            memory_mb=memory_mb,
+        )
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Score]:
         answered = zip(prompts, completions, strict=True)
@@ -73,6 +77,10 @@ class MathVerify:
         box = stated_answer(completion, answer) if self._prefer_boxed else None
         stated = completion if box is None else f"\\boxed{{{tidy_latex(box)}}}"
         return tidy_latex(answer), stated
+
+    def place(self, local_rank: int, local_ranks: int, device: str | None = None) -> None:
+        """Shares the machine's cores with its other ranks."""
+        self._pool.share_cores(local_ranks)
 
     def start(self) -> None:
         """Starts the worker processes without waiting for them."""

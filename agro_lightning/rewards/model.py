@@ -1,15 +1,15 @@
 """A sequence-classification model as a reward."""
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from agro_lightning.rewards.base import RewardUsageError, Score
 from agro_lightning.types import Prompt
+
+if TYPE_CHECKING:
+    import torch  # imported on demand: worker processes and the commands on buffers do without
 
 
 class RewardModel:
@@ -26,7 +26,7 @@ class RewardModel:
         label: which output is the reward; needed where the model has several.
         batch_size: texts per forward pass.
         max_length: most tokens of a text; null for what the model's configuration allows.
-        device: such as `cpu` or `cuda:0`; `auto` is this rank's GPU where there is one.
+        device: such as `cpu` or `cuda:0`; `auto` is the device of the rank that trains.
         dtype: number format of the weights; `auto` is the one they were saved in.
 
     Raises:
@@ -61,10 +61,16 @@ class RewardModel:
         self.dtype = dtype
         self._loaded: tuple[Any, Any, int] | None = None
         self._pad_id: int | None = None
+        self._rank_device: str | None = None
+        self._local_rank = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled reward loads the weights again."""
         return {**self.__dict__, "_loaded": None}
+
+    def place(self, local_rank: int, local_ranks: int, device: str | None = None) -> None:
+        """Notes this rank's device for `device: auto`."""
+        self._local_rank, self._rank_device = local_rank, device
 
     def start(self) -> None:
         """Loads the model and its tokenizer."""
@@ -75,7 +81,6 @@ class RewardModel:
         """Frees the model; the next call would load it again."""
         self._loaded = None
 
-    @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Score]:
         self.start()
         assert self._loaded is not None
@@ -121,11 +126,13 @@ class RewardModel:
         max_length = min(limit for limit in [*limits, tokenizer.model_max_length] if limit is not None)
         return model.eval().requires_grad_(False).to(self._device()), tokenizer, max_length
 
-    def _device(self) -> torch.device:
-        if self.device != "auto":
-            return torch.device(self.device)
+    def _device(self) -> "torch.device":
+        import torch
+
+        if self.device != "auto" or self._rank_device is not None:
+            return torch.device(self._rank_device or "cpu" if self.device == "auto" else self.device)
         if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            return torch.device("cuda", self._local_rank % torch.cuda.device_count())
         return torch.device("cpu")
 
     def _token_ids(self, tokenizer: Any, text: str) -> list[int]:
@@ -134,13 +141,16 @@ class RewardModel:
 
     def _forward(self, model: Any, rows: list[list[int]]) -> list[float]:
         """The rewards of token rows of any lengths, in one forward pass."""
+        import torch
+
         config = model.config.get_text_config()
         pad = self._pad_id if self._pad_id is not None else _absent_from_ends(rows)
         config.pad_token_id = pad
         lengths = torch.tensor([len(row) for row in rows])
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, pad)
         mask = torch.arange(ids.shape[1]) < lengths[:, None]
-        logits = model(input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device)).logits
+        with torch.no_grad():
+            logits = model(input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device)).logits
         return logits[:, self.label or 0].float().tolist()
 
 

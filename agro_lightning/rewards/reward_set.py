@@ -13,7 +13,7 @@ from agro_lightning.rewards.base import (
     RewardUsageError,
     Score,
 )
-from agro_lightning.rewards.worker import describe
+from agro_lightning.rewards.pool.worker import describe
 from agro_lightning.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,16 @@ class RewardSet:
     """The weighted sum of several rewards.
 
     Every part stays visible in the scores' `parts`. A completion with a part that failed is a failure,
-    whatever the other parts are: a sum without one of its terms would be another reward.
+    whatever the other parts are: a sum without one of its terms would be another reward. A reward that
+    abstains (a Score of None without a failure) is left out of the sum on purpose; where all abstain, the
+    total abstains, and the completion is dropped and counted as `abstained`, which raises no alarm.
+
+    Example:
+        >>> from agro_lightning.rewards import ExactMatch, NumericMatch
+        >>> rewards = RewardSet([ExactMatch(), NumericMatch(weight=0.5)])
+        >>> prompt = Prompt(prompt_id="a", prompt="6*7=", prompt_ids=(1,), answer="42")
+        >>> [score.reward for score in rewards([prompt] * 3, ["42", "It is 42.", "41"])]
+        [1.5, 0.5, 0.0]
 
     Args:
         rewards: the rewards, each with a name of its own. One whose weight is 0 is computed and kept in
@@ -78,8 +87,9 @@ class RewardSet:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Completions seen so far (`completions`), and how many of them failed, by kind (see FailureKind)."""
-        kinds = {kind: self._failures[kind] for kind in get_args(FailureKind)}
+        """Completions seen so far (`completions`), how many of them failed, by kind (see FailureKind), and on
+        how many every reward abstained (`abstained`)."""
+        kinds = {kind: self._failures[kind] for kind in (*get_args(FailureKind), "abstained")}
         return {"completions": self._scored, **kinds}
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Score]:
@@ -109,19 +119,29 @@ class RewardSet:
         by_reward = [self._scores_of(reward, prompts, completions) for reward in self.rewards]
         return [self._total(parts) for parts in zip(*by_reward, strict=True)]
 
+    def place(self, local_rank: int, local_ranks: int, device: str | None = None) -> None:
+        """Tells the rewards where this process runs, before they start workers or load models.
+
+        Args:
+            local_rank: this process among those of its machine.
+            local_ranks: how many those are; they share the machine's cores.
+            device: the device that this process trains on.
+        """
+        self._each("place", local_rank, local_ranks, device)
+
     def start(self) -> None:
         """Warms up the rewards that have something to warm up: worker processes, models."""
-        for reward in self.rewards:
-            start = getattr(reward, "start", None)
-            if start is not None:
-                start()
+        self._each("start")
 
     def close(self) -> None:
         """Frees what the rewards hold: worker processes, models."""
+        self._each("close")
+
+    def _each(self, method: str, *arguments: Any) -> None:
         for reward in self.rewards:
-            close = getattr(reward, "close", None)
-            if close is not None:
-                close()
+            found = getattr(reward, method, None)
+            if found is not None:
+                found(*arguments)
 
     def state_dict(self) -> dict[str, Any]:
         """The counts and alarms, as plain data."""
@@ -161,21 +181,23 @@ class RewardSet:
     def _total(self, parts: Sequence[Score]) -> Score:
         named = list(zip(self.rewards, parts, strict=True))
         values = {reward.name: score.reward for reward, score in named if score.reward is not None}
-        failed = next(((reward, score) for reward, score in named if score.reward is None), None)
+        failed = next(((reward, score) for reward, score in named if score.failure is not None), None)
         if failed is not None:
             reward, score = failed
             message = f"reward {reward.name!r}: {score.message}"
             return Score(reward=None, parts=values, failure=score.failure, message=message)
-        total = sum(reward.weight * values[reward.name] for reward in self.rewards)
+        if not values:
+            return Score(reward=None, message="every reward abstained")
+        total = sum(reward.weight * values[reward.name] for reward in self.rewards if reward.name in values)
         return _finite(Score(reward=total, parts=values))
 
     def _count(self, scores: Sequence[Score]) -> None:
-        failures = [score for score in scores if score.reward is None]
+        failures = [score for score in scores if score.failure is not None]
         self._scored += len(scores)
+        self._failures["abstained"] += sum(score.reward is None for score in scores) - len(failures)
         for score in failures:
-            kind = score.failure or "error"
-            self._failures[kind] += 1
-            kept = self._messages.setdefault(kind, [])
+            self._failures[str(score.failure)] += 1
+            kept = self._messages.setdefault(str(score.failure), [])
             if len(kept) < KEPT_MESSAGES and score.message not in kept:
                 kept.append(score.message)
         self._recent.append((len(scores), len(failures)))
@@ -186,7 +208,7 @@ class RewardSet:
         seen, failed = (sum(column) for column in zip(*self._recent, strict=True))
         if seen < MIN_WINDOW or failed <= self.max_failure_fraction * seen:
             return
-        kinds = ", ".join(f"{kind} {number}" for kind, number in self._failures.items())
+        kinds = ", ".join(f"{kind} {number}" for kind, number in self._failures.items() if number)
         examples = "; ".join(f"{kind}: {text}" for kind, texts in self._messages.items() for text in texts)
         raise RewardFailureError(
             f"{failed} of the latest {seen} completions could not be scored, more than max_failure_fraction="

@@ -23,7 +23,7 @@ class RolloutReport:
     tokens: int
     """Tokens generated."""
     failures: Mapping[str, int]
-    """Completions that were dropped, by reason: "generation", or a reward's failure kind."""
+    """Completions that were dropped, by reason: "generation", a reward's failure kind, or "abstained"."""
     dropped_groups: int
     """Prompts left with fewer than 2 usable completions."""
     generate_seconds: float
@@ -32,12 +32,15 @@ class RolloutReport:
     def metrics(self) -> dict[str, float]:
         """Sums that can be added up over the rollouts of a step, by metric name."""
         kinds = {
-            f"reward_failures/{kind}": float(n) for kind, n in self.failures.items() if kind != "generation"
+            f"reward_failures/{kind}": float(n)
+            for kind, n in self.failures.items()
+            if kind not in ("generation", "abstained")
         }
         return {
             "rollout_completions": float(self.completions),
             "rollout_tokens": float(self.tokens),
             "generation_failures": float(self.failures.get("generation", 0)),
+            "reward_abstained": float(self.failures.get("abstained", 0)),
             "dropped_groups": float(self.dropped_groups),
             "seconds/generate": self.generate_seconds,
             "seconds/score": self.score_seconds,
@@ -96,7 +99,7 @@ def rollout_groups(
     completions: list[list[Completion]] = [[] for _ in prompts]
     for (index, generation), text, score in zip(kept, texts, scores, strict=True):
         if score.reward is None:
-            failures[score.failure or "error"] += 1
+            failures[score.failure or "abstained"] += 1
             continue
         completions[index].append(
             Completion(

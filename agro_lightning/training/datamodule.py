@@ -165,9 +165,11 @@ class AgroDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Loads tokenizer and prompts; called on every rank."""
+        trainer = self.trainer
+        assert trainer is not None
         if stage == "fit":
-            assert self.trainer is not None
-            check_steps(self.trainer)
+            check_steps(trainer)
+        self.rewards.place(trainer.local_rank, trainer.num_devices, str(trainer.strategy.root_device))
         settings = self._module.policy_settings
         self.tokenizer = load_tokenizer(settings.path, trust_remote_code=settings.trust_remote_code)
         self.tokenizer_id = tokenizer_id(self.tokenizer)

@@ -100,7 +100,7 @@ def _score_answers(prompts: PromptDataset, rewards: RewardSet) -> str:
         form: rewards.score_quietly(asked, [form.format(answer=prompt.answers[0]) for prompt in asked])
         for form in GOLD
     }
-    usable = {form: scores for form, scores in by_form.items() if all(s.reward is not None for s in scores)}
+    usable = {form: scores for form, scores in by_form.items() if all(s.failure is None for s in scores)}
     if not usable:
         _raise_failure(next(iter(by_form.values())))
     garbage = rewards.score_quietly(asked, [GARBAGE] * len(asked))
@@ -118,10 +118,11 @@ def _score_answers(prompts: PromptDataset, rewards: RewardSet) -> str:
 
 
 def _raise_failure(scores: Sequence[Any]) -> None:
-    failed = next((score for score in scores if score.reward is None), None)
+    failed = next((score for score in scores if score.failure is not None), None)
     if failed is not None:
         raise Problem(f"a completion could not be scored ({failed.failure}): {failed.message}")
 
 
 def _mean(scores: Sequence[Any]) -> float:
-    return math.fsum(score.reward for score in scores) / len(scores)
+    given = [score.reward for score in scores if score.reward is not None]  # the others abstain
+    return math.fsum(given) / max(1, len(given))

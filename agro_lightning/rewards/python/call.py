@@ -1,23 +1,19 @@
-"""Loads a user's reward function and calls it, in the trainer's process or as the check of a pool's worker.
-
-Imports nothing of this package, so that a worker starts without torch.
-"""
+"""Loads a user's reward function and calls it, in the trainer's process or in a pool's worker."""
 
 import asyncio
-import importlib
-import importlib.util
 import inspect
-import sys
-from collections.abc import Awaitable, Callable
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Iterable
+from difflib import get_close_matches
 from typing import Any, Literal
+
+from agro_lightning.rewards.pool.worker import load
 
 Batch = dict[str, list[Any]]
 """Equally long lists of `prompts`, `completions`, `answers` and `fields`."""
 Failure = tuple[Literal["error", "timeout"], str]
 """Why there is no score, and a message."""
-Scores = list[float | Failure]
-"""For each completion its score, or why there is none."""
+Scores = list[float | Failure | None]
+"""For each completion its score, why there is none, or None where the function abstains."""
 
 BATCH_NAMES = ("prompts", "completions", "answers", "fields")
 SINGLE_NAMES = ("prompt", "completion", "answer", "fields")
@@ -27,27 +23,17 @@ class UnusableFunctionError(Exception):
     """The function cannot be loaded, cannot be called, or does not return one number per completion."""
 
 
-def load(target: str) -> Callable[..., Any]:
-    """The callable named by `module:function` or `path/to/file.py:function`.
+def load_function(target: str) -> Callable[..., Any]:
+    """The function named by `module:function` or `path/to/file.py:function`.
 
     Raises:
         UnusableFunctionError: there is no such thing, it cannot be imported, or it is not callable.
     """
-    place, colon, attribute = target.rpartition(":")
-    if not colon or not place or not attribute:
+    place, _, attribute = target.rpartition(":")
+    if not place or not attribute:
         raise UnusableFunctionError(f"{target!r} is no function; write module:function or file.py:function")
     try:
-        if place.endswith(".py"):
-            path = Path(place).resolve()
-            spec = importlib.util.spec_from_file_location(f"_reward_{path.stem}", path)
-            assert spec is not None and spec.loader is not None
-            found: Any = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = found
-            spec.loader.exec_module(found)
-        else:
-            found = importlib.import_module(place)
-        for name in attribute.split("."):
-            found = getattr(found, name)
+        found = load(target)
     except Exception as error:
         hint = "; is its folder on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
         reason = f"{type(error).__name__}: {error}"
@@ -57,11 +43,29 @@ def load(target: str) -> Callable[..., Any]:
     return found
 
 
+def target_of(function: Callable[..., Any]) -> str:
+    """The `module:function` under which another process can import a function.
+
+    Raises:
+        UnusableFunctionError: it is a closure, a lambda, or defined in the script that runs.
+    """
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    try:
+        if module != "__main__" and load(f"{module}:{name}") is function:
+            return f"{module}:{name}"
+    except (ImportError, AttributeError, ValueError):
+        pass
+    raise UnusableFunctionError(
+        f"{name or function!r} cannot be imported by another process; move it to the top level of a "
+        "module, or set timeout_s to null, which runs it in this process without a time limit"
+    )
+
+
 class FunctionCall:
-    """A loaded reward function. Calling it scores a batch.
+    """A reward function that is loaded and fits. Calling it scores a batch.
 
     Args:
-        function: `module:function` or `path/to/file.py:function`.
+        function: the function, or `module:function` or `path/to/file.py:function`.
         batched: whether it takes lists and returns a list; else it takes and returns one.
         options: further keyword arguments of the function.
         timeout_s: limit on each call of an async function; None for none.
@@ -69,11 +73,15 @@ class FunctionCall:
     """
 
     def __init__(
-        self, function: str, batched: bool, options: dict[str, Any], timeout_s: float | None, concurrency: int
+        self,
+        function: str | Callable[..., Any],
+        batched: bool,
+        options: dict[str, Any],
+        timeout_s: float | None,
+        concurrency: int,
     ) -> None:
-        self._arguments = (function, batched, options, timeout_s, concurrency)
-        self._name = function
-        self._function = load(function)
+        self._name = function if isinstance(function, str) else function.__name__
+        self._function = load_function(function) if isinstance(function, str) else function
         self._batched = batched
         self._options = options
         self._timeout_s = timeout_s
@@ -82,9 +90,6 @@ class FunctionCall:
         method = getattr(type(self._function), "__call__")  # noqa: B009, B004 - of an object that is callable
         self.is_async = inspect.iscoroutinefunction(self._function) or inspect.iscoroutinefunction(method)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._arguments
-
     def _names_of_arguments(self) -> list[str]:
         """Which of our arguments the function takes; it must take the completion and need no others."""
         known = BATCH_NAMES if self._batched else SINGLE_NAMES
@@ -92,21 +97,24 @@ class FunctionCall:
             parameters = inspect.signature(self._function).parameters.values()
         except ValueError as error:
             raise UnusableFunctionError(f"{self._name!r} does not tell its arguments: {error}") from error
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return list(known)
-        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        wanted = [p.name for p in named if p.name in known]
-        unknown = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
-        unknown = [name for name in unknown if name not in known and name not in self._options]
-        excess = [name for name in self._options if name not in {p.name for p in named}]
-        if unknown or excess or known[1] not in wanted:
-            taken = ", ".join(p.name for p in parameters) or "nothing"
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        needed = [
+            p.name
+            for p in parameters
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+        unknown = [name for name in needed if name not in (*known, *self._options) or name not in named]
+        excess = [] if takes_all else [name for name in self._options if name not in named]
+        if unknown or excess or not (takes_all or known[1] in named):
+            taken = ", ".join(str(parameter).partition(":")[0] for parameter in parameters) or "nothing"
             options = ", ".join(self._options) or "none"
             raise UnusableFunctionError(
                 f"{self._name!r} takes ({taken}); with batched: {str(self._batched).lower()} it must take "
                 f"`{known[1]}`, may take {', '.join(known)}, and must take the options ({options}), no more"
+                f"{_nearest(unknown, (*known, *self._options))}{_nearest(excess, named)}"
             )
-        return wanted
+        return [name for name in known if takes_all or name in named]
 
     def __call__(self, batch: Batch, runner: asyncio.Runner) -> Scores:
         """Scores every completion of `batch`; async functions run on `runner`.
@@ -136,7 +144,7 @@ class FunctionCall:
     async def _gather(self, calls: list[dict[str, Any]]) -> Scores:
         limit = asyncio.Semaphore(self._concurrency)
 
-        async def one(arguments: dict[str, Any]) -> float | Failure:
+        async def one(arguments: dict[str, Any]) -> float | Failure | None:
             async with limit:
                 returned, failure = await self._limited(self._function(**arguments, **self._options))
                 return failure or score(returned)
@@ -168,12 +176,19 @@ class FunctionCall:
         return [score(value) for value in values]
 
 
-def score(value: Any) -> float | Failure:
-    """A returned value as a float, or as a failure where it is no number."""
+def _nearest(wrong: list[str], right: Iterable[str]) -> str:
+    for name in wrong:
+        if near := get_close_matches(name, list(right), n=1):
+            return f". Instead of `{name}`, did you mean `{near[0]}`?"
+    return f". Nothing gives `{wrong[0]}`; the data set's other columns are in `fields`" if wrong else ""
+
+
+def score(value: Any) -> float | Failure | None:
+    """A returned value as a float, None where it is None, or a failure where it is no number."""
     if hasattr(value, "item"):
         value = value.item()
-    if isinstance(value, int | float):
-        return float(value)
+    if value is None or isinstance(value, int | float):
+        return value if value is None else float(value)
     return "error", f"the function returned {value!r} ({type(value).__name__}) as a score; a number is needed"
 
 

@@ -1,0 +1,5 @@
+"""Worker processes for checks that may hang, crash or grow."""
+
+from agro_lightning.rewards.pool.pool import Outcome, ProcessPool
+
+__all__ = ["Outcome", "ProcessPool"]
