@@ -136,6 +136,7 @@ UNIFORM = "one coefficient for all tokens: gradients are made in its forward"
 PROVIDERS = (
     Provider(name="ours", build=partial(ours, "auto")),
     Provider(name="ours:chunked", build=partial(ours, "chunked"), gpu_only=True),
+    Provider(name="ours:gluon", build=partial(ours, "gluon"), gpu_only=True),
     Provider(name="torch", build=lambda: _plain, full_logits=True),
     Provider(
         name="torch:compile",

@@ -3,7 +3,8 @@
 What is compiled is what is launched: an integer that Triton specialises on is compiled both as a multiple of
 16 and not, except where the launcher only ever passes multiples. Prints registers, stack (above 0: registers
 spill), shared memory, tensor-core instructions and bulk copies of each, and exits with 1 where the gate
-fails: stack 0, wgmma present for 16-bit inputs, shared memory at most 232,448 bytes.
+fails: stack 0, wgmma present for 16-bit inputs, shared memory at most 232,448 bytes. Gluon's kernels are
+compiled through their launchers, on a device that only compiles.
 """
 
 import os
@@ -13,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # compiled kernels are what this is about
@@ -24,12 +25,14 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from agro_kernels import _tiles, _triton_agro, _triton_epilogue
+from agro_kernels import _gluon_fused, _tiles, _triton_agro, _triton_epilogue
+from agro_kernels._head import Head, Upstream
+from agro_kernels._slices import fused_buffer
 from agro_kernels._triton_fused import dlogits_kernel, stats_kernel
+from bench._offline_device import SHARED_LIMIT, offline_device
 from bench._records import emit, parser, record
 
 BENCH = "sm90_report"
-SHARED_LIMIT = 232_448
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VARIANTS: dict[str, dict[str, bool]] = {
     "plain": {},
@@ -180,6 +183,52 @@ def signature(case: Case) -> dict[str, str]:
     return kinds
 
 
+GLUON_VARIANTS: dict[str, tuple[Head, bool, bool]] = {
+    "plain": (Head(), False, False),
+    "entropy": (Head(), False, True),
+    "flipped": (Head(logit_scale=-1.0), False, True),
+    "bias": (Head(), True, True),
+    "softcap_bias_entropy": (Head(softcap=30.0), True, True),
+}
+"""Of Gluon's kernels: the head, whether it has a bias, whether the entropy is wanted."""
+GLUON_SHAPE = (300, 1000, 50_257)
+"""(N, H, V) that no tile divides; they are plain arguments, and change no instruction."""
+
+
+def gluon_case(kind: str, tile: _tiles.Tile | None, dtype: str, variant: str) -> tuple[Case, dict[str, int]]:
+    """One of Gluon's kernels as its launcher launches it, on a device that only compiles; `tile` None is the
+    table's."""
+    rows, width, columns = GLUON_SHAPE
+    hidden = torch.empty(rows, width, dtype=DTYPES[dtype], device="meta")
+    weight, row = hidden.new_empty(columns, width), hidden.new_empty(rows, dtype=torch.float32)
+    targets = hidden.new_empty(rows, dtype=torch.int64)
+    head, with_bias, entropy = GLUON_VARIANTS[variant]
+    bias = hidden.new_empty(columns) if with_bias else None
+    with offline_device() as launches:
+        if kind == "gluon_stats":
+            _gluon_fused.launch_gluon_stats(hidden, weight, bias, targets, head, entropy, None, tile)
+        else:
+            more = {"entropy": row, "entropy_coefficient": row} if entropy else {}
+            upstream = Upstream(logsumexp=row, coefficient=row, **more)
+            buffer = fused_buffer(hidden, rows, columns)
+            _gluon_fused.launch_gluon_dlogits(hidden, weight, bias, targets, head, upstream, buffer, tile)
+    (launch,) = launches
+    shape = "table" if tile is None else f"{tile.rows}x{tile.columns}x{tile.depth}"
+    constants = {"DEPTH": None if tile is None else tile.depth}
+    case = Case(
+        name=f"{kind}:{dtype}:{variant}:{shape}", kernel=launch.name, dtype=dtype, constants=constants,
+        warps=4, stages=0 if tile is None else tile.stages,
+    )  # fmt: skip
+    return case, launch.figures()
+
+
+def gluon_cases(quick: bool) -> Iterator[tuple[Case, dict[str, int]]]:
+    """Both of Gluon's kernels with the table's tiles; `quick` leaves out fp16 and three variants."""
+    for kind, dtype in product(("gluon_stats", "gluon_dlogits"), ("bf16",) if quick else ("bf16", "fp16")):
+        for variant in ("plain", "softcap_bias_entropy") if quick else GLUON_VARIANTS:
+            yield gluon_case(kind, None, dtype, variant)
+
+
 def compile_case(case: Case) -> dict[str, int]:
     """Compiles for sm_90 and reads the cost from the binary."""
     kinds = signature(case)
@@ -229,8 +278,8 @@ def failures(case: Case, figures: dict[str, int]) -> list[str]:
 def report(quick: bool) -> tuple[list[dict[str, Any]], list[str]]:
     """The records of all cases, and the gate's failures."""
     records, failed = [], []
-    for case in cases(quick):
-        figures = compile_case(case)
+    triton_cases = ((case, compile_case(case)) for case in cases(quick))
+    for case, figures in chain(triton_cases, gluon_cases(quick)):
         failed += failures(case, figures)
         records += [
             record(BENCH, case.name, "ours", metric, value, "bytes" if metric.endswith("bytes") else "count")

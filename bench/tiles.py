@@ -17,17 +17,29 @@ from typing import Any
 import torch
 
 from agro_kernels import _tiles
+from agro_kernels._gluon_fused import launch_gluon_dlogits, launch_gluon_stats
 from agro_kernels._head import Head, Upstream
 from agro_kernels._tiles import Tile
 from agro_kernels._triton_fused import dlogits_kernel, launch_dlogits, launch_stats, stats_kernel
 from bench._records import emit, parser, record
 from bench.linear_logprobs import Problem, library_matmul
-from bench.sm90_report import compile_case, failures, head_case, wide
+from bench.sm90_report import compile_case, failures, gluon_case, head_case, wide
 
 BENCH = "tiles"
 KERNELS = {"stats": stats_kernel, "dlogits": dlogits_kernel}
-TABLES = {"stats": _tiles.FORWARD, "dlogits": _tiles.DLOGITS}
-EPILOGUES = {"stats": ("plain", "entropy"), "dlogits": ("plain",)}
+LAUNCHERS: dict[str, Callable[..., object]] = {
+    "stats": launch_stats, "dlogits": launch_dlogits, "gluon_stats": launch_gluon_stats,
+    "gluon_dlogits": launch_gluon_dlogits,
+}  # fmt: skip
+OWN = {
+    "stats": [tile for _, tile in _tiles.FORWARD], "dlogits": [tile for _, tile in _tiles.DLOGITS],
+    "gluon_stats": [_tiles.GLUON_STATS], "gluon_dlogits": [_tiles.GLUON_DLOGITS],
+}  # fmt: skip
+"""The table's tiles."""
+EPILOGUES = {
+    "stats": ("plain", "entropy"), "dlogits": ("plain",), "gluon_stats": ("plain", "entropy"),
+    "gluon_dlogits": ("plain", "entropy"),
+}  # fmt: skip
 """What the table's tiles are used with; softcap, the entropy's gradient and plain loads have their own."""
 SIZES = (896, 1536, 2048, 2880, 4096, 8192)
 SIZES_QUICK = (896, 4096)
@@ -48,14 +60,19 @@ SHAPES = {
     (64, 256, 64, 4): (2, 3, 4),
     (64, 128, 64, 4): (4,),
 }
+# of Gluon's kernels; the backward's shared memory holds a tile more
+RINGS = {
+    "gluon_stats": {(128, 256, 64, 4): (3, 4), (128, 256, 128, 4): (2,), (128, 128, 64, 4): (5, 6)},
+    "gluon_dlogits": {(128, 256, 64, 4): (2, 3), (128, 128, 64, 4): (4, 5), (128, 128, 128, 4): (2,)},
+}
 
 
-def candidates(quick: bool) -> list[Tile]:
+def candidates(kind: str, quick: bool) -> list[Tile]:
     """The tiles to try, the table's own first."""
-    own = [tile for table in TABLES.values() for _, tile in table]
+    own = OWN[kind]
     others = [
         Tile(rows=rows, columns=columns, depth=depth, warps=warps, stages=stages, group=GROUP)
-        for (rows, columns, depth, warps), depths in SHAPES.items()
+        for (rows, columns, depth, warps), depths in RINGS.get(kind, SHAPES).items()
         for stages in depths
     ]
     return list(dict.fromkeys(own if quick else own + others))
@@ -71,8 +88,11 @@ def compiled(kind: str, tile: Tile) -> tuple[list[dict[str, Any]], bool]:
     """The tile's cost in each epilogue, read from its binary, and whether it fits."""
     records, fits = [], True
     for epilogue in EPILOGUES[kind]:
-        case = head_case(KERNELS[kind], kind, tile, "bf16", epilogue)
-        figures = compile_case(case)
+        if kind in KERNELS:
+            case = head_case(KERNELS[kind], kind, tile, "bf16", epilogue)
+            figures = compile_case(case)
+        else:
+            case, figures = gluon_case(kind, tile, "bf16", epilogue)
         faults = failures(case, figures)
         fits = fits and not faults
         label = f"{kind}:{epilogue}:{name(tile)}"
@@ -81,28 +101,30 @@ def compiled(kind: str, tile: Tile) -> tuple[list[dict[str, Any]], bool]:
             record(BENCH, label, "ours", "registers", figures["registers"], "count"),
             record(BENCH, label, "ours", "stack_bytes", figures["stack_bytes"], "bytes"),
             record(BENCH, label, "ours", "shared_bytes", figures["shared_bytes"], "bytes"),
-            record(BENCH, label, "ours", "programs_at_once", at_once(tile, figures), "count"),
+            record(BENCH, label, "ours", "programs_at_once", at_once(kind, tile, figures), "count"),
             record(BENCH, label, "ours", "fits", int(not faults), "", note),
         ]
     return records, fits
 
 
-def at_once(tile: Tile, figures: dict[str, int]) -> int:
+def at_once(kind: str, tile: Tile, figures: dict[str, int]) -> int:
     """Programs that one of Hopper's multiprocessors holds at a time: 65,536 registers, which a thread gets by
     eights, and 228 KiB of shared memory, of which each program costs 1 KiB more than it asks for."""
-    registers = -(-figures["registers"] // 8) * 8 * 32 * tile.warps
+    warps = tile.warps if kind in KERNELS else 12  # two groups of consumers, and the loading warp's group
+    registers = -(-figures["registers"] // 8) * 8 * 32 * warps
     return min(65_536 // registers, 228 * 1024 // (figures["shared_bytes"] + 1024))
 
 
 def launcher(kind: str, problem: Problem) -> Callable[[Tile], object]:
     """One launch of the kernel on the problem with any tile; the backward's is of one slice."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
-    if kind == "stats":
-        return lambda tile: launch_stats(hidden, weight, None, problem.targets, Head(), False, None, tile)
+    launch, given = LAUNCHERS[kind], (hidden, weight, None, problem.targets, Head())
+    if kind.endswith("stats"):
+        return lambda tile: launch(*given, False, None, tile)
     out = hidden.new_empty(hidden.shape[0] * weight.shape[0])
     level = torch.full_like(problem.coefficients, 11.0)
     upstream = Upstream(logsumexp=level, coefficient=problem.coefficients)
-    return lambda tile: launch_dlogits(hidden, weight, None, problem.targets, Head(), upstream, out, tile)
+    return lambda tile: launch(*given, upstream, out, tile)
 
 
 def seconds(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -124,7 +146,7 @@ def seconds(functions: dict[str, Callable[[], object]], repeats: int) -> dict[st
 
 def measured(kind: str, size: int, tiles: list[Tile]) -> list[dict[str, Any]]:
     """Shares of the library's matmul at one hidden size, and the best tile."""
-    problem = Problem((ROWS, size, COLUMNS if kind == "stats" else SLICE), "cuda", torch.bfloat16)
+    problem = Problem((ROWS, size, COLUMNS if kind.endswith("stats") else SLICE), "cuda", torch.bfloat16)
     library, launch = library_matmul(problem), launcher(kind, problem)
     shares: dict[Tile, float] = {}
 
@@ -157,9 +179,9 @@ def best(shares: dict[Tile, float]) -> Tile:
 def main() -> None:
     options = parser(__doc__).parse_args()
     records: list[dict[str, Any]] = []
-    fitting: dict[str, list[Tile]] = {kind: [] for kind in KERNELS}
+    fitting: dict[str, list[Tile]] = {kind: [] for kind in OWN}
     for kind, tiles in fitting.items():
-        for tile in candidates(options.quick):
+        for tile in candidates(kind, options.quick):
             found, fits = compiled(kind, tile)
             records += found
             if fits:

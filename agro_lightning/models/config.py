@@ -37,7 +37,7 @@ class PolicySettings:
     where the start-up check finds it exact for this architecture, plain otherwise."""
     attention: Literal["auto", "dense", "flex"] = "auto"
     """How shared prompts are attended to: padded dense blocks, or flex_attention ("auto": flex on GPUs)."""
-    head_backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
+    head_backend: Literal["auto", "triton", "gluon", "chunked", "reference"] = "auto"
     """Implementation of the fused head (kernels/README.md)."""
     logit_scale: float | None = None
     """What logits are multiplied with, where the model's config does not say it; None: as the config says."""

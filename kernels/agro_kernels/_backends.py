@@ -17,33 +17,46 @@ def warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
+AUTO: tuple[tuple[tuple[int, int], str], ...] = (((9, 0), "triton"), ((8, 0), "triton"))
+
+
 def choose_backend(backend: str, hidden: Tensor, weight: Tensor) -> str:
     """Resolves `auto`, and checks that what was named can run.
 
-    `auto` takes `triton` for bf16 and fp16 on a GPU of compute capability 8.0 or later where Triton is
-    installed, and `chunked` elsewhere: fp32 and fp64 products run faster in the library's matmul.
+    `auto` takes, for bf16 and fp16 on a GPU where Triton is installed, the first entry of AUTO whose compute
+    capability the GPU has; else `chunked`: fp32 and fp64 products run faster in the library's matmul.
+    `gluon` gives way to `triton`, with a warning, on other GPUs than compute capability 9.0 and for fp32.
 
     Raises:
-        ValueError: `triton` where Triton is missing, or the tensors are fp64 or not on a GPU.
+        ValueError: `triton` or `gluon` where Triton is missing, or the tensors are fp64 or not on a GPU.
     """
     device, dtype = hidden.device, hidden.dtype
-    if backend == "triton":
+    low = dtype in (torch.bfloat16, torch.float16)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if backend in ("triton", "gluon"):
         if not triton_available():
-            raise ValueError("backend='triton', but triton is not installed; use backend='chunked' or 'auto'")
+            raise ValueError(
+                f"backend='{backend}', but triton is not installed; use backend='chunked' or 'auto'"
+            )
         if dtype == torch.float64:
             raise ValueError(
-                "backend='triton' takes bfloat16, float16 and float32, not float64; use 'chunked'"
+                f"backend='{backend}' takes bfloat16, float16 and float32, not float64; use 'chunked'"
             )
-        if device.type == "cpu" and not interpreted():
+        if device.type == "cpu" and not (interpreted() and backend == "triton"):
             raise ValueError(
-                "backend='triton' needs tensors on a GPU, but hidden is on cpu; use backend='chunked' "
+                f"backend='{backend}' needs tensors on a GPU, but hidden is on cpu; use backend='chunked' "
                 "or 'auto'"
             )
+    if backend == "gluon" and not (low and capability == (9, 0)):
+        warn_once(
+            "backend='gluon' takes bfloat16 and float16 on a GPU of compute capability 9.0; for "
+            f"{dtype} on {capability[0]}.{capability[1]} backend='triton' runs instead"
+        )
+        backend = "triton"
     if backend == "auto":
-        low = dtype in (torch.bfloat16, torch.float16)
-        capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        backend = "triton" if low and capable and triton_available() else "chunked"
-    if backend == "triton" and device.type != "cpu" and hidden.shape[1] * dtype.itemsize % 16:
+        fit = [name for least, name in AUTO if low and triton_available() and capability >= least]
+        backend = (*fit, "chunked")[0]
+    if backend in ("triton", "gluon") and device.type != "cpu" and hidden.shape[1] * dtype.itemsize % 16:
         warn_once(
             f"hidden size {hidden.shape[1]} in {dtype} gives rows that are not a multiple of 16 bytes, which "
             "the tensor copy engine needs; a slower kernel with plain loads is used"
@@ -57,4 +70,13 @@ def launchers(backend: str) -> Launchers:
         return CHUNKED
     from agro_kernels._triton_fused import FUSED
 
+    if backend == "gluon":
+        try:
+            from agro_kernels._gluon_fused import GLUON
+        except (ImportError, AttributeError) as error:  # Gluon is experimental: names come and go
+            warn_once(
+                f"this triton lacks what backend='gluon' needs ({error}); backend='triton' runs instead"
+            )
+        else:
+            return GLUON
     return FUSED

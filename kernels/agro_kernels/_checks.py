@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-BACKENDS = ("auto", "triton", "chunked", "reference")
+BACKENDS = ("auto", "triton", "gluon", "chunked", "reference")
 
 
 def check_targets_on_device() -> bool:

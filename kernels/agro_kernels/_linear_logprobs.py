@@ -61,8 +61,8 @@ def linear_logprobs(
         softcap: Gemma's final_logit_softcapping.
         ignore_index: rows with this target are left out: no work, zeros, no gradient.
         entropy: whether to compute entropies.
-        backend: `triton` (fused tiles), `chunked` (library matmuls on bounded tiles), `reference` (plain
-            torch with full logits, for tests), or `auto`.
+        backend: `triton` (fused tiles), `gluon` (the same for Hopper alone), `chunked` (library matmuls on
+            bounded tiles), `reference` (plain torch with full logits, for tests), or `auto`.
         vocab_group: process group whose ranks hold consecutive slices of the vocabulary, of any size; the
             ranks combine their statistics, and hidden's gradient is summed over them.
         dropped_mass: probability mass per row that the log-prob's backward may leave out, whole vocabulary

@@ -1,4 +1,7 @@
-"""Triton: what is made of raw products X Wᵀ, in the fused kernels and, by tiles, in `chunked` on a GPU."""
+"""Triton: what is made of raw products X Wᵀ, in the fused kernels and, by tiles, in `chunked` on a GPU.
+
+The functions that Gluon's kernels share make no index tensors: there these have layouts.
+"""
 
 # pyright: basic, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # pyright: reportAssignmentType=false, reportArgumentType=false, reportIndexIssue=false
@@ -34,46 +37,67 @@ def tanh(x):
 
 
 @triton.jit
-def logits_tile(
-    products, bias, column, column_count, inner, outer,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """From X Wᵀ to logits in units of log 2: outer * u, or outer * tanh(inner * u) with a softcap."""
+def levels(products, bias, columns, column_count, inner, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """From X Wᵀ to u, or tanh(inner * u) with a softcap; times `outer` they are logits in units of log 2."""
     if BIAS:
-        columns = column + tl.arange(0, COLUMNS)
         products += tl.load(bias + columns, mask=columns < column_count, other=0.0).to(tl.float32)[None, :]
     if SOFTCAP:
         products = tanh(products * inner)
-    return products * outer
+    return products
+
+
+@triton.jit
+def own_targets(targets, rows, row_count, column, column_count, COLUMNS: tl.constexpr):
+    """Each row's target counted from the tile's first column; -1 where the tile does not own it. (rows,)"""
+    target = tl.load(targets + rows, mask=rows < row_count, other=-1) - column
+    return tl.where((target >= 0) & (target < min(column_count - column, COLUMNS)), target, -1).to(tl.int32)
+
+
+@triton.jit
+def chosen_logits(level, target, places, outer):
+    """Each row's target logit; 0 where the tile does not own it. (rows,)"""
+    LN2: tl.constexpr = 0.6931471805599453
+    return tl.sum(tl.where(target[:, None] == places[None, :], level, 0.0), 1) * (outer * LN2)
+
+
+@triton.jit
+def row_stats(level, outer, ENTROPY: tl.constexpr):
+    """Each row's logsumexp and entropy over the tile (meaningless where not asked for), for outer > 0: the
+    scale and the peak's subtraction are one instruction. (rows,)"""
+    LN2: tl.constexpr = 0.6931471805599453
+    # A row of -inf (a masking bias) must not give inf - inf.
+    peak = tl.maximum(tl.max(level, 1) * outer, -3.0e38)
+    weights = tl.exp2(level * outer - peak[:, None])
+    total = tl.sum(weights, 1)
+    entropy = total
+    if ENTROPY:
+        # Past the edge and at -inf the weight is 0, and 0 * -inf would be NaN.
+        below = tl.sum(weights * tl.maximum(level * outer - peak[:, None], -1.0e30), 1)
+        entropy = tl.where(total > 0, tl.log2(total) - below / total, 0.0) * LN2
+    return (peak + tl.log2(total)) * LN2, entropy
 
 
 @triton.jit
 def gradient_tile(
-    logits, targets, logsumexp, coefficient, entropy, entropy_coefficient, row, column, row_count, outer,
-    factor, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    level, target, places, logsumexp, coefficient, entropy, entropy_coefficient, rows, row_count, outer,
+    factor, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """dL/du = (c (onehot - p) - e p (log p + entropy)) * factor * (1 - tanh²), from logits in units of log 2;
-    the rows' figures are read here. (ROWS, COLUMNS)"""
+    """dL/du = (c (onehot - p) - e p (log p + entropy)) * factor * (1 - tanh²); reads the rows' figures."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     LN2: tl.constexpr = 0.6931471805599453
-    rows = row + tl.arange(0, ROWS)
     inside = rows < row_count
-    log2_p = logits - (tl.load(logsumexp + rows, mask=inside, other=0.0) * LOG2_E)[:, None]
+    log2_p = level * outer - (tl.load(logsumexp + rows, mask=inside, other=0.0) * LOG2_E)[:, None]
     c = tl.load(coefficient + rows, mask=inside, other=0.0)
     if ENTROPY:
         e = tl.load(entropy_coefficient + rows, mask=inside, other=0.0)
         h = tl.load(entropy + rows, mask=inside, other=0.0)
         # -inf logits have p = 0, and 0 * -inf would be NaN.
-        level = tl.maximum(log2_p, -1.0e30) * (e * LN2)[:, None] + (c + e * h)[:, None]
-        grad = -tl.exp2(log2_p) * level
+        grad = -tl.exp2(log2_p) * (tl.maximum(log2_p, -1.0e30) * (e * LN2)[:, None] + (c + e * h)[:, None])
     else:
         grad = -tl.exp2(log2_p) * c[:, None]
-    target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32) - column
-    hit = target[:, None] == tl.arange(0, COLUMNS)[None, :]
-    grad = tl.where(hit, grad + c[:, None], grad) * factor
+    grad = tl.where(target[:, None] == places[None, :], grad + c[:, None], grad) * factor
     if SOFTCAP:
-        bounded = logits * (1.0 / outer)  # tanh again, which costs fewer registers than keeping it
-        grad *= 1.0 - bounded * bounded
+        grad *= 1.0 - level * level
     return grad
 
 
@@ -100,7 +124,7 @@ def tile_stats_kernel(
         within = (columns < column_count)[None, :]
         place = rows.to(tl.int64)[:, None] * column_count + columns[None, :]
         raw = tl.load(products + place, mask=inside[:, None] & within, other=0.0)
-        logits = logits_tile(raw, bias, column, column_count, inner, outer, BIAS, SOFTCAP, COLUMNS)
+        logits = levels(raw, bias, columns, column_count, inner, BIAS, SOFTCAP) * outer
         chosen += tl.sum(tl.where(target[:, None] == columns[None, :], logits, 0.0), 1)
         logits = tl.where(within, logits, -float("inf"))
         higher = tl.maximum(peak, tl.max(logits, 1))
@@ -136,10 +160,11 @@ def tile_grads_kernel(
     inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
     place = rows.to(tl.int64)[:, None] * column_count + columns[None, :]
     raw = tl.load(products + place, mask=inside, other=0.0)
-    logits = logits_tile(raw, bias, column, column_count, inner, outer, BIAS, SOFTCAP, COLUMNS)
+    level = levels(raw, bias, columns, column_count, inner, BIAS, SOFTCAP)
+    target = own_targets(targets, rows, row_count, column, column_count, COLUMNS)
     grad = gradient_tile(
-        logits, targets, logsumexp, coefficient, entropy, entropy_coefficient, row, column, row_count, outer,
-        factor, SOFTCAP, ENTROPY, ROWS, COLUMNS,
+        level, target, tl.arange(0, COLUMNS), logsumexp, coefficient, entropy, entropy_coefficient, rows,
+        row_count, outer, factor, SOFTCAP, ENTROPY,
     )  # fmt: skip
     tl.store(out + place, grad.to(out.dtype.element_ty), mask=inside)
 

@@ -19,9 +19,12 @@ from agro_kernels._head import Head, Parts, Upstream
 from agro_kernels._slices import Launchers, fused_buffer, fused_shape, fused_slice
 from agro_kernels._tiles import DLOGITS, FORWARD, Tile, choose_tile
 from agro_kernels._triton_epilogue import (
+    chosen_logits,
     gradient_tile,
     kernel_factors,
-    logits_tile,
+    levels,
+    own_targets,
+    row_stats,
     tanh,  # noqa: F401  (the compiler resolves kernels' callees here)
 )
 
@@ -33,7 +36,7 @@ def tile_place(tile, row_blocks, column_blocks, group):
     """Row and column block of a tile, when `group` row blocks are swept together over the columns."""
     in_group = group * column_blocks
     first = tile // in_group * group
-    height = tl.minimum(row_blocks - first, group)
+    height = min(row_blocks - first, group)
     return first + (tile % in_group) % height, (tile % in_group) // height
 
 
@@ -79,7 +82,6 @@ def stats_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """block_logsumexp and block_entropy are (column blocks, N); target_logit (N,) is written by its tile."""
-    LN2: tl.constexpr = 0.6931471805599453
     row_block, column_block = tile_place(
         tl.program_id(0), tl.cdiv(row_count, ROWS), tl.cdiv(column_count, COLUMNS), group
     )
@@ -88,29 +90,19 @@ def stats_kernel(
         hidden, weight, row, column, row_count, column_count, hidden_size, hidden_stride, weight_stride,
         DESCRIPTOR, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
-    logits = logits_tile(products, bias, column, column_count, inner, outer, BIAS, SOFTCAP, COLUMNS)
-    columns = column + tl.arange(0, COLUMNS)
-    logits = tl.where((columns < column_count)[None, :], logits, -float("inf"))
+    places = tl.arange(0, COLUMNS)
+    level = levels(products, bias, column + places, column_count, inner, BIAS, SOFTCAP) * outer
+    level = tl.where((column + places < column_count)[None, :], level, -float("inf"))
     rows = row + tl.arange(0, ROWS)
-    inside = rows < row_count
-    # The targets first: later the logits' registers are wanted for their exponentials.
-    target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32) - column
-    owned = (target >= 0) & (target < COLUMNS)
-    if tl.max(owned.to(tl.int32), 0) > 0:
-        hit = target[:, None] == tl.arange(0, COLUMNS)[None, :]
-        chosen = tl.sum(tl.where(hit, logits, 0.0), 1) * LN2
-        tl.store(target_logit + rows, chosen, mask=inside & owned)
-    # A row of -inf (a masking bias) must not give inf - inf.
-    peak = tl.maximum(tl.max(logits, 1), -3.0e38)
-    weights = tl.exp2(logits - peak[:, None])
-    total = tl.sum(weights, 1)
+    # The targets first: later the levels' registers are wanted for their exponentials.
+    target = own_targets(targets, rows, row_count, column, column_count, COLUMNS)
+    if tl.max(target, 0) >= 0:
+        tl.store(target_logit + rows, chosen_logits(level, target, places, 1.0), mask=target >= 0)
+    tile_logsumexp, tile_entropy = row_stats(level, 1.0, ENTROPY)
     out = column_block.to(tl.int64) * row_count + rows
-    tl.store(block_logsumexp + out, (peak + tl.log2(total)) * LN2, mask=inside)
+    tl.store(block_logsumexp + out, tile_logsumexp, mask=rows < row_count)
     if ENTROPY:
-        # Past the edge and at -inf the weight is 0, and 0 * -inf would be NaN.
-        below = tl.sum(weights * tl.maximum(logits - peak[:, None], -1.0e30), 1)
-        own = tl.where(total > 0, tl.log2(total) - below / total, 0.0)
-        tl.store(block_entropy + out, own * LN2, mask=inside)
+        tl.store(block_entropy + out, tile_entropy, mask=rows < row_count)
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -129,13 +121,14 @@ def dlogits_kernel(
         hidden, weight, row, column, row_count, column_count, hidden_size, hidden_stride, weight_stride,
         DESCRIPTOR, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
-    logits = logits_tile(products, bias, column, column_count, inner, outer, BIAS, SOFTCAP, COLUMNS)
-    grad = gradient_tile(
-        logits, targets, logsumexp, coefficient, entropy, entropy_coefficient, row, column, row_count, outer,
-        factor, SOFTCAP, ENTROPY, ROWS, COLUMNS,
-    )  # fmt: skip
     rows = row + tl.arange(0, ROWS)
     columns = column + tl.arange(0, COLUMNS)
+    level = levels(products, bias, columns, column_count, inner, BIAS, SOFTCAP)
+    target = own_targets(targets, rows, row_count, column, column_count, COLUMNS)
+    grad = gradient_tile(
+        level, target, tl.arange(0, COLUMNS), logsumexp, coefficient, entropy, entropy_coefficient, rows,
+        row_count, outer, factor, SOFTCAP, ENTROPY,
+    )  # fmt: skip
     place = rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
     # Up to the stride, a multiple of 16 that Triton knows of: a mask by column_count would allow it single
     # elements only.

@@ -79,16 +79,15 @@ def test_gpu_suite_stays_under_ten_minutes():
 
 
 def test_the_tables_tiles_are_candidates_that_fit(tmp_path):
-    from agro_kernels import _tiles
-
     path = tmp_path / "r.json"
     assert "not timed" in run("bench.tiles", "--quick", "--json", str(path)) or torch.cuda.is_available()
     fits = {item["case"]: item["value"] for item in json.loads(path.read_text()) if item["metric"] == "fits"}
-    for kind, table in (("stats", _tiles.FORWARD), ("dlogits", _tiles.DLOGITS)):
-        for _, tile in table:
+    from bench.tiles import EPILOGUES, OWN
+
+    for kind, tiles in OWN.items():
+        for tile in tiles:
             label = f"{tile.rows}x{tile.columns}x{tile.depth}:w{tile.warps}:s{tile.stages}:g{tile.group}"
-            assert fits[f"{kind}:plain:{label}"] == 1
-            assert kind == "dlogits" or fits[f"{kind}:entropy:{label}"] == 1
+            assert all(fits[f"{kind}:{epilogue}:{label}"] == 1 for epilogue in EPILOGUES[kind])
 
 
 def test_a_tile_that_asks_too_much_is_out_and_the_fastest_is_best():

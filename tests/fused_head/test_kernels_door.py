@@ -41,6 +41,7 @@ def call(hidden=None, weight=None, targets=None, **options):
         ({"dropped_mass": 1.0}, r"dropped_mass is 1.0; expected a probability mass in \[0, 1\)"),
         ({"backend": "cuda"}, "backend is 'cuda'; expected one of"),
         ({"backend": "triton"}, "backend='triton' needs tensors on a GPU, but hidden is on cpu"),
+        ({"backend": "gluon"}, "backend='gluon' needs tensors on a GPU, but hidden is on cpu"),
     ],
 )
 def test_bad_input(changed, message):
@@ -65,6 +66,19 @@ def test_triton_refuses_fp64_and_says_when_it_is_missing(monkeypatch):
     with pytest.raises(ValueError, match="triton is not installed; use backend='chunked' or 'auto'"):
         call(backend="triton")
     assert call(backend="auto").logprobs.shape == (6,)
+
+
+def test_gluon_gives_way_where_it_cannot_run(monkeypatch):
+    _backends.warn_once.cache_clear()
+    meta = torch.empty(4, 8, device="meta", dtype=torch.float16)
+    with pytest.warns(RuntimeWarning, match=r"torch.float16 on 0.0 backend='triton' runs instead"):
+        assert _backends.choose_backend("gluon", meta, meta) == "triton"
+    from agro_kernels import _gluon_fused, _triton_fused
+
+    assert _backends.launchers("gluon") is _gluon_fused.GLUON
+    monkeypatch.setitem(sys.modules, "agro_kernels._gluon_fused", None)  # importing it is an ImportError
+    with pytest.warns(RuntimeWarning, match="this triton lacks what backend='gluon' needs"):
+        assert _backends.launchers("gluon") is _triton_fused.FUSED
 
 
 def test_sizes_that_the_copy_engine_cannot_read_are_said_once(monkeypatch):

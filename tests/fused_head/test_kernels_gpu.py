@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
-BACKENDS = ("triton", "chunked")
+BACKENDS = ("triton", "gluon", "chunked")
 LARGE = [(1937, 3584, 152064), (2169, 896, 151936), (8192, 4096, 102400)]
 SMALL = [(252, 507, 123), (521, 7, 13), (17, 31, 257), (300, 64, 1000), (1, 128, 70)]
 
