@@ -1,8 +1,11 @@
 """RolloutBuffer: what is read, how it is tokenised, and which groups are drawn."""
 
+import doctest
 import json
+import os
 import subprocess
 import sys
+import time
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -562,3 +565,53 @@ def test_columns_of_an_extension_type_are_read_as_what_they_store(tokenizer, tmp
     pq.write_table(pa.table(columns), tmp_path / "r.parquet")
     completions = open_buffer(tmp_path / "r.parquet", tokenizer, tmp_path).groups([[0, 1]])[0].completions
     assert [dict(c.reward_parts) for c in completions] == [{"a": 1.0}, {}]
+
+
+# ---------------------------------------------------------------------- the cache's clean-up, fingerprints
+
+
+def test_the_clean_up_removes_only_its_own_unused_entries(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("AGRO_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    cache, month = tmp_path / "cache" / "packed-rows", 31 * 86400
+    path = large_file(tmp_path / "large.jsonl")
+
+    def make(folder: Path, age_s: float, content: str = "rows.bin") -> Path:
+        folder.mkdir(parents=True)
+        (folder / content).write_text("x")
+        os.utime(folder, (time.time() - age_s,) * 2)
+        return folder
+
+    foreign = [
+        make(tmp_path / "cache" / "models--gpt2", 3 * month),
+        make(tmp_path / "cache" / ("e" * 32), 3 * month),
+        make(cache / "mine", 3 * month),
+        make(cache / ("f" * 32), 3 * month, "notes.txt"),
+        make(cache / ".hidden.tmp", 3 * month),
+    ]
+    fresh = [make(cache / ("b" * 32), month - 2 * 86400), make(cache / ".packing-b.tmp", 3600)]
+    unused = [make(cache / ("a" * 32), month), make(cache / ".packing-a.tmp", 2 * 86400)]
+    RolloutBuffer(path, tokenizer=tokenizer, vocab_size=17)
+    assert [folder.exists() for folder in foreign] == [True] * 5
+    assert [folder.exists() for folder in fresh] == [True] * 2
+    assert [folder.exists() for folder in unused] == [False] * 2
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_fingerprints_are_of_the_rows_not_of_the_file(tokenizer, tmp_path, large):
+    rows = text_rows() if not large else [{**row, "answer": "x" * 800_000} for row in text_rows()]
+
+    def prints(name: str, rows: list[dict]) -> dict[str, str]:
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "r.jsonl", rows)
+        return open_buffer(tmp_path / name, tokenizer, tmp_path).fingerprints
+
+    first = prints("a", rows)
+    assert list(first) == ["r.jsonl"] and prints("b", rows) == first
+    assert open_buffer(tmp_path / "a", tokenizer, tmp_path).fingerprints == first, "from the cache"
+    swapped = [{**row, "reward": 1.0 - row["reward"]} for row in rows]
+    assert prints("c", swapped) != first, "equal in size, other rewards"
+
+
+def test_the_example_of_the_class():
+    assert doctest.testmod(sys.modules[RolloutBuffer.__module__]).attempted > 0
+    assert doctest.testmod(sys.modules[RolloutBuffer.__module__]).failed == 0

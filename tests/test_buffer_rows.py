@@ -1,13 +1,19 @@
 """Bad rows and files: named with file, row, value and limit, or left out and counted by reason."""
 
 import math
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rollout_files import open_buffer, text_rows, token_row, write_jsonl, write_parquet
+from test_prompts import load
 
-from agro_lightning.data.buffer.schema import VERSION_KEY, BadFileError, BadRowError
+from agro_lightning.data.buffer.reader import read_rows
+from agro_lightning.data.buffer.schema import VERSION_KEY, BadFileError, BadRowError, Rejections
+from agro_lightning.data.buffer.store import default_cache
+from agro_lightning.data.sources import Stream
+from agro_lightning.data.stream import stream_dir
 
 GOOD = [token_row(), token_row(reward=0.0)]
 
@@ -280,3 +286,101 @@ def test_text_that_is_not_utf8_is_named(quickstart_tokenizer, tmp_path):
     )
     parquet(folder / "bad.parquet", {**COLUMNS, "prompt": bad})
     check_bad_file(folder, "Invalid UTF8", quickstart_tokenizer, tmp_path)
+
+
+# ---------------------------------------------------------------------- hostile and foreign files
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "dictionary"])
+@pytest.mark.parametrize("column", ["prompt", "completion"])
+def test_a_text_beyond_every_context_is_a_bad_row(quickstart_tokenizer, tmp_path, kind, column):
+    rows = [*GOOD, token_row(**{column: "1" * (5 << 20)}), *GOOD]
+    if kind == "jsonl":
+        path = write_jsonl(tmp_path / "r.jsonl", rows)
+    else:
+        path = tmp_path / "r.parquet"
+        table = pa.Table.from_pylist(rows)
+        pq.write_table(table, path, compression="zstd", use_dictionary=kind == "dictionary")
+        assert path.stat().st_size < 20_000
+    with pytest.raises(BadRowError, match=f"(line 3|row 2): {column} has 5,242,880.*at most 4,194,304"):
+        open_buffer(path, quickstart_tokenizer, tmp_path)
+    buffer = open_buffer(path, quickstart_tokenizer, tmp_path, on_bad_row="drop")
+    assert buffer.counts.dropped == {"text_too_long": 1} and buffer.num_rows == 4
+
+
+def test_a_file_of_huge_rows_is_refused_before_it_is_decoded(quickstart_tokenizer, tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    rows = [{"prompt": "1" * 80_000_000, "completion": "1", "reward": 1.0}]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "bad.parquet", compression="zstd")
+    assert (folder / "bad.parquet").stat().st_size < 10_000
+    check_bad_file(folder, r"rows of 80,000,\d+ bytes on average", quickstart_tokenizer, tmp_path)
+
+
+def test_one_text_that_a_dictionary_repeats_takes_no_more_memory(quickstart_tokenizer, tmp_path):
+    """1,000 rows share a text of 3 MB: 3 GB, were they decoded together."""
+    import resource
+
+    rows = 1000
+    texts = pa.DictionaryArray.from_arrays(
+        pa.array([0] * 8 + [1] * (rows - 8), pa.int32()), ["1=", "1" * 3_000_000]
+    )
+    columns = {"prompt": ["1="] * rows, "answer": texts, "completion": ["1"] * rows, "reward": [0.5] * rows}
+    pq.write_table(pa.table(columns), tmp_path / "r.parquet", compression="zstd")
+    raw = iter(
+        read_rows(tmp_path / "r.parquet", Rejections("r", strict=True, unit="row"), quickstart_tokenizer)
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    read = sum(next(raw).batch.num_rows for _ in range(20))
+    assert 8 < read < 100
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, "kB"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_pipes_are_refused_in_one_line_instead_of_waiting(quickstart_tokenizer, tmp_path, suffix):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    os.mkfifo(folder / f"bad.{suffix}")
+    check_bad_file(
+        folder, r"is a pipe \(FIFO\); rows are read from regular files only", quickstart_tokenizer, tmp_path
+    )
+    with pytest.raises(BadFileError, match=r"is a pipe \(FIFO\)"):
+        load(folder / f"bad.{suffix}")
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    with pytest.raises(BadFileError, match="zero.jsonl is a device"):
+        open_buffer(tmp_path / "zero.jsonl", quickstart_tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rewards_may_be_true_and_false(quickstart_tokenizer, tmp_path, kind):
+    rows = [{"prompt": "1=", "completion": str(i), "reward": i == 1} for i in range(3)]
+    write = {"jsonl": write_jsonl, "parquet": write_parquet}[kind]
+    buffer = open_buffer(write(tmp_path / f"r.{kind}", rows), quickstart_tokenizer, tmp_path)
+    assert [c.reward for c in buffer.groups([[0, 1, 2]])[0].completions] == [0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"doc_id": 0, "doc": {"q": "1"}, "resps": [["1"]], "exact_match": 1.0}, "lm-eval samples"),
+        ({"messages": [{"role": "user", "content": "1="}], "reward": 1.0}, "chat logs"),
+        ({"nodes": [{"x": 1}], "rewards": {"a": 1.0}}, "verifiers traces"),
+    ],
+)  # fmt: skip
+def test_logs_are_known_and_import_is_named(quickstart_tokenizer, tmp_path, row, kind):
+    message = f"These look like {kind}: `python -m agro_lightning import FILE --out rows.parquet`"
+    with pytest.raises(BadRowError, match=message):
+        open_buffer(write_jsonl(tmp_path / "r.jsonl", [row]), quickstart_tokenizer, tmp_path)
+    with pytest.raises(BadFileError, match=message):
+        open_buffer(write_parquet(tmp_path / "r.parquet", [row]), quickstart_tokenizer, tmp_path)
+
+
+def test_a_home_folder_is_expanded(quickstart_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AGRO_LIGHTNING_CACHE", "~/cache")
+    write_jsonl(tmp_path / "r.jsonl", text_rows())
+    assert open_buffer("~/r.jsonl", quickstart_tokenizer, tmp_path).num_rows == 12
+    assert open_buffer("~/*.jsonl", quickstart_tokenizer, tmp_path).num_rows == 12
+    assert len(load("~/r.jsonl")) == 3
+    assert default_cache() == tmp_path / "cache" / "packed-rows"
+    assert stream_dir(Stream(max_uses=1, path="~/s"), tmp_path) == tmp_path / "s"

@@ -144,12 +144,12 @@ class ChatWriter:
         Raises:
             RowError: as write; or the completion is not one assistant turn after the prompt.
         """
-        if prompt[-1]["role"] == "assistant" or [turn["role"] for turn in completion] != ["assistant"]:
-            roles = ", ".join(turn["role"] for turn in (*prompt, *completion))
+        roles = [turn["role"] for turn in completion]
+        if roles != ["assistant"]:
             raise RowError(
                 "wrong_type",
-                f"prompt and completion have the turns {roles}; a completion is one assistant turn after the "
-                "prompt. `python -m agro_lightning import` makes rows of longer conversations",
+                f"completion has the turns {', '.join(roles)}; it must be one assistant turn. "
+                "`python -m agro_lightning import` makes rows of longer conversations",
             )
         start = self.write(prompt, row)
         whole = self.write([*prompt, *completion], row, ends="answer")

@@ -91,6 +91,8 @@ class _Chats:
             return row
         if prompt is None:
             raise RowError("wrong_type", "completion is a chat and prompt is none; give both in the same way")
+        if prompt[-1]["role"] == "assistant":
+            raise RowError("wrong_type", "prompt ends with an assistant turn; put that into completion")
         if not self._tokenizer.chat_template:
             raise RowError("chat_template", "prompt is a chat, but the tokenizer has no chat template")
         if self._writer is None:
