@@ -118,7 +118,7 @@ def test_rewards_are_told_their_rank_and_share_the_machine(monkeypatch, llama_fo
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setenv("LOCAL_RANK", "7")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    python = PythonReward(double)
+    python = PythonReward(double, batched=False)
     model = RewardModel(str(llama_folder))
     rewards = RewardSet([Told(), python, model])
     assert python._pool is not None and python._pool.size == 8
@@ -134,8 +134,8 @@ def test_rewards_are_told_their_rank_and_share_the_machine(monkeypatch, llama_fo
     assert RewardModel(str(llama_folder), device="cuda:1")._device() == torch.device("cuda", 1)
 
 
-def double(completions):
-    return [2.0] * len(completions)
+def double(completion):
+    return 2.0
 
 
 @pytest.mark.parametrize("module", ["base", "match", "python.reward", "reward_set", "units"])

@@ -77,6 +77,7 @@ def math_verify():
         (r"5 \text{ cm}", r"\boxed{5}", 1.0),
         (r"5 \text{ cm}^2", r"\boxed{5 \text{ square cm}}", 1.0),
         (r"60 \text{ km/h}", r"\boxed{60 \text{ mph}}", 0.0),
+        ("11/2", r"\boxed{1 1/2}", 0.0),
         (r"\text{no}", r"\boxed{\text{on}}", 0.0),
         (r"\text{even}", r"\boxed{Even}", 1.0),
         (("4", "5"), r"\boxed{5}", 1.0),

@@ -103,12 +103,13 @@ def rollout(
             timeout_s=timeout_s,
         )
     model, tokenizer = _policy(policy, run, sampling)
-    model.to(choose_device(device))
+    model.to(placed := choose_device(device))
     data = PromptDataset(prompts, tokenizer=tokenizer, on_bad_row=on_bad_row, vocab_size=model.vocab_size)
     total = groups if run or groups else len(data)
     parts = Parts(folder=folder, prompts=data, size=size, groups=total, seed=seed, shuffle=run is not None)
     completions = n or (run.publication.facts.group_size if run else 8)
     scorer = RewardSet(list(rewards), max_failure_fraction=max_failure_fraction)
+    scorer.place(0, 1, str(placed))
     claim_folder(
         folder,
         {

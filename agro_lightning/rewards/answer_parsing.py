@@ -137,7 +137,8 @@ def same_text(one: str, other: str) -> bool:
 
 
 def _bare(text: str) -> str:
-    text = "".join(_LATEX_TEXT.sub(r"\1", text).removesuffix(r"^\circ").split())
+    text = _LATEX_TEXT.sub(r"\1", text).removesuffix(r"^\circ")
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)  # 1 1/2 is not 11/2
     if _THOUSANDS.fullmatch(text):
         text = text.replace(",", "")
     return text.casefold() if text.isalpha() and len(text) > 2 else text

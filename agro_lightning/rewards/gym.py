@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Any
 
 from agro_lightning.rewards.answer_parsing import Extract, extract
 from agro_lightning.rewards.base import Score
-from agro_lightning.rewards.pool import ProcessPool
+from agro_lightning.rewards.pool import PooledReward, ProcessPool
 from agro_lightning.types import Prompt
 
 GYM_FIELD = "gym"
@@ -18,7 +19,7 @@ def require_reasoning_gym(who: str) -> None:
         raise ImportError(f"{who} needs the extra `gym`: pip install 'agro-lightning[gym]'")
 
 
-class GymReward:
+class GymReward(PooledReward):
     """The score that a reasoning-gym task gives to an answer, from 0 to 1. Extra: `gym`.
 
     The prompts are those of a data set with `format: gym`, which carry what scores them. The tasks' scorers
@@ -39,6 +40,8 @@ class GymReward:
         ImportError: reasoning-gym is not installed.
     """
 
+    _pool: ProcessPool
+
     def __init__(
         self,
         name: str = "gym",
@@ -58,31 +61,23 @@ class GymReward:
         )
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Score]:
-        scores: list[Score | None] = []
-        items = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            gym = prompt.fields.get(GYM_FIELD)
-            if isinstance(gym, dict) and gym.keys() >= {"task", "options", "entry"}:
-                items.append((extract(completion, self.extract, self.marker), gym))
-                scores.append(None)
+        tasks = [_is_task(prompt.fields.get(GYM_FIELD)) for prompt in prompts]
+        items = [
+            (extract(completion, self.extract, self.marker), prompt.fields[GYM_FIELD])
+            for prompt, completion, is_task in zip(prompts, completions, tasks, strict=True)
+            if is_task
+        ]
+        outcomes = iter(self._pool.map(items))
+        scores = []
+        for prompt, is_task in zip(prompts, tasks, strict=True):
+            if is_task:
+                found = next(outcomes)
+                scores.append(Score(reward=found.value, failure=found.failure, message=found.message))
             else:
                 message = f"prompt {prompt.prompt_id!r} is no reasoning-gym task; set format: gym"
                 scores.append(Score(reward=None, failure="error", message=message))
-        outcomes = iter(self._pool.map(items))
-        for index, known in enumerate(scores):
-            if known is None:
-                found = next(outcomes)
-                scores[index] = Score(reward=found.value, failure=found.failure, message=found.message)
-        return [score for score in scores if score is not None]
+        return scores
 
-    def place(self, local_rank: int, local_ranks: int, device: str | None = None) -> None:
-        """Shares the machine's cores with its other ranks."""
-        self._pool.share_cores(local_ranks)
 
-    def start(self) -> None:
-        """Starts the worker processes without waiting for them."""
-        self._pool.start()
-
-    def close(self) -> None:
-        """Ends the worker processes."""
-        self._pool.close()
+def _is_task(field: Any) -> bool:
+    return isinstance(field, dict) and field.keys() >= {"task", "options", "entry"}

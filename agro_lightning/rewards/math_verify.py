@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from agro_lightning.rewards.answer_parsing import are_words, same_text, stated_answer, tidy_latex
 from agro_lightning.rewards.base import Score
 from agro_lightning.rewards.match import missing_answer
-from agro_lightning.rewards.pool import ProcessPool
+from agro_lightning.rewards.pool import PooledReward, ProcessPool
 from agro_lightning.rewards.units import differ
 from agro_lightning.types import Prompt
 
@@ -14,7 +14,7 @@ Pair = tuple[str, str]
 """A reference answer and what a completion states, both tidied."""
 
 
-class MathVerify:
+class MathVerify(PooledReward):
     """1 where math-verify finds the completion's answer equal to the reference answer, else 0. Extra: `math`.
 
     Each check runs in a worker process under a wall clock. A check that takes longer is a failure of kind
@@ -33,6 +33,8 @@ class MathVerify:
     Raises:
         ImportError: math-verify is not installed.
     """
+
+    _pool: ProcessPool
 
     def __init__(
         self,
@@ -77,18 +79,6 @@ class MathVerify:
         box = stated_answer(completion, answer) if self._prefer_boxed else None
         stated = completion if box is None else f"\\boxed{{{tidy_latex(box)}}}"
         return tidy_latex(answer), stated
-
-    def place(self, local_rank: int, local_ranks: int, device: str | None = None) -> None:
-        """Shares the machine's cores with its other ranks."""
-        self._pool.share_cores(local_ranks)
-
-    def start(self) -> None:
-        """Starts the worker processes without waiting for them."""
-        self._pool.start()
-
-    def close(self) -> None:
-        """Ends the worker processes."""
-        self._pool.close()
 
 
 def _at_sight(pair: Pair) -> Score | None:

@@ -1,5 +1,5 @@
 """Worker processes for checks that may hang, crash or grow."""
 
-from agro_lightning.rewards.pool.pool import Outcome, ProcessPool
+from agro_lightning.rewards.pool.pool import Outcome, PooledReward, ProcessPool
 
-__all__ = ["Outcome", "ProcessPool"]
+__all__ = ["Outcome", "PooledReward", "ProcessPool"]

@@ -269,6 +269,27 @@ class ProcessPool:
         self._grown |= self._memory_bytes is not None and memory > RENEW_MEMORY * self._memory_bytes
 
 
+class PooledReward:
+    """What rewards with worker processes have in common: where they start, when they end."""
+
+    _pool: ProcessPool | None
+
+    def place(self, local_rank: int, local_ranks: int, device: str | None = None) -> None:
+        """Shares the machine's cores with its other ranks."""
+        if self._pool is not None:
+            self._pool.share_cores(local_ranks)
+
+    def start(self) -> None:
+        """Starts the worker processes, where there are any, without waiting for them."""
+        if self._pool is not None:
+            self._pool.start()
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        if self._pool is not None:
+            self._pool.close()
+
+
 def default_workers(local_ranks: int = 1) -> int:
     """The cores that this process may use, shared with the other ranks of the node; at least 1, at most 8."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from agro_lightning.rewards.base import RewardUsageError, Score
-from agro_lightning.rewards.pool import Outcome, ProcessPool
+from agro_lightning.rewards.pool import Outcome, PooledReward, ProcessPool
 from agro_lightning.rewards.pool.worker import describe
 from agro_lightning.rewards.python.call import (
     Batch,
@@ -19,7 +19,7 @@ from agro_lightning.rewards.python.call import (
 from agro_lightning.types import Prompt
 
 
-class PythonReward:
+class PythonReward(PooledReward):
     """The scores that a Python function gives.
 
     The function is called with keyword arguments, those of these that it names: `completions` (texts),
@@ -51,7 +51,8 @@ class PythonReward:
         weight: its factor in the total.
         batched: whether the function takes and returns lists.
         timeout_s: seconds that one call may take; null for no limit, and the function runs in this process.
-        workers: worker processes; null for the available cores divided among the node's ranks, at most 8.
+        workers: worker processes; null for one where one call takes the whole batch (batched or async), else
+            for the available cores divided among the node's ranks, at most 8.
         concurrency: unbatched async calls that may wait at once.
         memory_mb: limit on a worker's address space in MiB, beyond which a call fails with MemoryError; null
             for none, which functions that use a GPU need.
@@ -94,7 +95,7 @@ class PythonReward:
                     "agro_lightning.rewards.python.call:make_check",
                     {"function": target, **arguments},
                     timeout_s=timeout_s,
-                    workers=workers,
+                    workers=workers or (1 if batched or self._call.is_async else None),
                     memory_mb=memory_mb,
                 )
         except UnusableFunctionError as error:
@@ -125,20 +126,9 @@ class PythonReward:
             raise RewardUsageError(f"reward {self.name!r}: {error}") from error
         return [_as_score(value) for scores in results for value in scores]
 
-    def place(self, local_rank: int, local_ranks: int, device: str | None = None) -> None:
-        """Shares the machine's cores with its other ranks."""
-        if self._pool is not None:
-            self._pool.share_cores(local_ranks)
-
-    def start(self) -> None:
-        """Starts the worker processes, where there are any, without waiting for them."""
-        if self._pool is not None:
-            self._pool.start()
-
     def close(self) -> None:
         """Ends the worker processes and the event loop."""
-        if self._pool is not None:
-            self._pool.close()
+        super().close()
         if self._runner is not None:
             self._runner.close()
             self._runner = None
