@@ -145,7 +145,7 @@ class Step:
 
     def loss(self, provider: str) -> Tensor:
         """The AGRO loss of the batch, in a provider's way."""
-        self.policy.share_prompts(provider == "ours")
+        self.policy.use_packing("shared" if provider == "ours" else "plain")
         torch.backends.cuda.enable_cudnn_sdp(provider == "torch")  # its shapes stay: what is fastest there
         if provider != "torch":
             return self.policy.agro_loss(self.batch, self.ref_logprobs, beta=BETA).loss

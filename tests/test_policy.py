@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, tiny_lm
@@ -62,15 +64,18 @@ def test_packed_logprobs_equal_separate_sequences(name, packing, attention):
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("one_row", [True, False])
-def test_plain_rows_hold_every_sequence_whole(one_row):
+@pytest.mark.parametrize("kind", ["one", "full", "single"])
+def test_plain_rows_hold_every_sequence_whole(kind):
     groups = make_groups()
     batch = pack_groups(groups, num_groups=4)
-    rows = repeat_prompts(batch, one_row=one_row)
+    rows = repeat_prompts(batch, rows=kind)
     sequences = [(*g.prompt.prompt_ids, *c.completion_ids) for g in groups for c in g.completions]
     total, longest = sum(len(s) - 1 for s in sequences), max(len(s) - 1 for s in sequences)
-    assert rows.places.shape[1] == (total if one_row else longest)
-    assert total <= rows.places.numel() < 2 * total + longest  # at most one row is less than half full
+    assert rows.places.shape[1] == (total if kind == "one" else longest)
+    if kind == "single":
+        assert rows.places.shape[0] == len(sequences)
+    else:
+        assert total <= rows.places.numel() < 2 * total + longest  # at most one row is less than half full
     ids, positions = batch.input_ids[rows.places].flatten(), rows.position_ids.flatten()
     at = 0
     for sequence, count in zip(sequences, (batch.completion_lengths + 1).tolist(), strict=True):
@@ -218,3 +223,29 @@ def test_pack_groups_refuses_what_cannot_be_trained_on():
         pack_groups([PromptGroup(prompt=prompt, completions=(one, empty))], num_groups=1)
     with pytest.raises(ValueError, match="at least one prompt group"):
         pack_groups([], num_groups=1)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 20])
+@pytest.mark.parametrize("packing", ["shared", "plain", "single"])
+@pytest.mark.parametrize("name", ["phi3_longrope", "llama_dynamic"])
+def test_sequences_that_need_other_frequencies_are_computed_apart(name, packing, max_tokens):
+    """The limits are 10 and 8 tokens; the groups have completions on both sides."""
+    lm = tiny_lm(name, times=6.0)
+    groups = make_groups()
+    policy = Policy(PolicySettings(packing=packing), temperature=TEMPERATURE, lm=copy.deepcopy(lm))
+    expected = []
+    for group in groups:
+        for c in group.completions:
+            ids = torch.tensor([(*group.prompt.prompt_ids, *c.completion_ids)])
+            with torch.no_grad():  # a fresh model: dynamic NTK remembers the longest batch
+                logits = copy.deepcopy(lm)(ids[:, :-1]).logits[0, len(group.prompt.prompt_ids) - 1 :]
+            logprobs = (logits / TEMPERATURE).log_softmax(-1)
+            expected.append(logprobs.gather(-1, torch.tensor(c.completion_ids)[:, None])[:, 0])
+    batch = pack_groups(groups, num_groups=4)
+    assert len(policy.length_classes.parts(batch)) > 1
+    for _ in range(2):
+        pieces = [batch] if max_tokens is None else split_batch(batch, max_tokens)
+        got = torch.cat([policy.logprobs(piece).logprobs for piece in pieces])
+        torch.testing.assert_close(got, torch.cat(expected), atol=1e-5, rtol=1e-5)
+    got.sum().backward()
+    assert all(p.grad is not None for p in policy.parameters())

@@ -322,3 +322,16 @@ def test_auto_engine_serves_attention_models_by_batched_decoding():
     expected = attached(BatchedDecoding, lm).generate(RAGGED, Sampling(max_new_tokens=3), n=2, seed=0)
     assert engine.generate(RAGGED, Sampling(max_new_tokens=3), n=2, seed=0) == expected
     engine.close()
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_rows_on_both_sides_of_longropes_limit_are_generated_as_if_alone(kind):
+    """A batch would take the long frequencies for all of its rows."""
+    lm = tiny_lm("phi3_longrope", times=6.0)  # other frequencies above 10 tokens
+    prompts = [[1, 5, 9], [4, 8], [1, *range(20, 33)]]
+    sampling = Sampling(max_new_tokens=6)
+    made = attached(kind, lm).generate(prompts, sampling, n=2, seed=0)
+    for prompt, group in zip(prompts, made, strict=True):
+        for one in group:
+            expected = dense_logprobs(lm, prompt, one.completion_ids, 1.0)
+            assert one.behavior_logprobs == pytest.approx(expected, abs=1e-4)

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-from transformers.initialization import no_init_weights
 
 from agro_lightning.checkpoints.files import check_checkpoint, is_sharded, read_plain
 from agro_lightning.checkpoints.safe_dcp import read_everything
 from agro_lightning.checkpoints.sharded import read_rank
 from agro_lightning.checkpoints.single_file import CHECKPOINT_KEY
+from agro_lightning.models.compat import no_init_weights
 from agro_lightning.models.config import LoraSettings
 from agro_lightning.models.pretrained import add_lora, load_tokenizer, resolve_path
 from agro_lightning.models.sharded_loading import parameters_on_meta

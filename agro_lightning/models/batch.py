@@ -3,7 +3,7 @@
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -257,13 +257,14 @@ class PlainRows(NamedTuple):
     """For each target, its predicting place in the rows laid end to end."""
 
 
-def repeat_prompts(batch: TokenBatch, *, one_row: bool = False) -> PlainRows:
-    """Plain packing: rows as wide as the longest sequence, each filled with as many as fit.
+def repeat_prompts(batch: TokenBatch, *, rows: Literal["one", "full", "single"] = "full") -> PlainRows:
+    """Completions behind copies of their prompts.
 
     Args:
         batch: whole groups.
-        one_row: put all into a single row, for attention that needs no mask to keep sequences apart. With a
-            mask, one row would take the square of all tokens.
+        rows: "full": as wide as the longest sequence, each filled with as many as fit; "single": one sequence
+            a row; "one": all in one row, for attention that needs no mask to keep sequences apart (with a
+            mask, one row would take the square of all tokens).
     """
     device = batch.input_ids.device
     prompts, lengths, groups = batch.prompt_lengths, batch.completion_lengths, batch.group_ids.cpu()
@@ -279,22 +280,25 @@ def repeat_prompts(batch: TokenBatch, *, one_row: bool = False) -> PlainRows:
     sources = torch.arange(int(sizes.sum())) + torch.repeat_interleave(starts.flatten() - offsets, sizes)
 
     whole = pieces.sum(1)  # (B,) tokens of each sequence
-    rows, columns, width = _fill_rows(whole.tolist(), int(whole.sum() if one_row else whole.max()))
+    width = int(whole.sum() if rows == "one" else whole.max())
+    row_of, columns = _fill_rows(whole.tolist(), width)
+    if rows == "single":
+        row_of, columns = torch.arange(len(whole)), torch.zeros(len(whole), dtype=torch.long)
     position_ids = torch.arange(len(sources)) - torch.repeat_interleave(offsets[::2], whole)
-    targets_at = torch.repeat_interleave(rows * width + columns, whole) + position_ids
-    table = torch.zeros(2, (int(rows.max()) + 1) * width, dtype=torch.long)
+    targets_at = torch.repeat_interleave(row_of * width + columns, whole) + position_ids
+    table = torch.zeros(2, (int(row_of.max()) + 1) * width, dtype=torch.long)
     table[0, targets_at], table[1, targets_at] = sources, position_ids
 
     targets = lengths + 1
     first = torch.cumsum(targets, 0) - targets
     # the prompt's last token predicts the first target
-    begins = rows * width + columns + prompts[groups] - 1
+    begins = row_of * width + columns + prompts[groups] - 1
     predictors = torch.arange(int(targets.sum())) + torch.repeat_interleave(begins - first, targets)
     places, position_ids = table.view(2, -1, width).to(device)
     return PlainRows(places, position_ids, predictors.to(device))
 
 
-def _fill_rows(lengths: list[int], width: int) -> tuple[Tensor, Tensor, int]:
+def _fill_rows(lengths: list[int], width: int) -> tuple[Tensor, Tensor]:
     """Row and first column of each sequence, longest first into the fullest row that has room."""
     rows, columns = torch.empty(len(lengths), dtype=torch.long), torch.empty(len(lengths), dtype=torch.long)
     room: list[tuple[int, int]] = []  # (columns left, row), sorted
@@ -303,4 +307,4 @@ def _fill_rows(lengths: list[int], width: int) -> tuple[Tensor, Tensor, int]:
         left, row = room.pop(at) if at < len(room) else (width, len(room))
         rows[index], columns[index] = row, width - left
         bisect.insort(room, (left - lengths[index], row))
-    return rows, columns, width
+    return rows, columns

@@ -32,9 +32,10 @@ class PolicySettings:
     device enters autocast; under the strategy Sharded the weights are gathered in this type."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """"random" builds the architecture of `path` with fresh weights."""
-    packing: Literal["auto", "shared", "plain"] = "auto"
-    """"shared" computes each group's prompt once; "plain" repeats it for each completion; "auto" is shared
-    where the start-up check finds it exact for this architecture, plain otherwise."""
+    packing: Literal["auto", "shared", "plain", "single"] = "auto"
+    """"shared" computes each group's prompt once; "plain" repeats it for each completion, several sequences a
+    row; "single" gives each sequence a row of its own; "auto" is the first of these that the start-up check
+    finds exact for this architecture."""
     attention: Literal["auto", "dense", "flex"] = "auto"
     """How shared prompts are attended to: padded dense blocks, or flex_attention ("auto": flex on GPUs)."""
     head_backend: Literal["auto", "triton", "gluon", "chunked", "reference"] = "auto"

@@ -6,20 +6,22 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from agro_kernels import linear_agro_loss, linear_logprobs, linear_logprobs_known
-from agro_lightning.distributed.fsdp import unsharded
+from agro_lightning.distributed.fsdp import lockstep, unsharded
 from agro_lightning.models import packed_attention as attention
-from agro_lightning.models.batch import TokenBatch, repeat_prompts
+from agro_lightning.models.batch import TokenBatch, repeat_prompts, select_completions
+from agro_lightning.models.compat import attention_name, decoder_of, set_attention
 from agro_lightning.models.config import PolicySettings
+from agro_lightning.models.positions import LengthClasses, joined
 from agro_lightning.models.pretrained import add_lora, load_lm
 from agro_lightning.primitives.dtensor import local_part
 
@@ -33,15 +35,24 @@ class HeadOptions:
 
     @classmethod
     def of(cls, settings: PolicySettings, config: Any) -> "HeadOptions":
-        """The settings' own values, else Cohere's logit_scale, Granite's logits_scaling and Gemma's
-        final_logit_softcapping."""
-        scale = float(getattr(config, "logit_scale", None) or 1.0)
-        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        softcap = getattr(config, "final_logit_softcapping", None)
+        """The settings' own values, else those of the config, which multimodal models keep in text_config."""
+        text = config.get_text_config(decoder=True)
+
+        def said(*names: str) -> float | None:
+            found = [value for name in names if (value := getattr(text, name, None))]
+            return float(found[0]) if found else None
+
+        scale = said("logit_scale", "lm_head_multiplier", "output_multiplier") or 1.0
+        divisor = said("logits_scaling") or 1.0
+        scale = scale * divisor if text.model_type == "hyperclovax" else scale / divisor
+        softcap = said("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
         return cls(
             logit_scale=scale if settings.logit_scale is None else settings.logit_scale,
             softcap=softcap if settings.softcap is None else settings.softcap,
         )
+
+
+Packing = Literal["shared", "plain", "single"]
 
 
 class TokenLogprobs(NamedTuple):
@@ -49,7 +60,6 @@ class TokenLogprobs(NamedTuple):
 
     logprobs: Float[Tensor, " N"]
     logsumexp: Float[Tensor, " N"]
-    entropy: Float[Tensor, " N"] | None
 
 
 class GroupLoss(NamedTuple):
@@ -100,25 +110,23 @@ class Policy(nn.Module):
         self.compute_dtype: torch.dtype = base.dtype if chosen is None else getattr(torch, chosen)
         self.autocasts = autocast and self.compute_dtype != base.dtype
         self.head_options = HeadOptions.of(settings, base.config)
-        self.plain_attention = base.get_decoder().config._attn_implementation or "sdpa"
+        self.length_classes = LengthClasses.of(base.config)
+        self.plain_attention = attention_name(decoder_of(base))
         if settings.gradient_checkpointing:
             for layer in self.layers_of(base):
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         if self.autocasts:
-            for module in {id(m): m for m in (base, base.get_decoder())}.values():
+            for module in {id(m): m for m in (base, decoder_of(base))}.values():
                 module.forward = _autocasting(module.forward, self.compute_dtype)
         self.lm: nn.Module = add_lora(base, settings.lora) if settings.lora else base
-        self.share_prompts(settings.packing != "plain")
+        self.use_packing("shared" if settings.packing == "auto" else settings.packing)
         self.train(False)
 
-    def share_prompts(self, shared: bool) -> None:
-        """Chooses whether a packed batch computes each group's prompt once, or repeats it for each
-        completion."""
-        self.shared_prompts = shared
+    def use_packing(self, packing: Packing) -> None:
+        """Chooses how a batch is laid out; see PolicySettings.packing."""
+        self.packing = packing
         # set for good and not around each call: a checkpointed layer recomputes with the same attention
-        self.base.get_decoder().config._attn_implementation = (
-            attention.NAME if shared else self.plain_attention
-        )
+        set_attention(self.decoder, attention.NAME if packing == "shared" else self.plain_attention)
 
     def train(self, mode: bool = True) -> "Policy":
         """Stays in eval mode: dropout would change the log-probs that the objective compares."""
@@ -127,7 +135,7 @@ class Policy(nn.Module):
     @staticmethod
     def layers_of(lm: PreTrainedModel) -> nn.ModuleList:
         """The decoder layers: the longest ModuleList of the decoder."""
-        lists = [m for m in lm.get_decoder().modules() if isinstance(m, nn.ModuleList)]
+        lists = [m for m in decoder_of(lm).modules() if isinstance(m, nn.ModuleList)]
         if not lists:
             raise ValueError(
                 f"{type(lm).__name__} has no list of decoder layers; such a model cannot be sharded or "
@@ -139,6 +147,11 @@ class Policy(nn.Module):
     def base(self) -> PreTrainedModel:
         """The transformers model, adapters inside where there are any."""
         return self.lm.get_base_model() if self.settings.lora else self.lm  # type: ignore[operator,return-value]
+
+    @property
+    def decoder(self) -> Any:
+        """The part of the model below the head."""
+        return decoder_of(self.base)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -166,12 +179,27 @@ class Policy(nn.Module):
     @property
     def max_positions(self) -> int:
         """Longest sequence (prompt and completion) of the model's config."""
-        return int(getattr(self.base.config, "max_position_embeddings", None) or 2**31)
+        text = self.base.config.get_text_config(decoder=True)
+        names = ("max_position_embeddings", "n_positions", "max_seq_len")
+        return int(next((value for name in names if (value := getattr(text, name, None))), 2**31))
 
     def hidden_states(self, batch: TokenBatch) -> Float[Tensor, "N H"]:
         """The decoder's last hidden states at the places that predict the batch's targets."""
-        decoder = self.base.get_decoder()
-        if self.shared_prompts:
+        if self.length_classes is None:
+            return self._hidden_states(batch)
+        rows = self.length_classes.parts(batch)
+        parts = [batch] if len(rows) == 1 else [select_completions(batch, members) for members in rows]
+        found = [self._hidden_states(part) for part in parts]
+        hidden = found[0] if len(rows) == 1 else joined(found, rows, batch)
+        for _ in range(lockstep(self, len(parts)) - len(parts)):  # collectives of other ranks' forwards
+            hidden = hidden + 0 * self._hidden_states(parts[0]).sum()
+        return hidden
+
+    def _hidden_states(self, batch: TokenBatch) -> Float[Tensor, "N H"]:
+        decoder = self.decoder
+        if self.length_classes is not None:
+            self.length_classes.forget(decoder)
+        if self.packing == "shared":
             flex = self.settings.attention == "flex" or (
                 self.settings.attention == "auto" and batch.input_ids.is_cuda
             )
@@ -182,8 +210,12 @@ class Policy(nn.Module):
                 packed_layout=attention.plan_layout(batch, flex=flex),
             )
             return out.last_hidden_state[0].index_select(0, batch.predictors)
-        rows = repeat_prompts(batch, one_row="flash" in self.plain_attention)
-        out = decoder(input_ids=batch.input_ids[rows.places], position_ids=rows.position_ids, use_cache=False)
+        alone = self.packing == "single"
+        kind = "single" if alone else "one" if "flash" in self.plain_attention else "full"
+        rows = repeat_prompts(batch, rows=kind)
+        # alone in their rows, sequences need no positions, which some models do not take
+        positions = {} if alone else {"position_ids": rows.position_ids}
+        out = decoder(input_ids=batch.input_ids[rows.places], use_cache=False, **positions)
         return out.last_hidden_state.flatten(0, 1).index_select(0, rows.predictors)
 
     def _head(self, hidden: Tensor) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
@@ -201,11 +233,15 @@ class Policy(nn.Module):
         )
         return (hidden, weight), options
 
-    def logprobs(self, batch: TokenBatch, *, entropy: bool = False) -> TokenLogprobs:
+    def head_logprobs(self, hidden: Float[Tensor, "N H"], targets: Int[Tensor, " N"]) -> TokenLogprobs:
+        """Log-probs of targets, fp32, at the sampling temperature; differentiable."""
+        tensors, options = self._head(hidden)
+        out = linear_logprobs(*tensors, targets, **options)
+        return TokenLogprobs(out.logprobs, out.logsumexp)
+
+    def logprobs(self, batch: TokenBatch) -> TokenLogprobs:
         """Log-probs of the batch's targets, fp32, at the sampling temperature; differentiable."""
-        tensors, options = self._head(self.hidden_states(batch))
-        out = linear_logprobs(*tensors, batch.targets, entropy=entropy, **options)
-        return TokenLogprobs(out.logprobs, out.logsumexp, out.entropy)
+        return self.head_logprobs(self.hidden_states(batch), batch.targets)
 
     def agro_loss(
         self,
@@ -250,15 +286,14 @@ class Policy(nn.Module):
     def generating(self) -> Iterator[nn.Module]:
         """Yields the model as transformers made it: no gradients, its own attention, whole weights on every
         rank."""
-        config = self.base.get_decoder().config
         # Around the whole rollout too: autocast keeps its casts of the weights until the outermost exit.
         cast = _autocast(self.base, self.compute_dtype) if self.autocasts else contextlib.nullcontext()
         with torch.no_grad(), unsharded(self), cast:
-            config._attn_implementation = self.plain_attention
+            set_attention(self.decoder, self.plain_attention)
             try:
                 yield self.lm
             finally:
-                self.share_prompts(self.shared_prompts)
+                self.use_packing(self.packing)
 
     @contextlib.contextmanager
     def adapters_off(self) -> Iterator[None]:

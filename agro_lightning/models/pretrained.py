@@ -1,8 +1,12 @@
 """A causal LM, its tokenizer and its adapters, from a local folder, the hub, or the quick start."""
 
 import contextlib
+import difflib
 import math
+import re
+import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +21,10 @@ from transformers import (
 )
 
 from agro_lightning import quickstart
+from agro_lightning.models.compat import decoder_of
 from agro_lightning.models.config import LoraSettings, PolicySettings
+
+_LINEAR = nn.Linear.forward
 
 
 def resolve_path(path: str) -> str:
@@ -82,22 +89,32 @@ def add_lora(lm: PreTrainedModel, settings: LoraSettings) -> nn.Module:
 
     Raises:
         ImportError: peft is missing.
-        ValueError: adapters on the LM head, which the fused head does not express.
+        ValueError: target_modules names no module that text passes through, or the LM head, on which the
+            fused head does not express an adapter.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError("policy.lora needs peft: pip install 'agro-lightning[lora]'") from error
-    adapted = get_peft_model(
-        lm,
-        LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            lora_dropout=0.0,
-            target_modules=settings.target_modules,
-            task_type="CAUSAL_LM",
+    decoder, head = decoder_of(lm), lm.get_output_embeddings()
+    reached = [name for name, module in lm.named_modules() if module is decoder or module is head]
+    _check_targets(lm, settings.target_modules, reached)
+    # routers that return more than a product
+    odd = [n for n, m in lm.named_modules() if isinstance(m, nn.Linear) and type(m).forward is not _LINEAR]
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=0.0,
+        target_modules=settings.target_modules,
+        # a tower for images or sound: text never passes through it
+        exclude_modules="|".join(
+            [rf"(?!(?:{'|'.join(map(re.escape, reached))})(?:\.|$)).*", *map(re.escape, odd)]
         ),
+        task_type="CAUSAL_LM",
     )
+    with warnings.catch_warnings():  # of the patterns that peft itself adds for experts
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(lm, config)
     if hasattr(lm.get_output_embeddings(), "lora_A"):
         raise ValueError(
             f"policy.lora.target_modules = {settings.target_modules!r} puts an adapter on the LM head; "
@@ -108,6 +125,35 @@ def add_lora(lm: PreTrainedModel, settings: LoraSettings) -> nn.Module:
             if "lora_" in name and not parameter.is_meta:
                 parameter.copy_(adapter_values(name, parameter.shape))
     return adapted
+
+
+def _check_targets(lm: nn.Module, targets: list[str] | str, reached: list[str]) -> None:
+    """Refuses names that are no module's, with the nearest ones."""
+    inside = tuple(f"{name}." for name in reached)
+    names = [name for name, _ in lm.named_modules() if name in reached or name.startswith(inside)]
+    if isinstance(targets, str):
+        wrong = [] if targets == "all-linear" or any(re.fullmatch(targets, n) for n in names) else [targets]
+    else:
+        wrong = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+        wrong = wrong if targets else ["[]"]
+    if wrong:
+        weighted = (n for n, m in lm.named_modules() if n in names and hasattr(m, "weight"))
+        known = sorted({name.rpartition(".")[2] for name in weighted})
+        near = difflib.get_close_matches(wrong[0], known, n=3, cutoff=0.5)
+        raise ValueError(
+            f"model.policy.lora.target_modules has {wrong[0]}; {type(lm).__name__} has no such module that "
+            f"text passes through; {'did you mean' if near else 'it has'} {' or '.join(near or known)}"
+        )
+
+
+def adapter_summary(lm: nn.Module) -> str:
+    """What has adapters, and how much of the model is trained."""
+    owners = {name.split(".lora_A.")[0] for name, _ in lm.named_parameters() if ".lora_A." in name}
+    kinds = Counter(re.sub(r"(\.base_layer)+$", "", owner).rpartition(".")[2] for owner in owners)
+    trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in lm.parameters())
+    modules = ", ".join(f"{name} x {count}" for name, count in sorted(kinds.items()))
+    return f"LoRA on {modules}: {trained:,} of {whole:,} parameters are trained"
 
 
 def adapter_values(name: str, shape: tuple[int, ...]) -> Tensor:

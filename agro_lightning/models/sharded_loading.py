@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,11 +15,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
-from transformers.utils.hub import cached_file
 
 from agro_lightning.distributed.fsdp import Meshes, ShardingSettings, plan_meshes, shard
 from agro_lightning.distributed.tensor_parallel import parallelize
+from agro_lightning.models.compat import file_of, no_init_weights
 from agro_lightning.models.config import PolicySettings
 from agro_lightning.models.policy import Policy
 from agro_lightning.models.pretrained import adapter_values, load_lm, resolve_path
@@ -210,18 +210,14 @@ def safetensors_files(path: str) -> dict[str, Path]:
     """
     folder = resolve_path(path)
 
-    def locate(name: str) -> Path | None:
-        found = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
-        return None if found is None else Path(found)
-
-    index = locate(INDEX)
+    index = file_of(folder, INDEX)
     if index is not None:
         parts: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        paths = {part: locate(part) for part in sorted(set(parts.values()))}
+        paths = {part: file_of(folder, part) for part in sorted(set(parts.values()))}
         if lost := [part for part, found in paths.items() if found is None]:
             raise FileNotFoundError(f"{path} has no {lost[0]}, which its {INDEX} names; download it again")
         return {name: paths[part] for name, part in parts.items()}  # type: ignore[misc]
-    single = locate(SINGLE)
+    single = file_of(folder, SINGLE)
     if single is None:
         raise FileNotFoundError(
             f"{path} holds no {SINGLE} and no {INDEX}; weights are loaded from safetensors only"
@@ -234,7 +230,7 @@ def _base_parameters(policy: Policy) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters besides adapters, by the names that the model has without adapters."""
     for name, parameter in policy.base.named_parameters():
         if "lora_" not in name:
-            yield name.replace(".base_layer.", "."), parameter
+            yield re.sub(r"(\.base_layer)+\.", ".", name), parameter
 
 
 def _read_slices(found: dict[str, tuple[Path, str]], policy: Policy) -> None:

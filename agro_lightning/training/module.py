@@ -28,6 +28,7 @@ from agro_lightning.models.batch import TokenBatch, split_batch
 from agro_lightning.models.config import PolicySettings
 from agro_lightning.models.head_check import check_logprobs
 from agro_lightning.models.policy import Policy
+from agro_lightning.models.pretrained import adapter_summary
 from agro_lightning.models.reference import (
     AdapterOffReference,
     CachedReference,
@@ -148,6 +149,8 @@ class AgroModule(L.LightningModule):
         else:
             reference = CachedReference(self.cached_reference_id or "")
         self.policy, self._outside = policy, [reference]
+        if self.policy_settings.lora is not None:
+            rank_zero_info(adapter_summary(policy.lm))
 
     @property
     def reference(self) -> Reference:
@@ -169,7 +172,7 @@ class AgroModule(L.LightningModule):
             )
         check_logprobs(self.policy)
         if isinstance(self.reference, FrozenReference):
-            self.reference.policy.share_prompts(self.policy.shared_prompts)
+            self.reference.policy.use_packing(self.policy.packing)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         settings = self.optimizer_settings

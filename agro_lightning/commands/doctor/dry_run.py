@@ -284,10 +284,10 @@ def _describe(policy: Policy) -> str:
     gap = check_logprobs(policy)
     count = sum(parameter.numel() for parameter in policy.parameters())
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    packing = "prompts computed once" if policy.shared_prompts else "prompts repeated"
+    packing = {"shared": "prompts computed once", "plain": "prompts repeated", "single": "one sequence a row"}
     return (
         f"{count:,} parameters, {trained:,} trained, {policy.settings.dtype} on {policy.head.weight.device}; "
-        f"fused log-probs are within {gap:.1g} nats of the model's logits, {packing}"
+        f"fused log-probs are within {gap:.1g} nats of the model's logits, {packing[policy.packing]}"
     )
 
 

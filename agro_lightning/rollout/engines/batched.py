@@ -12,9 +12,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from agro_lightning.rollout.engines.base import Generation, Sampling
+from agro_lightning.rollout.engines.hf_generate import HFGenerate
 from agro_lightning.rollout.engines.kv_cache import Prefilled, RowsCache, unsupported
 from agro_lightning.rollout.engines.sampling import draw, uniforms
-from agro_lightning.rollout.engines.transformers_engine import TransformersEngine, generation
+from agro_lightning.rollout.engines.transformers_engine import (
+    TransformersEngine,
+    generation,
+    positions_differ,
+)
 
 _PREFILL_TOKENS = 8192
 _PREFILL_LOGITS = 1 << 26
@@ -67,6 +72,8 @@ class BatchedDecoding(TransformersEngine):
     def _generate(
         self, lm: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, seed: int
     ) -> list[list[Generation]]:
+        if positions_differ(lm, prompts, sampling):
+            return HFGenerate.instead_of(self)._generate(lm, prompts, sampling, n, seed)
         run = _Run(
             lm=lm,
             prompts=prompts,

@@ -11,7 +11,13 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from agro_lightning.rollout.engines.base import Generation, Sampling
-from agro_lightning.rollout.engines.transformers_engine import TransformersEngine, failed, generation
+from agro_lightning.rollout.engines.hf_generate import HFGenerate
+from agro_lightning.rollout.engines.transformers_engine import (
+    TransformersEngine,
+    failed,
+    generation,
+    positions_differ,
+)
 
 _DENSE_KEYS = {"cpu": 4096, "cuda": 1 << 17}
 """Without flash attention every query meets the keys of all requests in flight: so many keys. A decoding step
@@ -68,6 +74,8 @@ class ContinuousBatching(TransformersEngine):
     def _generate(
         self, lm: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, seed: int
     ) -> list[list[Generation]]:
+        if positions_differ(lm, prompts, sampling):
+            return HFGenerate.instead_of(self)._generate(lm, prompts, sampling, n, seed)
         greedy = sampling.temperature == 0
         settings = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,

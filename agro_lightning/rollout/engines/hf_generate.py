@@ -12,7 +12,11 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from agro_lightning.rollout.engines.base import Generation, Sampling
 from agro_lightning.rollout.engines.kv_cache import unsupported
 from agro_lightning.rollout.engines.sampling import draw, uniforms
-from agro_lightning.rollout.engines.transformers_engine import TransformersEngine, generation
+from agro_lightning.rollout.engines.transformers_engine import (
+    TransformersEngine,
+    generation,
+    positions_differ,
+)
 
 
 class _Draw(LogitsProcessor):
@@ -47,13 +51,21 @@ class HFGenerate(TransformersEngine):
 
     Each completion computes its own copy of the prompt, and rows that ended are decoded until the last one
     ends. Prompts of unequal length are padded on the left, with masks from lengths; models with recurrent
-    layers, whose state padding would enter, get prompts of one length at a time. Draws the tokens that
+    layers, whose state padding would enter, and rows whose positions depend on each other's lengths (longrope
+    above its limit) get prompts of one length at a time. Draws the tokens that
     BatchedDecoding draws.
 
     Args:
         memory_bytes: bytes for keys, values and logits of the rows in flight. By default a quarter of the
             GPU's memory, or 2 GiB elsewhere.
     """
+
+    @classmethod
+    def instead_of(cls, engine: TransformersEngine) -> "HFGenerate":
+        """One that serves the engine's policy."""
+        made = cls(engine.memory_bytes)
+        made._policy, made._eos = engine._policy, engine._eos
+        return made
 
     def _generate(
         self, lm: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, seed: int
@@ -64,7 +76,8 @@ class HFGenerate(TransformersEngine):
         lines = sorted(range(len(prompts) * n), key=lambda line: len(prompts[line // n]))
         records: dict[int, Generation] = {}
         lengths = [len(prompts[line // n]) for line in lines]
-        for part in _batches(lengths, most, padded=unsupported(lm) is None):
+        padded = unsupported(lm) is None and not positions_differ(lm, prompts, sampling)
+        for part in _batches(lengths, most, padded=padded):
             chosen = np.array(lines[part])
             rows = [prompts[line // n] for line in lines[part]]
             for line, record in zip(lines[part], self._decode(lm, rows, chosen, sampling, seed), strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from agro_lightning.models.positions import LengthClasses
 from agro_lightning.rollout.engines.base import Generation, RolloutEngine, Sampling
 from agro_lightning.rollout.engines.kv_cache import unsupported
 
@@ -46,6 +47,12 @@ def check_prompts(lm: Any, prompts: Sequence[Sequence[int]], sampling: Sampling)
                 f"{sampling.max_new_tokens} it exceeds the model's {limit} positions. Lower max_new_tokens, "
                 f"or drop prompts of more than {limit - sampling.max_new_tokens} tokens"
             )
+
+
+def positions_differ(lm: Any, prompts: Sequence[Sequence[int]], sampling: Sampling) -> bool:
+    """Whether positions of these rows may depend on the longest row of the batch that they are in."""
+    classes = LengthClasses.of(lm.config)
+    return classes is not None and max(map(len, prompts)) + sampling.max_new_tokens > classes.limit
 
 
 def generation(tokens: Sequence[int], logprobs: Sequence[float] | None, eos: Sequence[int]) -> Generation:

@@ -114,7 +114,7 @@ class _Module(AgroModule):
         )
         self.policy_settings = replace(
             self.policy_settings,
-            packing="plain" if self.policy_settings.packing == "plain" else "shared",
+            packing="shared" if self.policy_settings.packing == "auto" else self.policy_settings.packing,
             attention="flex" if workload.gpu and self.policy_settings.attention != "dense" else "dense",
         )
 
