@@ -11,6 +11,7 @@ from test_prompts import load, make_tokenizer
 
 from agro_lightning.data.buffer.buffer import RolloutBuffer
 from agro_lightning.data.buffer.schema import BadRowError
+from agro_lightning.data.buffer.tokenization import describe_special_tokens
 
 WHOLE = (
     "{% if tools %}[{{ tools | tojson }}]{% endif %}"
@@ -184,6 +185,19 @@ def test_a_template_that_writes_no_bos_is_said(tmp_path, caplog):
         (prompt,) = load(write_jsonl(tmp_path / "r.jsonl", [{"prompt": "x"}]), tokenizer, chat=True)
     assert tokenizer.decode(prompt.prompt_ids) == "Q: x A:"
     assert "the chat template writes no <s>" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("post", "chat", "said"),
+    [
+        ("<s> $A", False, "<s> is put before a prompt's text, unless the text begins with it"),
+        ("<s> $A </s>", False, "<s> is put before a prompt's text"),
+        (None, False, "the tokenizer adds no special token"),
+        ("<s> $A", True, "the special tokens that the chat template writes, and no others"),
+    ],
+)
+def test_what_stands_before_a_prompt_is_said(post, chat, said):
+    assert describe_special_tokens(make_tokenizer(post=post), chat=chat).find(said) >= 0
 
 
 # ---------------------------------------------------------------------- limits on templates

@@ -376,6 +376,12 @@ def test_a_part_of_the_rows(tmp_path):
     assert answers(load(path, skip=3)) == ["6", "8"]
 
 
+def test_the_old_name_of_skip_is_accepted_with_a_warning(tmp_path):
+    with pytest.warns(FutureWarning, match="prompts.first is now prompts.skip"):
+        data = load(write_rows(tmp_path / "rows.jsonl"), first=3)
+    assert answers(data) == ["6", "8"] and (data.settings.skip, data.settings.first) == (3, None)
+
+
 def test_the_shipped_prompts(quickstart_tokenizer):
     train = load("quickstart-train", quickstart_tokenizer)
     held_out = load("quickstart-val", quickstart_tokenizer)

@@ -1,11 +1,13 @@
-"""Where the groups of a step come from: sources with weights, and the arithmetic that shares a step among
-them."""
+"""Sources of a step's groups, with weights, and the arithmetic that shares a step among them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+
+from agro_lightning.data.buffer.buffer import RolloutBuffer
+from agro_lightning.types import Prompt
 
 Mixing = Literal["per_group", "within_group"]
 
@@ -134,11 +136,56 @@ def share_out(weights: Sequence[float], count: int, rng: np.random.Generator) ->
     return rng.permutation(np.minimum(np.searchsorted(edges, points, side="right"), len(edges) - 1))
 
 
-def split_group(weights: Sequence[float], group_size: int) -> list[int]:
-    """How many of a group's completions come from each source, largest remainders first; they sum to
-    group_size."""
+def split_group(
+    weights: Sequence[float], group_size: int, rng: np.random.Generator | None = None
+) -> list[int]:
+    """How many of a group's completions come from each source; they sum to group_size.
+
+    Args:
+        weights: of the sources.
+        group_size: completions of the group.
+        rng: rounds the shares at random, so that over many groups each source gets exactly its share, also
+            one of less than a completion a group; None: the largest remainders are rounded up.
+    """
+    if rng is not None:
+        return np.bincount(share_out(weights, group_size, rng), minlength=len(weights)).tolist()
     exact = np.asarray(weights, dtype=float) / np.sum(weights) * group_size
     counts = np.floor(exact).astype(int)
     for index in np.argsort(counts - exact, kind="stable")[: group_size - counts.sum()]:
         counts[index] += 1
     return counts.tolist()
+
+
+def describe_within_group(
+    sources: Sequence[Source],
+    group_size: int,
+    prompts: Sequence[Prompt],
+    offline: Mapping[str, RolloutBuffer],
+) -> list[str]:
+    """What keeps sources from giving their shares of each group, in words; empty where nothing does.
+
+    A buffer can only give rows of the prompt that is drawn; what it lacks is sampled live.
+
+    Args:
+        sources: of the run.
+        group_size: completions of each prompt.
+        prompts: some or all of the run's.
+        offline: the buffers of the Offline sources, by name.
+    """
+    total, said = sum(source.weight for source in sources), []
+    for source in sources:
+        wanted = source.weight / total * group_size
+        if isinstance(source, Replay):
+            said.append(f"source {source.name} gives nothing to a prompt until that comes again")
+        if not isinstance(source, Offline):
+            continue
+        rows = np.array([len(offline[source.name].rows_of(prompt)) for prompt in prompts])
+        low = np.floor(wanted)
+        given = np.minimum(low, rows) + (wanted - low) * (rows > low)
+        if given.mean() < 0.995 * wanted:
+            said.append(
+                f"source {source.name} gives {given.mean() / group_size:.1%} of the completions instead of "
+                f"{wanted / group_size:.1%}: {(rows == 0).mean():.0%} of the prompts have no rows in it, "
+                f"{((rows > 0) & (rows < wanted)).mean():.0%} too few; the rest is sampled live"
+            )
+    return said

@@ -26,6 +26,7 @@ from agro_lightning.data.sources import (
     Stream,
     check_sources,
     check_streams,
+    describe_within_group,
 )
 from agro_lightning.data.stream import StreamReader, stream_dir
 from agro_lightning.distributed.fsdp import DataRank, data_rank, unsharded
@@ -242,6 +243,10 @@ class AgroDataModule(L.LightningDataModule):
         if self._restored is not None:
             self.feed.load_state_dict(self._restored)
             self._restored = None
+        if self.mixing == "within_group" and self.train_prompts is not None:
+            some = [*self.train_prompts][:: max(1, len(self.train_prompts) // 1000)]
+            for line in describe_within_group(self.sources, self.group_size, some, self.feed.offline):
+                rank_zero_info(f"mixing within groups: {line}")
         return self.feed
 
     def _stream(self, source: Stream) -> StreamReader:
@@ -258,7 +263,9 @@ class AgroDataModule(L.LightningDataModule):
     def _check_lengths(self) -> None:
         limit, new = self.policy.max_positions, self.sampling.max_new_tokens
         for prompts in (self.train_prompts, self.val_prompts):
-            if prompts is not None and prompts.longest + new > limit:
+            if prompts is not None and self.on_bad_row == "drop":
+                prompts.drop_longer_than(limit - new)
+            elif prompts is not None and prompts.longest + new > limit:
                 raise ValueError(
                     f"the longest prompt of {prompts.settings.path} has {prompts.longest} tokens; with "
                     f"max_new_tokens {new} that exceeds the model's context of {limit}. Lower "
@@ -377,6 +384,7 @@ class AgroDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> "PromptBatches":
         assert self.trainer is not None
+        self._check_lengths()
         prompts = [self.val_prompts[i] for i in range(len(self.val_prompts))]
         mine = prompts[self._place.rank :: self._place.size]
         size = max(1, self.batch_size * self.group_size // max(1, self.validation_samples))

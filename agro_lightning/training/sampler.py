@@ -227,12 +227,13 @@ class TrainFeed:
         """Every group mixes completions of one prompt: live ones, and rows of that prompt from the
         buffers."""
         settings = self.settings
-        counts = split_group([source.weight for source in self.sources], settings.group_size)
+        weights = [source.weight for source in self.sources]
         mine = slice(settings.rank * settings.groups_per_rank, (settings.rank + 1) * settings.groups_per_rank)
         prompts = self._next_prompts(settings.groups_per_step)[mine]
         extra: list[list[Completion]] = []
         for i, prompt in enumerate(prompts):
             rng = self._rng(step, 2, mine.start + i)
+            counts = split_group(weights, settings.group_size, rng)
             extra.append([])
             for source, count in zip(self.sources, counts, strict=True):
                 if not isinstance(source, Live):

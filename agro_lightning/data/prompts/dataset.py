@@ -180,9 +180,9 @@ class PromptDataset:
             message = (
                 f"{dropped} of {len(self._prompts)} prompts of {self.settings.path} have more than {limit} "
             )
-            message += f"tokens (up to {self.longest}), so that no room is left in the model's context"
+            message += f"tokens (up to {self.longest}): with max_new_tokens they exceed the model's context"
             if not kept:
-                raise ValueError(message)
+                raise ValueError(f"{message}. Lower max_new_tokens, or give shorter prompts")
             logger.warning("%s; they are dropped", message)
             self._prompts = kept
             self.dropped["too_long"] += dropped
