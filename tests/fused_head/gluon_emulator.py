@@ -83,34 +83,37 @@ class Matrix:
     def __init__(self, tensor: Tensor, box: list[int]):
         assert tensor.stride(1) == 1 and tensor.stride(0) * tensor.element_size() % 16 == 0
         self.tensor, self.dtype, self.layout = tensor, tensor.dtype, None
+        self.written = torch.zeros(tensor.shape, dtype=torch.bool)
         self.block_type = types.SimpleNamespace(shape=box)
 
-    def part(self, place: list[int]) -> Tensor:
+    def part(self, of: Tensor, place: list[int]) -> Tensor:
         rows, columns = self.block_type.shape
-        return self.tensor[place[0] : place[0] + rows, place[1] : place[1] + columns]
+        return of[place[0] : place[0] + rows, place[1] : place[1] + columns]
 
     def read(self, place: list[int]) -> Tensor:
-        part = self.part(place)
+        part = self.part(self.tensor, place)
         box = self.tensor.new_zeros(self.block_type.shape)
         box[: part.shape[0], : part.shape[1]] = part
         return box
 
     def write(self, place: list[int], box: Tensor) -> None:
-        part = self.part(place)
-        if not part.isnan().all():
+        part, written = self.part(self.tensor, place), self.part(self.written, place)
+        if written.any():
             raise Race(f"the box at {place} is written twice")
+        written.fill_(True)
         part.copy_(box[: part.shape[0], : part.shape[1]])
 
 
 class Pointer:
     """A flat tensor's address, with offsets."""
 
-    def __init__(self, tensor: Tensor, offsets: Any = 0):
+    def __init__(self, tensor: Tensor, offsets: Any = 0, written: Tensor | None = None):
         assert tensor.is_contiguous()
         self.tensor, self.offsets = tensor, offsets
+        self.written = torch.zeros(tensor.numel(), dtype=torch.bool) if written is None else written
 
     def __add__(self, offsets: Any) -> "Pointer":
-        return Pointer(self.tensor, self.offsets + offsets)
+        return Pointer(self.tensor, self.offsets + offsets, self.written)
 
     def load(self, mask: Tensor, other: float) -> Tensor:
         out = torch.full(mask.shape, other, dtype=self.tensor.dtype)
@@ -118,10 +121,11 @@ class Pointer:
         return out
 
     def store(self, value: Tensor, mask: Tensor) -> None:
-        flat, places = self.tensor.view(-1), self.offsets[mask]
-        if not flat[places].isnan().all():
+        places = self.offsets[mask]
+        if self.written[places].any():
             raise Race("an output is written twice")
-        flat[places] = value[mask]
+        self.written[places] = True
+        self.tensor.view(-1)[places] = value[mask]
 
 
 class Group:
@@ -138,7 +142,8 @@ class Group:
             self.turn.acquire()
             try:
                 if not device.stopped:
-                    body()
+                    with torch.no_grad():  # which is a thread's own
+                        body()
             except BaseException as error:
                 self.error = error
             self.done = True
@@ -344,3 +349,23 @@ def emulated(
         return result
 
     return rebuilt(kernel)
+
+
+class EmulatedKernel:
+    """Stands in for a kernel: its launches run on the emulator, a program after the other."""
+
+    def __init__(self, kernel: Any):
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def launch(*given: Any, num_warps: int, **constants: Any) -> None:
+            assert num_warps == 4
+            device = Device(seed=0)
+            device.program_count = grid[0]
+            here = [Pointer(item) if isinstance(item, Tensor) else item for item in given]
+            here = [Matrix(item.base, item.block_shape) if hasattr(item, "base") else item for item in here]
+            function = emulated(self.kernel, device)
+            for device.program in range(grid[0]):
+                function(*here, **constants)
+
+        return launch

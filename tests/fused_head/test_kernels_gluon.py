@@ -4,16 +4,18 @@ import random
 
 import pytest
 import torch
-from kernel_oracle import leaves, naive, problem
+from kernel_oracle import leaves, naive, problem, relative_error
 from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon")
 
-from gluon_emulator import Deadlock, Device, Matrix, Pointer, Race, emulated
+from gluon_emulator import Deadlock, Device, EmulatedKernel, Matrix, Pointer, Race, emulated
 
-from agro_kernels import _gluon_fused, _tiles
+from agro_kernels import _gluon_fused, _linear_logprobs, _tiles, linear_logprobs
 from agro_kernels._head import Head, Upstream, combined_entropy
+from agro_kernels._slices import fused_buffer
 from agro_kernels._triton_epilogue import kernel_factors
+from bench._offline_device import offline_device
 
 TILE = {"rows": 16, "columns": 16, "depth": 16, "slots": 3, "group": 2}
 SHAPES = [(40, 48, 70), (7, 8, 5), (1, 16, 16), (33, 104, 17), (16, 40, 64), (100, 24, 33)]
@@ -221,3 +223,69 @@ def test_the_emulator_sees(mistake):
         else:
             seen += not torch.equal(out, right)
     assert seen == 5, f"seen in {seen} of 5 runs"
+
+
+@pytest.fixture
+def on_the_emulator(monkeypatch):
+    """backend="gluon" runs here: its launchers' kernels are emulated, and no check of the device is made."""
+    for name in ("gluon_stats_kernel", "gluon_dlogits_kernel"):
+        monkeypatch.setattr(_gluon_fused, name, EmulatedKernel(getattr(_gluon_fused, name)))
+    monkeypatch.setattr(_linear_logprobs, "choose_backend", lambda backend, *_: backend)
+    with offline_device():  # whose number of multiprocessors the launchers ask for
+        yield
+
+
+@pytest.mark.parametrize("dropped_mass", (0.0, 0.05))
+@pytest.mark.parametrize("head", HEADS)
+def test_through_the_door(on_the_emulator, head, dropped_mass):
+    """Everything from the public function to the kernel's arguments, slices and padded rows included."""
+    options = {name: getattr(HEADS[head], name) for name in ("temperature", "logit_scale")}
+    options["softcap"] = HEADS[head].softcap or None
+    given = problem(150, 72, 1333, dtype=torch.bfloat16)
+    hidden, weight, bias = leaves(given)
+    more = {"bias": bias, "entropy": True} if dropped_mass == 0 else {"dropped_mass": dropped_mass}
+    out = linear_logprobs(hidden, weight, given.targets, backend="gluon", **more, **options)
+    exact_leaves = leaves(given, torch.float64)
+    right = naive(*exact_leaves[:2], given.targets, exact_leaves[2] if "bias" in more else None, **options)
+    torch.testing.assert_close(out.logprobs, right[0].float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(out.logsumexp[1:5], right[1][1:5].float(), rtol=1e-5, atol=1e-4)
+    value, exact_value = (given.coefficients * out.logprobs).sum(), (given.coefficients * right[0]).sum()
+    if out.entropy is not None:
+        torch.testing.assert_close(out.entropy, right[2].float(), rtol=1e-5, atol=1e-4)
+        value = value + (given.entropy_coefficients * out.entropy).sum()
+        exact_value = exact_value + (given.entropy_coefficients * right[2]).sum()
+    value.backward()
+    exact_value.backward()
+    for actual, wanted in zip((hidden, weight, bias), exact_leaves, strict=True):
+        if actual.grad is not None and wanted.grad is not None:
+            error = relative_error(actual.grad, wanted.grad)
+            assert error < 1e-2 + 2 * dropped_mass and relative_error(0 * wanted.grad, wanted.grad) == 1
+
+
+def test_one_form_is_launched_whatever_the_numbers():
+    """Rows, columns, hidden size and group are not specialised on; a program a multiprocessor, or a tile."""
+    with offline_device() as launches:
+        for rows, width, columns in ((300, 1000, 50_257), (1, 64, 1024), (4096, 4096, 131_072)):
+            hidden = torch.empty(rows, width, dtype=torch.bfloat16, device="meta")
+            targets, row = (
+                hidden.new_empty(rows, dtype=torch.int64),
+                hidden.new_empty(rows, dtype=torch.float32),
+            )
+            given = hidden, hidden.new_empty(columns, width), None, targets, Head()
+            _gluon_fused.launch_gluon_stats(*given, False, None)
+            upstream, buffer = Upstream(logsumexp=row, coefficient=row), fused_buffer(hidden, rows, columns)
+            out = _gluon_fused.launch_gluon_dlogits(*given, upstream, buffer)
+            assert out.shape == (rows, columns) and out.stride(0) % 8 == 0
+    assert [launch.grid[0] for launch in launches] == [132, 132, 4, 4, 132, 132]
+    assert len({launch.cubin for launch in launches}) == 2
+
+
+def test_what_the_copy_engine_cannot_read_goes_to_triton():
+    hidden = torch.empty(40, 507, dtype=torch.bfloat16, device="meta")
+    given = hidden, hidden.new_empty(900, 507), None, hidden.new_empty(40, dtype=torch.int64), Head()
+    row = hidden.new_empty(40, dtype=torch.float32)
+    with offline_device() as launches:
+        _gluon_fused.launch_gluon_stats(*given, False, None, None)
+        upstream = Upstream(logsumexp=row, coefficient=row)
+        _gluon_fused.launch_gluon_dlogits(*given, upstream, fused_buffer(hidden, 40, 900))
+    assert [launch.name for launch in launches] == ["stats_kernel", "dlogits_kernel"]
