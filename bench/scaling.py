@@ -34,10 +34,11 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from agro_lightning.commands.doctor.command import load, quiet
+from agro_lightning.commands.doctor.command import CHATTY, load
 from agro_lightning.commands.doctor.memory.estimate import ROLLOUT, Estimate, Workload, simulate
 from agro_lightning.commands.doctor.memory.tracker import KV_CACHE
 from agro_lightning.commands.doctor.report import memory_table, traffic_table
+from agro_lightning.primitives.quiet import quiet
 from bench._records import emit, parser, record, table
 from bench._scaling_rank import settings
 
@@ -191,7 +192,7 @@ def activations(estimate: Estimate) -> int:
 def main() -> None:
     arguments = parser(__doc__).parse_args()
     wanted = QUICK if arguments.quick else (*REAL, *SIMULATED)
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet(*CHATTY):
         records = of_real_ranks(Path(folder), [case for case in wanted if case in REAL])
         shown = [table(records)]
         for case in wanted:

@@ -12,7 +12,7 @@ from pathlib import Path
 # every process is one of its own, but they share one import of everything
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["agro_lightning.commands.main", "agro_lightning.commands.rollout", "torch.utils.tensorboard"]
+    ["agro_lightning.commands.fit", "agro_lightning.commands.rollout", "torch.utils.tensorboard"]
 )
 DEADLINE_SECONDS = 900
 

@@ -121,12 +121,11 @@ def localised(config, local):
 @pytest.mark.parametrize(
     "name", sorted(path.name for path in CONFIGS.glob("*.yaml") if path.stem != "quickstart")
 )
-def test_every_config_parses_and_instantiates(name, local_copies, tmp_path, monkeypatch):
+def test_every_config_parses_and_instantiates(name, local_copies, tmp_path):
     assert output_of("fit", "--config", CONFIGS / name, "--print_config")[2] == 0
     config = localised(yaml.safe_load((CONFIGS / name).read_text()), local_copies)
     path = tmp_path / name
     path.write_text(yaml.safe_dump(config))
-    monkeypatch.setattr("sys.argv", ["agro_lightning"])
     made = fit.AgroCLI(
         fit.AgroModule,
         fit.AgroDataModule,
@@ -158,7 +157,7 @@ def test_a_key_like_no_other_gets_the_valid_ones():
     assert err == "error: unknown key model.policy.lora.r; LoraSettings takes rank, alpha, target_modules\n"
     _, err, code = output_of("fit", "--foo", "4")
     assert code == 2 and err.startswith("error: unknown key foo; the top level takes ") and " trainer" in err
-    _, err, code = output_of("inspect", "buffer")
+    _, err, code = output_of("rollout", "buffer")
     assert code == 2 and err.startswith(
         "error: unexpected buffer; values are given by name, as in --key value"
     )
@@ -357,3 +356,87 @@ def test_senseless_settings_are_refused(key, value, said, tmp_path):
         out, err, code = output_of("fit", "--config", path)
         raise AssertionError(err)
     assert said in str(caught.value)
+
+
+# ---------------------------------------------------------------------- paths, and the settings of a run
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("fit", "--run_dir=~/x"),
+        ("fit", "--run_dir", "~/x"),
+        ("fit", "--ckpt_path=~/x"),
+        ("fit", "--data.train.path=~/x"),
+        ("fit", "--data.validation.path=~/x"),
+        ("fit", "--data.sources", '[{"paths": ["~/x"]}]'),
+        ("fit", "--model.policy.path=~/x"),
+        ("fit", "--trainer.default_root_dir=~/x"),
+        ("doctor", "--model_config=~/x"),
+        ("rollout", "--out=~/x"),
+        ("rollout", "--follow=~/x"),
+        ("rollout", "--prompts.path=~/x"),
+        ("annotate", "--out=a", "--buffer=~/x"),
+        ("annotate", "--buffer=a", "--out=~/x"),
+        ("inspect", "~/x"),
+        ("inspect", "--tokenizer=~/x", "--buffer=a"),
+        ("export", "--out=a", "--ckpt=~/x"),
+        ("export", "--ckpt=a", "--out=~/x"),
+    ],
+    ids=" ".join,
+)
+def test_every_path_setting_expands_the_home_folder_in_flags_and_files(args, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of-somebody")
+    out, err, code = output_of(*args, "--print_config")
+    assert code == 0, err
+    path = tmp_path / "again.yaml"
+    path.write_text(out)
+    again, err, code = output_of(args[0], "--config", path, "--print_config")
+    assert code == 0, err
+    for text in (out, again):
+        assert "/home/of-somebody/x" in text and "~" not in text
+
+
+def test_a_config_file_is_found_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text("data: {batch_size: 3}")
+    assert printed_config("--config=~/a.yaml")["data"]["batch_size"] == 3
+    (tmp_path / "a.yaml").write_text("data: {bach_size: 3}")
+    assert f"({tmp_path}/a.yaml:1)" in output_of("fit", "--config=~/a.yaml")[1]
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A run's folder as `fit` leaves it, with settings that are not the quick start's."""
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    config = {
+        "model": {"policy": {"path": "quickstart", "lora": {"rank": 2}}, "max_tokens": 77},
+        "data": {"sampling": {"temperature": 0.5, "max_new_tokens": 7}, "train": {"max_prompt_tokens": 9}},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.mark.parametrize("named", ["--run_dir={}", "--ckpt_path={}/checkpoints/last.ckpt"])
+def test_validate_reads_the_settings_of_the_run(run_folder, named):
+    given = named.format(run_folder)
+    out, err, code = output_of("validate", given, "--print_config")
+    assert code == 0, err
+    found = yaml.safe_load(out)
+    assert found["data"]["sampling"]["temperature"] == 0.5 and found["model"]["policy"]["lora"]["rank"] == 2
+    out, _, _ = output_of("validate", given, "--data.sampling.temperature", "0.7", "--print_config")
+    assert yaml.safe_load(out)["data"]["sampling"]["temperature"] == 0.7
+    own = output_of("validate", given, "--config", CONFIGS / "quickstart.yaml", "--print_config")
+    assert yaml.safe_load(own[0])["data"]["sampling"]["temperature"] == 1.0
+
+
+def test_annotate_and_inspect_read_the_settings_of_a_run(run_folder):
+    out, err, code = output_of("annotate", "--buffer=a", "--out=b", "--run_dir", run_folder, "--print_config")
+    assert code == 0, err
+    found = yaml.safe_load(out)
+    assert (found["temperature"], found["max_tokens"], found["policy"]["lora"]) == (0.5, 77, None)
+    out, err, code = output_of("inspect", "a", "--run_dir", run_folder, "--print_config")
+    assert code == 0 and yaml.safe_load(out)["max_prompt_tokens"] == 9, err
+    _, err, code = output_of("inspect", "a", "--run_dir", "no/run")
+    assert code == 2 and err.startswith("error: no/run/config.yaml does not exist") and err.count("\n") == 1

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from agro_lightning.commands.cli_errors import explained
-from agro_lightning.commands.fit import AgroCLI, AgroDataModule, AgroModule, AgroParser
+from agro_lightning.commands.fit import AgroCLI, AgroDataModule, AgroModule
+from agro_lightning.commands.parser import AgroParser
 from agro_lightning.commands.rollout import rollout
 
 FIT = {
@@ -61,6 +61,10 @@ class _Built(Exception):
 
 @pytest.fixture(scope="module")
 def parsers():
+    return build_parsers()
+
+
+def build_parsers():
     """The parsers of `fit` and `rollout`, as the command line builds them."""
     built = {}
 
@@ -83,8 +87,7 @@ def outcome(parsers, command: str, text: str, folder: Path) -> tuple[int, str]:
     path.write_text(text, encoding="utf-8")
     args = ["--config", str(path)]
     args = ["fit", *args] if command == "fit" else args
-    said, argv = io.StringIO(), sys.argv
-    sys.argv = ["agro_lightning", *args]
+    said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             config = parsers[command].parse_args(args)
@@ -93,8 +96,6 @@ def outcome(parsers, command: str, text: str, folder: Path) -> tuple[int, str]:
     except SystemExit as stopped:
         assert isinstance(stopped.code, int)
         return stopped.code, said.getvalue()
-    finally:
-        sys.argv = argv
     return 0, said.getvalue()
 
 

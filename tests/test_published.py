@@ -14,11 +14,11 @@ from agro_lightning.models.policy import Policy
 from agro_lightning.models.pretrained import load_tokenizer
 from agro_lightning.rollout.weight_sync import (
     RunFacts,
-    load_published_policy,
-    load_published_weights,
-    newest_publication,
-    publish,
-    wait_for_publication,
+    load_policy,
+    load_weights,
+    newest_weights,
+    publish_weights,
+    wait_for_weights,
     whole_weights,
 )
 from agro_lightning.training.callbacks.publish import PublishWeights
@@ -28,7 +28,7 @@ FACTS = RunFacts(temperature=0.7, group_size=4, groups_per_step=8)
 
 def put(run_dir: Path, policy: Policy, version: int, **changes) -> Path:
     tokenizer = load_tokenizer("quickstart")
-    return publish(
+    return publish_weights(
         run_dir, policy, whole_weights(policy), tokenizer, policy_version=version, facts=FACTS, **changes
     )
 
@@ -56,10 +56,10 @@ def test_published_weights_load_as_any_model_folder_does(tmp_path, folders):
     policy = Policy(PolicySettings(path=str(folders[0])))
     folder = put(tmp_path, policy, 12)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(policy))
-    found = newest_publication(tmp_path)
+    found = newest_weights(tmp_path)
     assert found is not None
     assert (found.folder, found.policy_version, found.final, found.facts) == (folder, 12, False, FACTS)
-    loaded, tokenizer = load_published_policy(found, PolicySettings())
+    loaded, tokenizer = load_policy(found, PolicySettings())
     assert torch.equal(logits(loaded), logits(policy)) and loaded.temperature == 0.7
     assert tokenizer.get_vocab() == load_tokenizer("quickstart").get_vocab()
 
@@ -68,9 +68,9 @@ def test_new_weights_replace_those_of_a_policy_in_place(tmp_path, folders):
     first, second = (Policy(PolicySettings(path=str(folder))) for folder in folders)
     put(tmp_path, second, 1)
     tensors = [parameter.data_ptr() for parameter in first.parameters()]
-    found = newest_publication(tmp_path)
+    found = newest_weights(tmp_path)
     assert found is not None and not torch.equal(logits(first), logits(second))
-    load_published_weights(found, first)
+    load_weights(found, first)
     assert torch.equal(logits(first), logits(second))
     assert [parameter.data_ptr() for parameter in first.parameters()] == tensors
 
@@ -106,40 +106,40 @@ def test_a_run_that_goes_back_withdraws_what_it_published_since(tmp_path, folder
     first, second = (Policy(PolicySettings(path=str(folder))) for folder in folders)
     for version in (4, 6, 8):
         put(tmp_path, first, version)
-    lost = newest_publication(tmp_path)
+    lost = newest_weights(tmp_path)
     put(tmp_path, second, 6)
-    found = newest_publication(tmp_path)
+    found = newest_weights(tmp_path)
     assert found is not None and found.policy_version == 6 and found != lost
-    load_published_weights(found, first)
+    load_weights(found, first)
     assert torch.equal(logits(first), logits(second))
 
 
 def test_weights_that_vanish_while_they_are_read_are_told_from_broken_ones(tmp_path, folders):
     policy = Policy(PolicySettings(path=str(folders[0])))
     folder = put(tmp_path, policy, 1)
-    found = newest_publication(tmp_path)
+    found = newest_weights(tmp_path)
     assert found is not None
     (folder / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(Exception) as broken:
-        load_published_weights(found, policy)
+        load_weights(found, policy)
     assert "was withdrawn" not in str(broken.value)
     shutil.rmtree(folder)
     with pytest.raises(FileNotFoundError, match="was withdrawn while it was being read"):
-        load_published_weights(found, policy)
+        load_weights(found, policy)
     with pytest.raises(FileNotFoundError, match="was withdrawn while it was being read"):
-        load_published_policy(replace(found, folder=tmp_path / "gone"), PolicySettings())
+        load_policy(replace(found, folder=tmp_path / "gone"), PolicySettings())
 
 
 def test_a_folder_that_no_run_published_is_named(tmp_path):
     (tmp_path / "weights" / "version-00000001").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"version-00000001 has no publication.json"):
-        newest_publication(tmp_path)
+        newest_weights(tmp_path)
 
 
 def test_waiting_for_weights_ends_with_an_error_that_names_the_folder(tmp_path):
-    assert newest_publication(tmp_path) is None
+    assert newest_weights(tmp_path) is None
     with pytest.raises(TimeoutError, match=f"{tmp_path / 'weights'} within 0.1 s"):
-        wait_for_publication(tmp_path, 0.1)
+        wait_for_weights(tmp_path, 0.1)
 
 
 @pytest.mark.parametrize(("options", "message"), [({"every": 0}, "every is 0"), ({"keep": 1}, "keep is 1")])

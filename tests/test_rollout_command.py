@@ -10,15 +10,16 @@ import pytest
 from forked import start
 
 from agro_lightning.commands.main import main
-from agro_lightning.commands.rollout import choose_device, rollout
+from agro_lightning.commands.rollout import rollout
 from agro_lightning.data.prompts.dataset import PromptSettings
 from agro_lightning.models.config import PolicySettings
 from agro_lightning.models.policy import Policy
 from agro_lightning.models.pretrained import load_tokenizer
+from agro_lightning.primitives.device import choose_device
 from agro_lightning.rewards import ExactMatch, PythonReward
 from agro_lightning.rollout import Sampling
-from agro_lightning.rollout.output_files import Parts, Shard, claim_folder
-from agro_lightning.rollout.weight_sync import RunFacts, publish, whole_weights
+from agro_lightning.rollout.output_files import OutputFiles, WorkerShare, claim_folder
+from agro_lightning.rollout.weight_sync import RunFacts, publish_weights, whole_weights
 
 FACTS = RunFacts(temperature=1.0, group_size=3, groups_per_step=4)
 
@@ -178,7 +179,7 @@ def policy():
 def put(run_dir: Path, policy: Policy, version: int, **changes) -> Path:
     facts = replace(FACTS, **changes.pop("facts", {}))
     tokenizer = load_tokenizer("quickstart")
-    return publish(
+    return publish_weights(
         run_dir, policy, whole_weights(policy), tokenizer, policy_version=version, facts=facts, **changes
     )
 
@@ -261,9 +262,9 @@ def test_a_follower_answers_prompts_in_another_order_each_time_round(tmp_path, p
 
 
 def test_parts_cover_every_group_once_whatever_the_number_of_shards(tmp_path):
-    parts = Parts(folder=tmp_path, prompts=None, size=4, groups=22, seed=0, shuffle=False)  # type: ignore[arg-type]
+    parts = OutputFiles(folder=tmp_path, prompts=None, size=4, groups=22, seed=0, shuffle=False)  # type: ignore[arg-type]
     for count in (1, 2, 3, 7):
-        shards = [Shard(index=i, count=count) for i in range(count)]
+        shards = [WorkerShare(index=i, count=count) for i in range(count)]
         assert sorted(part for shard in shards for part in parts.missing(shard)) == list(range(6))
         assert sum(parts.count(shard) or 0 for shard in shards) == 6
 

@@ -11,7 +11,6 @@ from typing import Literal
 import pyarrow.parquet as pq
 import torch
 
-from agro_lightning.commands.rollout import choose_device
 from agro_lightning.data.buffer.buffer import RolloutBuffer
 from agro_lightning.data.buffer.files import RowFile, offline_paths
 from agro_lightning.data.buffer.group_plan import runs
@@ -21,7 +20,8 @@ from agro_lightning.models.head_check import check_logprobs
 from agro_lightning.models.policy import Policy
 from agro_lightning.models.pretrained import load_tokenizer
 from agro_lightning.models.reference import FrozenReference, with_ref_logprobs
-from agro_lightning.rollout.output_files import Shard, claim_folder
+from agro_lightning.primitives.device import choose_device
+from agro_lightning.rollout.output_files import WorkerShare, claim_folder
 from agro_lightning.types import PromptGroup
 
 SETTINGS_FILE = "_annotate.json"
@@ -66,7 +66,7 @@ def annotate(
     for name, value in (("max_tokens", max_tokens), ("rows_per_file", rows_per_file)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
-    mine, target = Shard.parse(shard), Path(out)
+    mine, target = WorkerShare.parse(shard), Path(out)
     if policy.lora is not None:
         raise ValueError("annotate takes the reference without adapters; leave policy.lora out")
     place = choose_device(device)

@@ -8,10 +8,12 @@ import logging
 import pydoc
 import re
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import yaml
@@ -29,45 +31,69 @@ CLASSES = {
 """Where the classes are that keys of this name may have as their values."""
 RENAMED = {"model.sharding.param_dtype": "model.policy.compute_dtype"}
 """Keys of earlier versions, and what they are called now."""
+_KEY = re.compile(r"(?:Parser key|Key|key) ['\"]([\w.]+)['\"]")
+
+
+_command_line: ContextVar[list[str] | None] = ContextVar("command_line", default=None)
+
+
+@contextmanager
+def command_line(args: list[str]) -> Iterator[bool]:
+    """Notes the arguments that are being parsed, for errors to find config files in; yields False inside of
+    another such block, which changes nothing."""
+    if _command_line.get() is not None:
+        yield False
+        return
+    token = _command_line.set(args)
+    try:
+        yield True
+    finally:
+        _command_line.reset(token)
 
 
 @contextmanager
 def explained(*, building: bool = False) -> Iterator[None]:
-    """Turns errors that are meant for the user into one line; bugs keep their traceback.
+    """Turns errors into one line.
 
-    The exit code is 2 where the configuration or the data are wrong, 1 where a run failed.
+    The exit code is 2 where the configuration or the data are wrong, 1 where a run failed. The traceback of
+    an error that no check of this project foresaw goes to a file, which the line names.
 
     Args:
         building: objects are being built from the configuration, so that whatever goes wrong lies there.
-            Otherwise an error is meant for the user when this project's code raised it.
     """
-    meant = Exception if building else (ValueError, OSError, ImportError, RuntimeError)
     try:
         yield
-    except meant as error:
-        if not building and not _raised_here(error.__traceback__):
-            raise
+    except Exception as error:
         log.debug("the error that is about to be explained", exc_info=True)
         known = isinstance(error, (ValueError, OSError, ImportError, RuntimeError))
-        name = "" if known else f"{type(error).__name__}: "
-        sys.stderr.write(f"error: {name}{' '.join(str(error).split())}\n")
+        words = " ".join(str(error).split()) or type(error).__name__
+        words = words if known else f"{type(error).__name__}: {words}"
+        if not building and not isinstance(error, OSError) and not (known and _raised_here(error)):
+            words += f". The traceback is in {_keep_traceback()}"
+        sys.stderr.write(f"error: {words}\n")
         raise SystemExit(2 if building or isinstance(error, ValueError) else 1) from None
 
 
-def _raised_here(trace: TracebackType | None) -> bool:
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith(PACKAGES)
+def _raised_here(error: BaseException) -> bool:
+    """Whether this project's code raised it, knowing what to say."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].startswith(PACKAGES)
 
 
-def explain(message: str, parser: Any, args: list[str]) -> str:
+def _keep_traceback() -> str:
+    with tempfile.NamedTemporaryFile("w", prefix="agro-lightning-", suffix=".txt", delete=False) as file:
+        traceback.print_exc(file=file)
+    return file.name
+
+
+def explain(message: str, parser: Any) -> str:
     """One line for the user.
 
     Args:
         message: what the parser complained of, maybe many lines.
         parser: whose keys are valid.
-        args: the command line, in which the config files are named.
     """
+    args = _command_line.get() or []
     if said := _wrong_class(message, args):
         return said
     valid = valid_keys(parser)
@@ -77,7 +103,8 @@ def explain(message: str, parser: Any, args: list[str]) -> str:
     if place := re.search(r"[Uu]nrecognized arguments: ([^-].*)", message):
         return f"unexpected {place[1]}; values are given by name, as in --key value (--help lists the keys)"
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return _shorter(" ".join(lines))[:600] + _where_value(message, args)
+    key = _KEY.search(message)
+    return _shorter(" ".join(lines))[:600] + (_where(key[1], args) if key else "")
 
 
 def unknown_section(parser: Any, args: list[str]) -> str | None:
@@ -110,7 +137,7 @@ def unknown_section(parser: Any, args: list[str]) -> str | None:
 
 def _wrong_class(message: str, args: list[str]) -> str | None:
     """What to say of a class that does not exist, or of an option that a class does not have."""
-    key = re.search(r"(?:Parser key|Key|key) ['\"]([\w.]+)['\"]", message)
+    key = _KEY.search(message)
     if key is None:
         return None
     option = re.search(r"given class_path '([\w.]+)':\s*Option '(\w+)' is not accepted", message)
@@ -243,7 +270,7 @@ def _nearest(key: str, valid: set[str]) -> str | None:
 def _config_files(args: list[str]) -> list[Path]:
     paths = [args[i + 1] for i, arg in enumerate(args[:-1]) if arg in ("--config", "-c")]
     paths += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
-    return [Path(path) for path in paths if Path(path).is_file()]
+    return [path for path in (Path(path).expanduser() for path in paths) if path.is_file()]
 
 
 def _where(key: str, args: list[str]) -> str:
@@ -276,8 +303,3 @@ def _line_of(node: Any, path: list[str]) -> int | None:
         if name.value == "init_args" and (line := _line_of(value, path)) is not None:
             return line
     return None
-
-
-def _where_value(message: str, args: list[str]) -> str:
-    key = re.search(r"(?:Parser key|Key|key) ['\"]([\w.]+)['\"]", message)
-    return _where(key[1], args) if key else ""

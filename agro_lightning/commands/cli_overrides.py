@@ -27,8 +27,9 @@ def replace_whole_values(parser: argparse.ArgumentParser) -> None:
         parser: its actions, and those of its subcommands, are changed.
     """
     for action in parser._actions:
-        if hasattr(action, "_check_type"):
-            action._check_type = _replacing(action, action._check_type)  # type: ignore[attr-defined]
+        check = getattr(action, "_check_type", None)
+        if check is not None and not hasattr(check, "__wrapped__"):
+            action._check_type = _replacing(action, check)  # type: ignore[attr-defined]
         choices = getattr(action, "choices", None)
         for inner in choices.values() if isinstance(choices, dict) else ():
             if isinstance(inner, argparse.ArgumentParser):

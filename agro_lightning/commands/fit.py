@@ -1,25 +1,18 @@
 """`fit` and `validate`: LightningCLI with the run folder, loggers, callbacks and checkpoints of every run."""
 
-import os
-import sys
 from pathlib import Path
-from typing import Any, NoReturn
-
-os.environ.setdefault(
-    "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
-)  # Lightning still calls jsonargparse's older names
+from typing import Any
 
 import lightning as L
-from docstring_parser import DocstringStyle
-from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from agro_lightning.checkpoints.single_file import DurableCheckpointIO
-from agro_lightning.commands.cli_errors import explain, explained, unknown_section
-from agro_lightning.commands.cli_overrides import replace_whole_values
+from agro_lightning.commands.cli_errors import explained
 from agro_lightning.commands.defaults import DATA_DEFAULTS, TRAINER_DEFAULTS
+from agro_lightning.commands.parser import PROGRAM, AgroParser
+from agro_lightning.commands.run_settings import config_of_checkpoint
 from agro_lightning.distributed.launch import (
     check_nodes,
     number_of_ranks,
@@ -38,26 +31,7 @@ from agro_lightning.training.datamodule import AgroDataModule
 from agro_lightning.training.module import AgroModule
 from agro_lightning.training.strategy import Sharded
 
-set_parsing_settings(docstring_parse_style=DocstringStyle.GOOGLE, docstring_parse_attribute_docstrings=True)
-
-PROGRAM = "python -m agro_lightning"
-TRAINING_COMMANDS = {
-    "fit": "Train. Without --config it trains the quick start that ships with the package.",
-    "validate": "Measure accuracy on the validation prompts.",
-}
-
-
-class AgroParser(LightningArgumentParser):
-    """Says what is wrong in one line, with the nearest valid key, and exits with 2."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if (
-            not self.exit_on_error
-        ):  # jsonargparse tries alternatives with inner parsers, and needs their errors
-            super().error(message, ex)
-        parser = getattr(ex, "subcommand_parser", None) or self
-        sys.stderr.write(f"error: {explain(message, parser, sys.argv[1:])}\n")
-        raise SystemExit(2)
+TRAINING_COMMANDS = ("fit", "validate")
 
 
 class AgroCLI(LightningCLI):
@@ -69,10 +43,9 @@ class AgroCLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        if wrong := unknown_section(parser, sys.argv[1:]):
-            parser.error(wrong)
-        replace_whole_values(parser)
-        super().parse_arguments(parser, args)
+        """Without Lightning's warning that a list of arguments is no command line."""
+        self.args = args
+        self.config = parser.parse_args(args)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -172,16 +145,28 @@ def loggers(
     return [*given, MetricsFile(folder)] if fitting else given
 
 
-def run_training() -> None:
-    """Parses the command line of `fit` or `validate` and runs it."""
+def fit(args: list[str]) -> None:
+    """Train. Without --config it trains the quick start that ships with the package."""
+    _train("fit", args)
+
+
+def validate(args: list[str]) -> None:
+    """Measure accuracy on the validation prompts; of a run's checkpoint, with the run's settings."""
+    _train("validate", [*config_of_checkpoint(args), *args])
+
+
+def _train(command: str, args: list[str]) -> None:
     hide_advice()
     AgroCLI(
         AgroModule,
         AgroDataModule,
+        args=[command, *args],
         save_config_callback=RunConfig,
         save_config_kwargs={"save_to_log_dir": False},
         trainer_defaults=TRAINER_DEFAULTS,
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        parser_kwargs={name: {"description": text} for name, text in TRAINING_COMMANDS.items()},
+        parser_kwargs={
+            function.__name__: {"description": function.__doc__ or ""} for function in (fit, validate)
+        },
     )

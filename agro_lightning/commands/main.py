@@ -1,99 +1,105 @@
-"""The command line: `fit` and `validate` are LightningCLI's, the other commands plain functions."""
+"""The command line: one table of commands, each a function."""
 
+import difflib
+import json
 import sys
 from collections.abc import Callable
-from inspect import signature
+from importlib import import_module
+from inspect import getdoc, signature
 from typing import Any
 
-from agro_lightning.commands.cli_errors import explained
-from agro_lightning.commands.cli_overrides import replace_whole_values
-from agro_lightning.commands.defaults import DATA_DEFAULTS
-from agro_lightning.commands.fit import PROGRAM, TRAINING_COMMANDS, AgroParser, run_training
-
-DOCTOR = "Check a configuration before a long run; estimate memory and communication of many ranks."
-
-
-def _commands() -> dict[str, tuple[str, Callable[[], Callable[..., Any]]]]:
-    """The commands besides training: what each does, and how to import it."""
-
-    def export() -> Callable[..., Any]:
-        from agro_lightning.checkpoints.export import export
-
-        return export
-
-    def inspect() -> Callable[..., Any]:
-        from agro_lightning.commands.inspect import inspect
-
-        return inspect
-
-    def annotate() -> Callable[..., Any]:
-        from agro_lightning.commands.annotate import annotate
-
-        return annotate
-
-    def rollout() -> Callable[..., Any]:
-        from agro_lightning.commands.rollout import rollout
-
-        return rollout
-
-    return {
-        "rollout": ("Sample and score completions into a buffer, or for a run that is training.", rollout),
-        "annotate": ("Cache a reference's log-probs in a copy of a buffer.", annotate),
-        "inspect": ("Show what is in a buffer.", inspect),
-        "export": ("Turn a checkpoint into a folder that from_pretrained loads.", export),
-    }
+PROGRAM = "python -m agro_lightning"
+COMMANDS = {
+    "fit": ("commands.fit:fit", "Train; without --config, the quick start that ships with the package."),
+    "validate": ("commands.fit:validate", "Measure accuracy on the validation prompts."),
+    "doctor": ("commands.doctor.command:doctor", "Check a configuration before a long run; estimate memory."),
+    "rollout": ("commands.rollout:rollout", "Sample and score completions into a buffer, or for a run."),
+    "annotate": ("commands.annotate:annotate", "Cache a reference's log-probs in a copy of a buffer."),
+    "inspect": ("commands.inspect:inspect", "Show what is in a buffer."),
+    "export": ("checkpoints.export:export", "Turn a checkpoint into a folder that from_pretrained loads."),
+}
+"""Name -> (module and function below agro_lightning, what it does). A function of `args` reads the rest of
+the command line itself; another one gets its parameters from there."""
+POSITIONAL = {"inspect": "buffer", "export": "ckpt"}
+"""The option that words without a name are the values of."""
+OF_RUN = {
+    "annotate": {
+        "policy": "model.policy",
+        "temperature": "data.sampling.temperature",
+        "max_tokens": "model.max_tokens",
+    },
+    "inspect": {
+        "tokenizer": "model.policy.path",
+        "trust_remote_code": "model.policy.trust_remote_code",
+        "max_prompt_tokens": "data.train.max_prompt_tokens",
+    },
+}
+"""Commands that take --run_dir: which options default to which settings of that run."""
 
 
 def main(args: list[str] | None = None) -> None:
     """`python -m agro_lightning COMMAND ...`"""
-    if args is not None:
-        sys.argv = ["agro_lightning", *args]  # LightningCLI wants to read the command line itself
-    args = sys.argv[1:]
-    commands = _commands()
+    args = sys.argv[1:] if args is None else args
     if not args or args[0] in ("-h", "--help"):
-        lines = [f"  {name:<10} {text}" for name, text in TRAINING_COMMANDS.items()]
-        lines += [f"  {'doctor':<10} {DOCTOR}"]
-        lines += [f"  {name:<10} {text}" for name, (text, _) in commands.items()]
+        lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
         print(f"usage: {PROGRAM} COMMAND [--help]\n\n" + "\n".join(lines))
         raise SystemExit(0 if args else 2)
-    if args[0] == "doctor":
-        from agro_lightning.commands.doctor.command import doctor
-
-        doctor(args[1:])
-        return
-    if args[0] in commands:
-        _run_command(args[0], commands[args[0]][1](), args[1:])
-        return
-    if args[0] not in TRAINING_COMMANDS:
-        sys.stderr.write(f"error: {explain_command(args, [*TRAINING_COMMANDS, 'doctor', *commands])}\n")
+    if args[0] not in COMMANDS:
+        sys.stderr.write(f"error: {_explain_command(args)}\n")
         raise SystemExit(2)
-    run_training()
+    module, _, function = COMMANDS[args[0]][0].partition(":")
+    run = getattr(import_module(f"agro_lightning.{module}"), function)
+    if list(signature(run).parameters) == ["args"]:
+        run(args[1:])
+    else:
+        _call(args[0], run, args[1:])
 
 
-def _run_command(name: str, function: Callable[..., Any], args: list[str]) -> None:
+def _call(name: str, function: Callable[..., Any], args: list[str]) -> None:
     """Calls a plain function with what the command line and config files say."""
-    summary = (function.__doc__ or "").partition("\n\n    Args:")[0]
+    from agro_lightning.commands.cli_errors import explained
+    from agro_lightning.commands.defaults import DATA_DEFAULTS
+    from agro_lightning.commands.parser import AgroParser
+    from agro_lightning.commands.run_settings import run_defaults, values_of
+
+    summary = (getdoc(function) or "").partition("\n\nArgs:")[0]
     parser = AgroParser(prog=f"{PROGRAM} {name}", description=" ".join(summary.split()))
     parser.add_argument("-c", "--config", action="config", help="A YAML file with any of these keys.")
     parser.add_function_arguments(function, as_group=False, fail_untyped=True)
     # the parser can print what it has built itself, and not an object that is a parameter's default
     keys = signature(function).parameters.keys() & {"rewards", "engine"}
     parser.set_defaults({key: DATA_DEFAULTS[key] for key in keys})
-    replace_whole_values(parser)
+    args = _named(name, args)
+    if name in OF_RUN:
+        help_ = f"Folder of a run, whose settings are the defaults of {', '.join(OF_RUN[name])}."
+        parser.add_argument("--run_dir", type=str | None, default=None, help=help_)
+        for run_dir in values_of(args, "--run_dir")[-1:]:
+            with explained(building=True):
+                found = run_defaults(run_dir, OF_RUN[name])
+                found.get("policy", {}).pop("lora", None)  # the model that the run started from
+                parser.set_defaults(found)
     config = parser.parse_args(args)
     with explained(building=True):
         arguments = parser.instantiate_classes(config)
-    del arguments["config"]
+    for key in ("config", "run_dir"):
+        arguments.pop(key, None)
     with explained():
         function(**arguments)
 
 
-def explain_command(args: list[str], commands: list[str]) -> str:
-    """What to say where the first word is no command."""
-    import difflib
+def _named(command: str, args: list[str]) -> list[str]:
+    """The arguments with leading words as the value of the command's main option."""
+    count = next((index for index, arg in enumerate(args) if arg.startswith("-")), len(args))
+    words = args[:count]
+    if not words or command not in POSITIONAL:
+        return args
+    return [f"--{POSITIONAL[command]}", words[0] if count == 1 else json.dumps(words), *args[count:]]
 
+
+def _explain_command(args: list[str]) -> str:
+    """What to say where the first word is no command."""
     if args[0].startswith("-"):
         return f"{args[0]} stands before the command; write: {PROGRAM} fit {' '.join(args)}"
-    near = difflib.get_close_matches(args[0], commands, n=1)
+    near = difflib.get_close_matches(args[0], COMMANDS, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    return f"unknown command {args[0]!r}.{hint} Commands: {', '.join(commands)}"
+    return f"unknown command {args[0]!r}.{hint} Commands: {', '.join(COMMANDS)}"

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.data.buffer.schema import tokenizer_id
@@ -20,11 +19,12 @@ from agro_lightning.models.policy import Policy
 from agro_lightning.models.pretrained import load_tokenizer
 from agro_lightning.models.reference import weights_hash
 from agro_lightning.primitives.atomic_files import remove_temporaries
+from agro_lightning.primitives.device import choose_device
 from agro_lightning.rewards import ExactMatch, Reward, RewardSet
 from agro_lightning.rollout import AutoEngine, RolloutEngine, Sampling
 from agro_lightning.rollout.collect import RolloutReport, rollout_groups
 from agro_lightning.rollout.follow_run import FollowedRun
-from agro_lightning.rollout.output_files import Parts, Shard, claim_folder
+from agro_lightning.rollout.output_files import OutputFiles, WorkerShare, claim_folder
 from agro_lightning.types import PromptGroup
 
 
@@ -89,7 +89,7 @@ def rollout(
             raise ValueError(f"{name} is {value}; it must be at least {least}")
     if temperature is not None:
         sampling = replace(sampling, temperature=temperature)
-    mine = Shard.parse(shard)
+    mine = WorkerShare.parse(shard)
     folder = Path(out) if out is not None else Path(str(follow)) / "stream"
     size = groups_per_file or (64 if follow is None else 8)
     run = None
@@ -106,8 +106,10 @@ def rollout(
     model.to(placed := choose_device(device))
     data = PromptDataset(prompts, tokenizer=tokenizer, on_bad_row=on_bad_row, vocab_size=model.vocab_size)
     total = groups if run or groups else len(data)
-    parts = Parts(folder=folder, prompts=data, size=size, groups=total, seed=seed, shuffle=run is not None)
-    completions = n or (run.publication.facts.group_size if run else 8)
+    parts = OutputFiles(
+        folder=folder, prompts=data, size=size, groups=total, seed=seed, shuffle=run is not None
+    )
+    completions = n or (run.weights.facts.group_size if run else 8)
     scorer = RewardSet(list(rewards), max_failure_fraction=max_failure_fraction)
     scorer.place(0, 1, str(placed))
     claim_folder(
@@ -132,32 +134,13 @@ def rollout(
         scorer.close()
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the GPU if there is one.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device is {name!r}; it must be auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device is {name!r}, but this machine shows {torch.cuda.device_count()} GPUs to torch"
-        )
-    return device
-
-
 def _policy(
     settings: PolicySettings, run: FollowedRun | None, sampling: Sampling
 ) -> tuple[Policy, PreTrainedTokenizerBase]:
     if run is None:
         policy = Policy(settings, temperature=sampling.temperature or 1.0)
         return policy, load_tokenizer(settings.path, trust_remote_code=settings.trust_remote_code)
-    wanted = run.publication.facts.temperature
+    wanted = run.weights.facts.temperature
     if sampling.temperature != wanted:
         raise ValueError(
             f"the run trains at data.sampling.temperature {wanted:g}, this command samples at "
@@ -178,7 +161,9 @@ class _Maker:
     n: int
     source: str
 
-    def make(self, parts: Parts, part: int, policy_version: int) -> tuple[list[PromptGroup], RolloutReport]:
+    def make(
+        self, parts: OutputFiles, part: int, policy_version: int
+    ) -> tuple[list[PromptGroup], RolloutReport]:
         return rollout_groups(
             self.engine,
             parts.prompts_of(part),
@@ -192,19 +177,19 @@ class _Maker:
         )
 
 
-def _fill(parts: Parts, shard: Shard, maker: _Maker, run: FollowedRun | None) -> None:
+def _fill(parts: OutputFiles, shard: WorkerShare, maker: _Maker, run: FollowedRun | None) -> None:
     """Makes this shard's missing files, one after another."""
     remove_temporaries(parts.folder)
     names = tokenizer_id(maker.tokenizer)
     tally = _Tally(total=parts.count(shard))
-    version = -1 if run is None else run.publication.policy_version
+    version = -1 if run is None else run.weights.policy_version
     maker.engine.update_weights(version)
     for part in parts.missing(shard):
         if run is not None:
             if not run.wait_for_room():
                 break
             if run.update(maker.policy):
-                version = run.publication.policy_version
+                version = run.weights.policy_version
                 maker.engine.update_weights(version)
         groups, report = maker.make(parts, part, version)
         if groups:

@@ -11,10 +11,10 @@ from agro_lightning.models.policy import Policy
 from agro_lightning.rollout.output_files import CommittedGroups
 from agro_lightning.rollout.weight_sync import (
     POLL_SECONDS,
-    load_published_policy,
-    load_published_weights,
-    newest_publication,
-    wait_for_publication,
+    load_policy,
+    load_weights,
+    newest_weights,
+    wait_for_weights,
 )
 
 
@@ -41,9 +41,9 @@ class FollowedRun:
         timeout_s: float,
     ) -> None:
         self.run_dir, self.folder, self.timeout_s = run_dir, folder, timeout_s
-        self.publication = wait_for_publication(run_dir, timeout_s)
+        self.weights = wait_for_weights(run_dir, timeout_s)
         in_flight = per_file * shards
-        step = self.publication.facts.groups_per_step
+        step = self.weights.facts.groups_per_step
         self.max_ahead = 2 * step + in_flight if max_ahead is None else max_ahead
         if self.max_ahead < step - 1 + in_flight:
             raise ValueError(
@@ -60,19 +60,19 @@ class FollowedRun:
         """The run's policy with its newest weights, and its tokenizer."""
         while True:
             try:
-                return load_published_policy(self.publication, settings)
+                return load_policy(self.weights, settings)
             except FileNotFoundError:  # newer weights took the place of these
-                self.publication = wait_for_publication(self.run_dir, self.timeout_s)
+                self.weights = wait_for_weights(self.run_dir, self.timeout_s)
 
     def update(self, policy: Policy) -> bool:
         """Loads the newest weights where they are not those that the policy has; says whether they were."""
-        while (found := newest_publication(self.run_dir)) not in (None, self.publication):
+        while (found := newest_weights(self.run_dir)) not in (None, self.weights):
             assert found is not None
             try:
-                load_published_weights(found, policy)
+                load_weights(found, policy)
             except FileNotFoundError:
                 continue
-            self.publication = found
+            self.weights = found
             return True
         return False
 
@@ -102,5 +102,5 @@ class FollowedRun:
         return False
 
     def _has_ended(self) -> bool:
-        newest = newest_publication(self.run_dir)
+        newest = newest_weights(self.run_dir)
         return newest is not None and newest.final

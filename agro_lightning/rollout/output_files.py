@@ -19,14 +19,14 @@ SETTINGS_FILE = "_rollout.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
+class WorkerShare:
     """This process's share of the files: every `count`-th, from `index` on."""
 
     index: int
     count: int
 
     @classmethod
-    def parse(cls, text: str) -> "Shard":
+    def parse(cls, text: str) -> "WorkerShare":
         """Reads "i/k". Raises ValueError for anything else, or unless 0 <= i < k."""
         match = re.fullmatch(r"(\d+)/(\d+)", text)
         if match is None or not int(match[1]) < int(match[2]):
@@ -37,7 +37,7 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
+class OutputFiles:
     """Numbers the files of one rollout. Which are done follows from the folder alone.
 
     Part p holds the groups p * size ... (p + 1) * size - 1 of the rollout; group g answers prompt g of the
@@ -56,7 +56,7 @@ class Parts:
     def path(self, part: int) -> Path:
         return self.folder / f"part-{part:08d}.parquet"
 
-    def missing(self, shard: Shard) -> Iterator[int]:
+    def missing(self, shard: WorkerShare) -> Iterator[int]:
         """The parts that a shard has yet to make, each looked for when it is its turn."""
         part = shard.index
         while self.groups is None or part * self.size < self.groups:
@@ -64,7 +64,7 @@ class Parts:
                 yield part
             part += shard.count
 
-    def count(self, shard: Shard) -> int | None:
+    def count(self, shard: WorkerShare) -> int | None:
         """How many parts the shard has in all."""
         if self.groups is None:
             return None

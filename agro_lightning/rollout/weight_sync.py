@@ -1,5 +1,4 @@
-"""Published weights: how a run hands its policy to rollout processes, through folders that are whole or
-absent."""
+"""Weight sync: a run hands its policy to rollout processes through folders that are whole or absent."""
 
 import contextlib
 import json
@@ -15,13 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging as progress_bars
 
 from agro_lightning.checkpoints.export import build_model
 from agro_lightning.models.config import PolicySettings
 from agro_lightning.models.policy import Policy
 from agro_lightning.models.pretrained import load_lm, load_tokenizer
-from agro_lightning.primitives.atomic_files import sync_directory
+from agro_lightning.primitives.atomic_files import atomic_path
+from agro_lightning.primitives.quiet import without_progress_bars
 
 ABOUT_FILE = "publication.json"
 POLL_SECONDS = 0.2
@@ -38,7 +37,7 @@ class RunFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Publication:
+class WeightsVersion:
     """A folder with the policy's weights, config and tokenizer, as from_pretrained loads them."""
 
     folder: Path
@@ -47,40 +46,44 @@ class Publication:
     final: bool
     """Whether the run has ended with these weights."""
     published_at: int
-    """Nanoseconds since 1970; tells two publications of one version apart (after a restart of the run)."""
+    """Nanoseconds since 1970; tells two folders of one version apart (after a restart of the run)."""
     facts: RunFacts
 
 
 def weights_dir(run_dir: Path) -> Path:
-    """Where a run publishes its weights."""
+    """Where a run puts its weights."""
     return run_dir / "weights"
 
 
-def newest_publication(run_dir: Path) -> Publication | None:
-    """The publication with the highest policy version; None before the first.
+def newest_weights(run_dir: Path) -> WeightsVersion | None:
+    """The highest policy version; None before the first.
 
     Raises:
-        ValueError: a folder there was not written by `publish`.
+        ValueError: a folder there was not written by `publish_weights`.
     """
     for folder in sorted(weights_dir(run_dir).glob("version-*"), reverse=True):
         try:
             about = json.loads((folder / ABOUT_FILE).read_text())
+            return WeightsVersion(folder=folder, **{**about, "facts": RunFacts(**about["facts"])})
         except FileNotFoundError:
             if folder.exists():
                 raise ValueError(f"{folder} has no {ABOUT_FILE}; it was not published by a run") from None
             continue  # withdrawn since it was listed
-        return Publication(folder=folder, **{**about, "facts": RunFacts(**about["facts"])})
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(
+                f"{folder / ABOUT_FILE} is damaged; remove {folder}, and the run's next weights are used"
+            ) from None
     return None
 
 
-def wait_for_publication(run_dir: Path, timeout_s: float) -> Publication:
-    """The newest publication, as soon as there is one.
+def wait_for_weights(run_dir: Path, timeout_s: float) -> WeightsVersion:
+    """The newest weights, as soon as there are any.
 
     Raises:
         TimeoutError: none appeared; names the folder.
     """
     deadline = time.monotonic() + timeout_s
-    while (found := newest_publication(run_dir)) is None:
+    while (found := newest_weights(run_dir)) is None:
         if time.monotonic() >= deadline:
             raise TimeoutError(
                 f"no weights appeared in {weights_dir(run_dir)} within {timeout_s:g} s. Was the run "
@@ -90,56 +93,39 @@ def wait_for_publication(run_dir: Path, timeout_s: float) -> Publication:
     return found
 
 
-def load_published_policy(
-    found: Publication, settings: PolicySettings
-) -> tuple[Policy, PreTrainedTokenizerBase]:
-    """A policy with published weights, and its tokenizer.
+def load_policy(found: WeightsVersion, settings: PolicySettings) -> tuple[Policy, PreTrainedTokenizerBase]:
+    """A policy with a run's weights, and its tokenizer.
 
     Raises:
-        FileNotFoundError: it was withdrawn meanwhile; take the newest again.
+        FileNotFoundError: the folder was withdrawn meanwhile; take the newest again.
     """
     merged = replace(settings, path=str(found.folder), weights="pretrained", lora=None)
-    with _withdrawn(found), _without_progress_bars():
+    with _reading(found), without_progress_bars():
         return Policy(merged, temperature=found.facts.temperature), load_tokenizer(merged.path)
 
 
 @torch.no_grad()
-def load_published_weights(found: Publication, policy: Policy) -> None:
-    """Replaces the policy's weights by published ones, in place; all or none.
+def load_weights(found: WeightsVersion, policy: Policy) -> None:
+    """Replaces the policy's weights by a run's, in place; all or none.
 
     Raises:
-        FileNotFoundError: it was withdrawn meanwhile; take the newest again.
+        FileNotFoundError: the folder was withdrawn meanwhile; take the newest again.
     """
-    with _withdrawn(found), _without_progress_bars():
+    with _reading(found), without_progress_bars():
         fresh = load_lm(replace(policy.settings, path=str(found.folder)))
     for mine, theirs in zip(policy.base.parameters(), fresh.parameters(), strict=True):
         mine.copy_(theirs)
 
 
 @contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Weights come and go at every few steps; a bar for each would bury everything else."""
-    shown = progress_bars.is_progress_bar_enabled()
-    progress_bars.disable_progress_bar()
+def _reading(found: WeightsVersion) -> Iterator[None]:
+    """Turns whatever a loader says of a folder that vanishes under it into FileNotFoundError."""
     try:
         yield
-    finally:
-        if shown:
-            progress_bars.enable_progress_bar()
-
-
-class _withdrawn:
-    """Turns whatever a loader says of a folder that vanishes under it into FileNotFoundError."""
-
-    def __init__(self, found: Publication) -> None:
-        self.folder = found.folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not self.folder.exists():
-            raise FileNotFoundError(f"{self.folder} was withdrawn while it was being read") from error
+    except Exception as error:
+        if found.folder.exists():
+            raise
+        raise FileNotFoundError(f"{found.folder} was withdrawn while it was being read") from error
 
 
 def whole_weights(policy: Policy) -> dict[str, Tensor]:
@@ -156,7 +142,40 @@ def whole_weights(policy: Policy) -> dict[str, Tensor]:
     return out
 
 
-def publish(
+def write_policy(
+    folder: Path,
+    policy: Policy,
+    weights: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    untie: bool = False,
+) -> None:
+    """Writes a folder that from_pretrained loads, adapters merged.
+
+    Args:
+        folder: where to.
+        policy: gives config and adapter settings.
+        weights: see `whole_weights`.
+        tokenizer: the policy's.
+        untie: write the head as a tensor of its own, also where it is the embedding.
+    """
+    config, lora = policy.base.config, policy.settings.lora
+    if lora is not None:
+        weights = {name: value.clone() for name, value in weights.items()}
+    model = build_model(weights, {**config.to_dict(), "model_type": config.model_type}, lora)
+    if lora is not None:
+        model = model.merge_and_unload()
+    model.generation_config = policy.base.generation_config
+    if untie and config.tie_word_embeddings:
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+    with without_progress_bars():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def publish_weights(
     run_dir: Path,
     policy: Policy,
     weights: dict[str, Tensor],
@@ -167,62 +186,40 @@ def publish(
     final: bool = False,
     keep: int = 2,
 ) -> Path:
-    """Writes weights aside, syncs them, and gives the folder its name in one step; withdraws older ones.
+    """Writes a version of the weights, whole or not at all, and withdraws older ones.
 
-    A publication of the same version, or of a later one, stems from a life of the run that was lost: it is
-    withdrawn too.
+    The same version, or a later one, stems from a life of the run that was lost: it is withdrawn too.
 
     Args:
         run_dir: of the run.
         policy: whose config is published.
-        weights: see `whole_weights`; adapters are merged into a copy.
+        weights: see `whole_weights`.
         tokenizer: the policy's.
         policy_version: optimiser steps taken.
         facts: about the run.
         final: the run has ended.
-        keep: how many publications stay.
+        keep: how many versions stay.
 
     Returns:
         The folder.
     """
-    parent = weights_dir(run_dir)
-    parent.mkdir(parents=True, exist_ok=True)
-    target = parent / f"version-{policy_version:08d}"
-    aside = parent / f".{target.name}.{os.getpid()}-{time.monotonic_ns()}.partial"
-    config, lora = policy.base.config, policy.settings.lora
-    if lora is not None:
-        weights = {name: value.clone() for name, value in weights.items()}
-    model = build_model(weights, {**config.to_dict(), "model_type": config.model_type}, lora)
-    if lora is not None:
-        model = model.merge_and_unload()
-    model.generation_config = policy.base.generation_config
-    with _without_progress_bars():
-        model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    about = {
-        "policy_version": policy_version,
-        "final": final,
-        "published_at": time.time_ns(),
-        "facts": asdict(facts),
-    }
-    (aside / ABOUT_FILE).write_text(json.dumps(about))
-    for file in aside.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    sync_directory(aside)
-    present = sorted(parent.glob("version-*"))
-    for folder in present:
-        if folder.name >= target.name:
-            withdraw(folder)
-    os.rename(aside, target)
-    sync_directory(parent)
+    target = weights_dir(run_dir) / f"version-{policy_version:08d}"
+    about = {"policy_version": policy_version, "final": final, "published_at": time.time_ns()}
+    size = sum(value.nbytes for value in weights.values())
+    with atomic_path(target, needed=size) as aside:
+        write_policy(aside, policy, weights, tokenizer)
+        (aside / ABOUT_FILE).write_text(json.dumps({**about, "facts": asdict(facts)}))
+        present = sorted(target.parent.glob("version-*"))
+        for folder in present:
+            if folder.name >= target.name:
+                withdraw(folder)
     for folder in [folder for folder in present if folder.name < target.name][: -(keep - 1) or None]:
         withdraw(folder)
     return target
 
 
 def withdraw(folder: Path) -> None:
-    """Removes a publication; its name goes first, so that nobody finds half of it."""
+    """Removes a version; its name goes first, so that nobody finds half of it."""
     gone = folder.with_name(f".{folder.name}.{time.monotonic_ns()}.withdrawn")
     os.rename(folder, gone)
     shutil.rmtree(gone)

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.commands.doctor.dry_run import Builder, Runs
-from agro_lightning.commands.doctor.report import Checks, Problem
+from agro_lightning.commands.doctor.report import CheckFailed, Checks
 from agro_lightning.data.prompts.dataset import PromptDataset
 from agro_lightning.data.sources import Offline, Source
 from agro_lightning.models.pretrained import load_tokenizer
@@ -88,7 +88,7 @@ def _score_answers(prompts: PromptDataset, rewards: RewardSet) -> str:
     """The rewards of reference answers and of garbage.
 
     Raises:
-        Problem: one of them cannot be scored, or garbage is worth as much as an answer.
+        CheckFailed: one of them cannot be scored, or garbage is worth as much as an answer.
     """
     chosen = [prompts[i] for i in range(min(REWARDED_PROMPTS, len(prompts)))]
     asked = [prompt for prompt in chosen if prompt.answers]
@@ -110,7 +110,7 @@ def _score_answers(prompts: PromptDataset, rewards: RewardSet) -> str:
     shown = best.format(answer=asked[0].answers[0]).replace("\n", "⏎")
     words = f"{len(asked)} reference answers score {gold:g} on average (as {shown!r}), garbage {worth:g}"
     if not gold > worth:
-        raise Problem(
+        raise CheckFailed(
             f"{words}: a right answer must be worth more. Look at the rewards' `extract` and at "
             "data.train's answer column"
         )
@@ -120,7 +120,7 @@ def _score_answers(prompts: PromptDataset, rewards: RewardSet) -> str:
 def _raise_failure(scores: Sequence[Any]) -> None:
     failed = next((score for score in scores if score.failure is not None), None)
     if failed is not None:
-        raise Problem(f"a completion could not be scored ({failed.failure}): {failed.message}")
+        raise CheckFailed(f"a completion could not be scored ({failed.failure}): {failed.message}")
 
 
 def _mean(scores: Sequence[Any]) -> float:

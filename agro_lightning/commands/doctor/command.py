@@ -1,13 +1,12 @@
 """The command `doctor`: finds out in a minute what a long run would find out later."""
 
 import contextlib
-import logging
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from agro_lightning.commands.cli_errors import explained
 from agro_lightning.commands.defaults import TRAINER_DEFAULTS
@@ -23,8 +21,8 @@ from agro_lightning.commands.doctor.checks import ASSUMED_PROMPT_TOKENS, check_a
 from agro_lightning.commands.doctor.memory.estimate import Estimate, Workload, simulate
 from agro_lightning.commands.doctor.report import (
     GIB,
+    CheckFailed,
     Checks,
-    Problem,
     amount,
     memory_table,
     not_counted,
@@ -33,9 +31,12 @@ from agro_lightning.commands.doctor.report import (
 )
 from agro_lightning.commands.fit import AgroCLI
 from agro_lightning.distributed.launch import number_of_ranks, run_folder
+from agro_lightning.primitives.quiet import quiet
 from agro_lightning.training.datamodule import AgroDataModule
 from agro_lightning.training.module import AgroModule
 
+CHATTY = ("lightning", "lightning.pytorch", "lightning.fabric", "torch.distributed.tensor")
+"""Loggers that would speak between the lines of the report; what is wrong is raised."""
 DESCRIPTION = """Checks a configuration before a long run: batch arithmetic, rewards, memory, one sample with
 its mask, the engine's log-probs, and one real step with save, resume and export in a scratch folder. Takes
 what `fit` takes. Exit status 0 when all is well. With --simulate_ranks, memory and communication of so many
@@ -69,6 +70,7 @@ class DoctorCLI(AgroCLI):
         parser.add_argument(
             "--gpu_memory_gib", type=float, default=80.0, help="Memory of one GPU for --simulate_ranks."
         )
+        parser.add_argument("--json", type=bool, default=False, help="Print the report as one JSON object.")
 
     def instantiate_classes(self) -> None:
         self.model, self.datamodule, self.trainer_config = self.build()
@@ -102,10 +104,10 @@ class DoctorCLI(AgroCLI):
 
 def load(args: list[str]) -> DoctorCLI:
     """The configuration that the arguments give, without doing anything with it."""
-    sys.argv = ["agro_lightning", *map(_with_underscores, args)]  # LightningCLI reads the command line itself
     return DoctorCLI(
         AgroModule,
         AgroDataModule,
+        args=list(map(_with_underscores, args)),
         save_config_callback=None,
         trainer_defaults=TRAINER_DEFAULTS,
         seed_everything_default=0,
@@ -117,17 +119,16 @@ def load(args: list[str]) -> DoctorCLI:
 
 def doctor(args: list[str]) -> None:
     """Runs the command with its arguments; exits with 1 where a check failed."""
-    with quiet():
+    with quiet(*CHATTY):
         cli = load(args)
-        checks = Checks(rank())
+        checks = Checks(rank(), as_json=cli.get("json"))
         if cli.get("simulate_ranks") is not None:
             checks.run("memory", lambda: _simulated(cli, cli.get("simulate_ranks")))
         else:
             _examine(cli, checks)
+    checks.finish()
     if checks.failed:
-        checks.say(f"\n{len(checks.failed)} failed: {', '.join(checks.failed)}")
         raise SystemExit(1)
-    checks.say("\nall is well")
 
 
 def _with_underscores(arg: str) -> str:
@@ -140,27 +141,6 @@ def _with_underscores(arg: str) -> str:
 def rank() -> int:
     """This process's rank, as torchrun or srun says."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps the trainer's own chatter out of the report; what is wrong is raised."""
-    names = ("lightning", "lightning.pytorch", "lightning.fabric", "torch.distributed.tensor")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    bars = is_progress_bar_enabled()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        disable_progress_bar()
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            if bars:
-                enable_progress_bar()
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 def _examine(cli: DoctorCLI, checks: Checks) -> None:
@@ -199,7 +179,7 @@ def _here(cli: DoctorCLI, ranks: int, longest: int) -> str:
     """The memory table of the config on this machine.
 
     Raises:
-        Problem: the estimate is above what the device has.
+        CheckFailed: the estimate is above what the device has.
     """
     gpu = torch.cuda.is_available() and cli.trainer_config.get("accelerator") != "cpu"
     if gpu:
@@ -211,7 +191,7 @@ def _here(cli: DoctorCLI, ranks: int, longest: int) -> str:
         estimate = simulate(cli.model, workload)
     words, table = f"{totals(estimate)}; this {device} has {amount(has)}", memory_table(estimate)
     if estimate.peak > has:
-        raise Problem(f"{words}. {_advice(estimate)}", table)
+        raise CheckFailed(f"{words}. {_advice(estimate)}", table)
     return f"{words}\n{table}"
 
 
@@ -219,31 +199,31 @@ def _apart(cli: DoctorCLI, ranks: int, longest: int) -> str:
     """The memory table from a process of its own: torch remembers the meshes of simulated ranks.
 
     Raises:
-        Problem: the estimate is above the GPU's memory, or could not be made.
+        CheckFailed: the estimate is above the GPU's memory, or could not be made.
     """
     if rank() > 0:
         return "estimated by the first rank"
     ours = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC", "SLURM_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    command = [sys.executable, "-m", "agro_lightning", "doctor", *sys.argv[1:]]
+    command = [sys.executable, "-m", "agro_lightning", "doctor", *cli.args, "--json", "true"]
     command += ["--simulate_ranks", str(ranks), "--prompt_tokens", str(longest)]
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
         command += ["--gpu_memory_gib", str(memory / GIB)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    lines = done.stdout.rstrip().splitlines()
-    said = [line[22 if line.startswith(("ok ", "FAILED ")) else 9 :] for line in lines[:-2]]
-    words, *table = said or [""]
-    if done.returncode:
-        raise Problem(words or done.stderr.strip()[-400:], "\n".join(table))
-    return "\n".join([words, *table])
+    if done.returncode not in (0, 1) or not done.stdout:
+        raise CheckFailed(f"memory could not be estimated: {done.stderr.strip()[-400:]}")
+    (found,) = json.loads(done.stdout)["checks"]
+    if found["verdict"] == "FAILED":
+        raise CheckFailed(found["words"], found["details"])
+    return f"{found['words']}\n{found['details']}"
 
 
 def _simulated(cli: DoctorCLI, ranks: int) -> str:
     """Memory and communication of many ranks.
 
     Raises:
-        Problem: the estimate is above the GPU's memory.
+        CheckFailed: the estimate is above the GPU's memory.
     """
     workload, estimate = cli.estimate(ranks)
     has = int(cli.get("gpu_memory_gib") * GIB)
@@ -274,7 +254,7 @@ def _simulated(cli: DoctorCLI, ranks: int) -> str:
         not_counted(workload),
     ]
     if workload.gpu and estimate.peak > has:
-        raise Problem(f"{words}. {_advice(estimate)}", "\n".join(lines))
+        raise CheckFailed(f"{words}. {_advice(estimate)}", "\n".join(lines))
     return "\n".join([words, *lines])
 
 
@@ -320,7 +300,7 @@ def architecture(cli: DoctorCLI) -> Iterator[str]:
 
     Raises:
         FileNotFoundError: --model_config has no config.json.
-        Problem: the model's config.json is out of reach.
+        CheckFailed: the model's config.json is out of reach.
     """
     settings = cli.model.policy_settings
     path, given = settings.path, cli.get("model_config")
@@ -336,7 +316,7 @@ def architecture(cli: DoctorCLI) -> Iterator[str]:
         yield settings.path if settings.path == path else f"{settings.path}/config.json, for {path}"
     except OSError as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise Problem(
+        raise CheckFailed(
             f"{reason}. Give --model_config, a folder with the config.json of {path}, or put it into "
             f"models/{path} beside the config file"
         ) from error

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from agro_lightning.checkpoints.export import export
 from agro_lightning.checkpoints.files import newest_checkpoint
 from agro_lightning.checkpoints.single_file import DurableCheckpointIO
-from agro_lightning.commands.doctor.report import Checks, Problem
+from agro_lightning.commands.doctor.report import CheckFailed, Checks
 from agro_lightning.commands.inspect import sample_text
 from agro_lightning.data.prompts.dataset import PromptDataset
 from agro_lightning.data.sources import Live, Source, Stream
@@ -81,7 +81,7 @@ class Runs:
     def _find_saved(self) -> str:
         saved = newest_checkpoint(self._folder / "checkpoints")
         if saved is None:
-            raise Problem("the run ended without a checkpoint; look at the log above")
+            raise CheckFailed("the run ended without a checkpoint; look at the log above")
         self._saved = saved
         files = [path for path in saved.rglob("*") if path.is_file()] if saved.is_dir() else [saved]
         return f"{sum(path.stat().st_size for path in files) / 1e6:.1f} MB in {len(files)} files"
@@ -98,9 +98,9 @@ class Runs:
         probe = _Second(self._first.digest)
         self._trainer(config, 2, probe).fit(module, datamodule=data, ckpt_path=str(self._saved))
         if not probe.equal:
-            raise Problem("weights or optimiser are not those that were saved; please report this")
+            raise CheckFailed("weights or optimiser are not those that were saved; please report this")
         if not probe.stepped:
-            raise Problem("no step was taken after the resume; please report this")
+            raise CheckFailed("no step was taken after the resume; please report this")
         return "weights and optimiser are bitwise those that were saved; the next step was taken"
 
     def exported(self) -> None:
@@ -119,7 +119,7 @@ class Runs:
             gap = float((lm(input_ids=self._first.ids).logits.float() - self._first.logits).abs().max())
         limit = 1e-3 if lm.dtype == torch.float32 else 0.5
         if not gap <= limit:
-            raise Problem(f"the exported model's logits differ by up to {gap:.3g} (limit {limit:g})")
+            raise CheckFailed(f"the exported model's logits differ by up to {gap:.3g} (limit {limit:g})")
         return f"a {lm.num_parameters():,} parameter folder; logits differ by at most {gap:.2g}"
 
     def _trainer(self, config: dict[str, Any], steps: int, probe: Callback) -> L.Trainer:
@@ -195,7 +195,9 @@ class _First(Callback):
         (row,) = engine.generate([prompt.prompt_ids], data.sampling, n=SAMPLES, seed=data.seed)
         made = [g for g in row if g.finish_reason != "error" and g.completion_ids]
         if len(made) < 2:
-            raise Problem(f"{SAMPLES - len(made)} of {SAMPLES} completions failed in {type(engine).__name__}")
+            raise CheckFailed(
+                f"{SAMPLES - len(made)} of {SAMPLES} completions failed in {type(engine).__name__}"
+            )
         texts = [str(tokenizer.decode(list(g.completion_ids), skip_special_tokens=True)) for g in made]
         scores = data.rewards.score_quietly([prompt] * len(made), texts)
         completions = tuple(
@@ -251,13 +253,13 @@ class _First(Callback):
         assert isinstance(pl_module, AgroModule) and pl_module.policy is not None
         policy, norm = pl_module.policy, float(pl_module.last_gradient_norm)
         if pl_module.step_skipped:
-            raise Problem(
+            raise CheckFailed(
                 f"the gradient is not finite (norm {norm}); try model.policy.dtype: float32, or look at the "
                 "data's rewards"
             )
         after = digest(policy, None)
         if after == self._before and norm:
-            raise Problem("the step left every weight as it was; look at model.optimizer.learning_rate")
+            raise CheckFailed("the step left every weight as it was; look at model.optimizer.learning_rate")
         reward = float(batch.rewards.mean())
         moved = "weights moved" if norm else "no group's rewards differ, so that nothing was learnt from them"
         self._checks.ok(
@@ -306,10 +308,12 @@ class _Second(Callback):
 
 
 def _check_mask(batch: TokenBatch, group: PromptGroup) -> None:
-    """Raises Problem unless exactly the completions' tokens are targets."""
+    """Raises CheckFailed unless exactly the completions' tokens are targets."""
     wanted = [token for completion in group.completions for token in completion.completion_ids]
     if batch.targets.tolist() != wanted:
-        raise Problem("the tokens that are trained on are not those of the completions; please report this")
+        raise CheckFailed(
+            "the tokens that are trained on are not those of the completions; please report this"
+        )
 
 
 def digest(policy: Policy, optimizer: torch.optim.Optimizer | None) -> str:

@@ -1,5 +1,6 @@
 """What the doctor prints: a line for each check, tables of memory and communication."""
 
+import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
@@ -9,7 +10,7 @@ from agro_lightning.commands.doctor.memory.tracker import KV_CACHE, PARTS, Traff
 GIB = 1 << 30
 
 
-class Problem(ValueError):
+class CheckFailed(ValueError):
     """What a check found wrong, with lines to print below."""
 
     def __init__(self, words: str, details: str = "") -> None:
@@ -18,12 +19,18 @@ class Problem(ValueError):
 
 
 class Checks:
-    """Runs checks one by one and prints a line for each; one that fails does not stop those after it."""
+    """Runs checks one by one and prints a line for each; one that fails does not stop those after it.
 
-    def __init__(self, rank: int = 0) -> None:
+    Args:
+        rank: of this process; the first one speaks, and others of what failed on them.
+        as_json: print nothing but one object at the end.
+    """
+
+    def __init__(self, rank: int = 0, *, as_json: bool = False) -> None:
         self.passed: set[str] = set()
         self.failed: list[str] = []
-        self.rank = rank
+        self.rank, self._as_json = rank, as_json
+        self._records: list[dict[str, str]] = []
 
     def run(
         self, name: str, action: Callable[[], str], *, needs: Sequence[str] = (), advice: str = ""
@@ -48,11 +55,10 @@ class Checks:
             self.ok(name, words)
 
     def ok(self, name: str, words: str) -> None:
-        """Notes and prints a check that passed."""
+        """Notes and prints a check that passed; lines of `words` after the first stand below."""
         self.passed.add(name)
         first, _, rest = words.partition("\n")
-        self.say(f"ok       {name:<12} {first}")
-        self._below(rest)
+        self._note(name, "ok", first, rest)
 
     def fail(self, name: str, error: BaseException, advice: str = "") -> None:
         """Notes and prints a check that failed: the error in one line, and what to do."""
@@ -60,24 +66,34 @@ class Checks:
         kind = "" if isinstance(error, ValueError | OSError | RuntimeError) else f"{type(error).__name__}: "
         words = " ".join(str(error).split()) or type(error).__name__
         where = f"rank {self.rank}: " if self.rank else ""
-        line = f"FAILED   {name:<12} {where}{kind}{words}{f'. {advice}' if advice else ''}"
-        self._print(line)
-        self._below(error.details if isinstance(error, Problem) else "")
+        details = error.details if isinstance(error, CheckFailed) else ""
+        self._note(name, "FAILED", f"{where}{kind}{words}{f'. {advice}' if advice else ''}", details)
 
     def skip(self, name: str, words: str) -> None:
         """Prints a check that was not run, which counts as not passed."""
-        self.say(f"not run  {name:<12} {words}")
+        self._note(name, "not run", words)
 
-    def _below(self, lines: str) -> None:
-        if lines:
-            self.say("\n".join(f"         {line}".rstrip() for line in lines.splitlines()))
+    def _note(self, name: str, verdict: str, words: str, details: str = "") -> None:
+        self._records.append({"check": name, "verdict": verdict, "words": words, "details": details})
+        if self.rank == 0 or verdict == "FAILED":
+            self.say(f"{verdict:<8} {name:<12} {words}", every_rank=True)
+            below = [f"         {line}".rstrip() for line in details.splitlines()]
+            if below:
+                self.say("\n".join(below))
 
-    def say(self, text: str) -> None:
-        """Prints on the first rank; failures are printed on all."""
-        if self.rank == 0:
-            self._print(text)
+    def say(self, text: str, *, every_rank: bool = False) -> None:
+        """Prints a line, on the first rank unless told otherwise."""
+        if (self.rank == 0 or every_rank) and not self._as_json:
+            self._write(text)
 
-    def _print(self, text: str) -> None:
+    def finish(self) -> None:
+        """Prints the verdict on all checks, or the JSON object."""
+        failed = ", ".join(self.failed)
+        self.say(f"\n{len(self.failed)} failed: {failed}" if failed else "\nall is well")
+        if self._as_json and self.rank == 0:
+            self._write(json.dumps({"checks": self._records, "failed": self.failed}, indent=1))
+
+    def _write(self, text: str) -> None:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 

@@ -1,26 +1,20 @@
 """vLLM as a rollout engine: a server, started here or elsewhere, that reads weights from a folder."""
 
-import copy
 import importlib.util
-import json
 import math
 import os
 import shutil
 import socket
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch.distributed as dist
-from torch import Tensor
-from transformers.utils import logging as progress_bars
 
-from agro_lightning.checkpoints.export import build_model
 from agro_lightning.rollout.engines.base import Generation, RolloutEngine, Sampling
 from agro_lightning.rollout.engines.transformers_engine import (
     check_prompts,
@@ -29,7 +23,7 @@ from agro_lightning.rollout.engines.transformers_engine import (
     generation,
 )
 from agro_lightning.rollout.engines.vllm_server import ServerProcess
-from agro_lightning.rollout.weight_sync import whole_weights
+from agro_lightning.rollout.weight_sync import whole_weights, write_policy
 
 
 class VLLMEngine(RolloutEngine):
@@ -87,6 +81,7 @@ class VLLMEngine(RolloutEngine):
         self._tokenizer: Any = None
         self._eos: tuple[int, ...] = ()
         self._server: ServerProcess | None = None
+        self._client: httpx.Client | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._model = "policy"
 
@@ -116,7 +111,11 @@ class VLLMEngine(RolloutEngine):
         root = Path(self.weights_dir or self._folder.name)  # type: ignore[union-attr]
         folder = root / "weights" / f"version-{policy_version:08d}"
         if first:
-            self._write(weights, folder)
+            if folder.exists():  # from a life of this run that was lost
+                shutil.rmtree(folder)
+            # vLLM's CPU backend keeps a packed copy of a tied head, which loading in place does not renew
+            on_cpu = policy.base.device.type == "cpu"
+            write_policy(folder, policy, weights, self._tokenizer, untie=on_cpu)
         self._barrier()
         if self.url is None and self._server is None:
             self._server = self._start(folder)
@@ -168,7 +167,9 @@ class VLLMEngine(RolloutEngine):
             self._server.stop()
         if self._folder is not None:
             self._folder.cleanup()
-        self._policy = self._server = self._folder = None
+        if self._client is not None:
+            self._client.close()
+        self._policy = self._server = self._folder = self._client = None
 
     def _attached(self) -> Any:
         if self._policy is None:
@@ -212,27 +213,6 @@ class VLLMEngine(RolloutEngine):
             timeout_s=self.start_timeout_s,
         )
 
-    def _write(self, weights: dict[str, Tensor], folder: Path) -> None:
-        """Writes a model folder with the policy's config and tokenizer, adapters merged."""
-        policy, shown = self._policy, progress_bars.is_progress_bar_enabled()
-        config, lora = policy.base.config, policy.settings.lora
-        if lora is not None:
-            weights = {name: value.clone() for name, value in weights.items()}
-        model = build_model(weights, {**config.to_dict(), "model_type": config.model_type}, lora)
-        if lora is not None:
-            model = model.merge_and_unload()
-        if config.tie_word_embeddings and policy.base.device.type == "cpu":
-            # vLLM's CPU backend keeps a packed copy of a tied head, which loading in place does not renew
-            model.config.tie_word_embeddings = False
-            model.set_output_embeddings(copy.deepcopy(model.get_output_embeddings()))
-        if folder.exists():  # from a life of this run that was lost
-            shutil.rmtree(folder)
-        progress_bars.disable_progress_bar()
-        model.save_pretrained(folder)
-        if shown:
-            progress_bars.enable_progress_bar()
-        self._tokenizer.save_pretrained(folder)
-
     def _complete(self, prompt: list[int], sampling: Sampling, n: int, seed: int) -> list[Generation]:
         greedy = sampling.temperature == 0
         body = {
@@ -267,15 +247,21 @@ class VLLMEngine(RolloutEngine):
 
     def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON that the server answers with; RuntimeError naming the server's reason where it refuses."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._address + path, data, {"Content-Type": "application/json"})
+        if self._client is None:  # a server of this machine is reached past any proxy
+            limits = httpx.Limits(max_connections=self.parallel_requests)
+            self._client = httpx.Client(
+                timeout=self.request_timeout_s, limits=limits, trust_env=self.url is not None
+            )
+        method = "GET" if body is None else "POST"
         try:
-            with urllib.request.urlopen(request, timeout=self.request_timeout_s) as response:
-                content = response.read()
-        except urllib.error.HTTPError as error:
-            reason = error.read().decode(errors="replace")[:500]
-            hint = "; start it with VLLM_SERVER_DEV_MODE=1" if error.code == 404 else ""
-            raise RuntimeError(f"vLLM answered {path} with {error.code} ({reason}){hint}") from error
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            raise RuntimeError(f"vLLM at {self._address} did not answer {path}: {error}") from error
-        return json.loads(content) if content else None
+            response = self._client.request(method, self._address + path, json=body)
+        except httpx.HTTPError as error:
+            raise RuntimeError(
+                f"vLLM at {self._address} did not answer {path}: {error or type(error).__name__}"
+            ) from error
+        if response.is_error:
+            hint = "; start it with VLLM_SERVER_DEV_MODE=1" if response.status_code == 404 else ""
+            raise RuntimeError(
+                f"vLLM answered {path} with {response.status_code} ({response.text[:500]}){hint}"
+            )
+        return response.json() if response.content else None

@@ -4,10 +4,10 @@ import os
 import signal
 import subprocess
 import time
-import urllib.error
-import urllib.request
 import weakref
 from pathlib import Path
+
+import httpx
 
 _POLL_SECONDS = 0.2
 _PATIENCE_SECONDS = 20.0
@@ -57,9 +57,8 @@ class ServerProcess:
 
     def _ready(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.address}/health", timeout=5) as response:
-                return response.status == 200
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return httpx.get(f"{self.address}/health", timeout=5, trust_env=False).status_code == 200
+        except httpx.HTTPError:
             return False
 
     def _log_end(self) -> str:

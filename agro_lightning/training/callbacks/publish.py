@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from agro_lightning.rollout.weight_sync import RunFacts, publish, remove_leftovers, whole_weights
+from agro_lightning.rollout.weight_sync import RunFacts, publish_weights, remove_leftovers, whole_weights
 
 if TYPE_CHECKING:
     from agro_lightning.training.module import AgroModule
@@ -51,7 +51,7 @@ class PublishWeights(Callback):
         weights = whole_weights(module.policy)
         if trainer.is_global_zero:
             parts = module.world_size * trainer.accumulate_grad_batches
-            publish(
+            publish_weights(
                 Path(trainer.default_root_dir),
                 module.policy,
                 weights,
