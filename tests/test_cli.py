@@ -1,5 +1,7 @@
 """The command line: configs that parse and instantiate, the printed config, and errors of one line."""
 
+import functools
+import importlib
 import io
 import json
 from contextlib import redirect_stderr, redirect_stdout
@@ -11,6 +13,7 @@ from tiny_models import save_with_tokenizer, tiny_lm
 
 from agro_lightning.commands import fit
 from agro_lightning.commands import main as cli
+from agro_lightning.commands.doctor.command import load
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
@@ -387,14 +390,34 @@ def test_senseless_settings_are_refused(key, value, said, tmp_path):
 )
 def test_every_path_setting_expands_the_home_folder_in_flags_and_files(args, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/of-somebody")
-    out, err, code = output_of(*args, "--print_config")
+    printed, err, code = output_of(*args, "--print_config")
     assert code == 0, err
     path = tmp_path / "again.yaml"
-    path.write_text(out)
-    again, err, code = output_of(args[0], "--config", path, "--print_config")
+    path.write_text(printed.replace("/home/of-somebody", "~"))
+    for given in (args, (args[0], "--config", str(path))):
+        settings = settings_of(given, monkeypatch)
+        assert "/home/of-somebody/x" in settings and "~" not in settings
+
+
+def settings_of(args, monkeypatch):
+    """What a command is called with, as text."""
+    if args[0] == "fit":
+        return output_of(*args, "--print_config")[0]
+    if args[0] == "doctor":
+        return str(load(list(args[1:])).get("model_config"))
+    module, _, name = cli.COMMANDS[args[0]][0].partition(":")
+    owner = importlib.import_module(f"agro_lightning.{module}")
+    seen = {}
+
+    @functools.wraps(getattr(owner, name))
+    def noted(**given):
+        seen.update(given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, noted)
+        _, err, code = output_of(*args)
     assert code == 0, err
-    for text in (out, again):
-        assert "/home/of-somebody/x" in text and "~" not in text
+    return str(seen)
 
 
 def test_a_config_file_is_found_in_the_home_folder(tmp_path, monkeypatch):

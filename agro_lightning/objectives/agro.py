@@ -118,6 +118,22 @@ class Agro(Objective):
             paper's loss. Needs no behaviour log-probs.
         taper: also weight those completions by min(1, pi/mu), with mu from behaviour log-probs; a token
             without one takes the reference's.
+
+    Example:
+        >>> import torch
+        >>> inputs = LossInputs(  # a right completion of two tokens, a wrong one of one token
+        ...     logprobs=torch.tensor([-1.0, -2.0, -3.0], requires_grad=True),
+        ...     ref_logprobs=torch.tensor([-1.0, -2.0, -3.0]),
+        ...     rewards=torch.tensor([1.0, 0.0]),
+        ...     sequence_ids=torch.tensor([0, 0, 1]),
+        ...     group_ids=torch.tensor([0, 0]),
+        ... )
+        >>> result = Agro(beta=0.1)(inputs)
+        >>> float(result.objective), result.regularized_rewards.tolist()
+        (0.25, [1.0, 0.0])
+        >>> result.loss.backward()
+        >>> inputs.logprobs.grad.tolist()
+        [-0.5, -0.5, 0.5]
     """
 
     beta: float

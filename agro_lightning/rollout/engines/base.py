@@ -49,6 +49,19 @@ class RolloutEngine(ABC):
 
     One instance serves one rank. Engines leave the model's train/eval mode and every random generator as they
     found them, so that a rollout never disturbs the run's own randomness.
+
+    Example:
+        >>> from agro_lightning.models.config import PolicySettings
+        >>> from agro_lightning.models.policy import Policy
+        >>> from agro_lightning.models.pretrained import load_tokenizer
+        >>> from agro_lightning.rollout import BatchedDecoding, Sampling
+        >>> engine, tokenizer = BatchedDecoding(), load_tokenizer("quickstart")
+        >>> engine.attach(Policy(PolicySettings(path="quickstart")), tokenizer)
+        >>> prompt = tokenizer("3+4=").input_ids
+        >>> (row,) = engine.generate([prompt], Sampling(max_new_tokens=5), n=2, seed=0)
+        >>> [len(generation.completion_ids) == len(generation.behavior_logprobs) for generation in row]
+        [True, True]
+        >>> engine.close()
     """
 
     @abstractmethod
