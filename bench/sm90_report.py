@@ -204,8 +204,11 @@ def gluon_case(kind: str, tile: _tiles.Tile | None, dtype: str, variant: str) ->
     targets = hidden.new_empty(rows, dtype=torch.int64)
     head, with_bias, entropy = GLUON_VARIANTS[variant]
     bias = hidden.new_empty(columns) if with_bias else None
+    forward = kind == "gluon_stats"
+    wide = _tiles.GLUON_STATS if forward else _tiles.GLUON_DLOGITS
+    tile = tile or _gluon_fused.gluon_tile(wide, bias, head)
     with offline_device() as launches:
-        if kind == "gluon_stats":
+        if forward:
             _gluon_fused.launch_gluon_stats(hidden, weight, bias, targets, head, entropy, None, tile)
         else:
             more = {"entropy": row, "entropy_coefficient": row} if entropy else {}
@@ -213,11 +216,9 @@ def gluon_case(kind: str, tile: _tiles.Tile | None, dtype: str, variant: str) ->
             buffer = fused_buffer(hidden, rows, columns)
             _gluon_fused.launch_gluon_dlogits(hidden, weight, bias, targets, head, upstream, buffer, tile)
     (launch,) = launches
-    shape = "table" if tile is None else f"{tile.rows}x{tile.columns}x{tile.depth}"
-    constants = {"DEPTH": None if tile is None else tile.depth}
     case = Case(
-        name=f"{kind}:{dtype}:{variant}:{shape}", kernel=launch.name, dtype=dtype, constants=constants,
-        warps=4, stages=0 if tile is None else tile.stages,
+        name=f"{kind}:{dtype}:{variant}:{tile.rows}x{tile.columns}x{tile.depth}", kernel=launch.name,
+        dtype=dtype, constants={"DEPTH": tile.depth}, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     return case, launch.figures()
 

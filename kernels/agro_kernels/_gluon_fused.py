@@ -248,6 +248,11 @@ def _described(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [rows, columns], layout)
 
 
+def gluon_tile(wide: Tile, bias: Tensor | None, head: Head) -> Tile:
+    """The tile for one launch: the wide one where the epilogue leaves it its registers."""
+    return wide if bias is None and not head.softcap else GLUON_NARROW
+
+
 def _launch(
     kernel: Any, hidden: Tensor, weight: Tensor, given: tuple, factors: tuple, head: Head, tile: Tile,
     **flags: bool,
@@ -272,7 +277,7 @@ def launch_gluon_stats(
     weight = row_major(weight)
     if not uses_descriptors(hidden, weight):
         return launch_stats(hidden, weight, bias, targets, head, entropy, most_columns)
-    tile = tile or (GLUON_STATS if bias is None and not head.softcap else GLUON_NARROW)
+    tile = tile or gluon_tile(GLUON_STATS, bias, head)
     blocks, rows = -(-weight.shape[0] // tile.columns), hidden.shape[0]
     logsumexp = hidden.new_empty(blocks, rows, dtype=torch.float32)
     block_entropy = torch.empty_like(logsumexp) if entropy else None
@@ -297,7 +302,7 @@ def launch_gluon_dlogits(
     engine cannot read."""
     if not uses_descriptors(hidden, weight):
         return launch_dlogits(hidden, weight, bias, targets, head, upstream, buffer)
-    tile = tile or (GLUON_DLOGITS if bias is None and not head.softcap else GLUON_NARROW)
+    tile = tile or gluon_tile(GLUON_DLOGITS, bias, head)
     out = fused_slice(buffer, hidden.shape[0], weight.shape[0])[:, : weight.shape[0]]
     has_entropy, entropy, entropy_coefficient = upstream.entropy_arguments()
     given = (
