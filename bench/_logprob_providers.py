@@ -26,8 +26,8 @@ class Provider:
     """Imports what is needed and gives the function to measure; an exception means absent."""
     gpu_only: bool = False
     """Whether the peer has no CPU path."""
-    full_logits: bool = False
-    """Whether it holds the (N, V) logits, so that large shapes may not fit."""
+    first_only: bool = False
+    """Whether it runs at the first shape alone, since it compiles for each."""
     note: str | None = None
     """What differs from sum(coefficients * logprob)."""
 
@@ -137,12 +137,12 @@ PROVIDERS = (
     Provider(name="ours", build=partial(ours, "auto")),
     Provider(name="ours:chunked", build=partial(ours, "chunked"), gpu_only=True),
     Provider(name="ours:gluon", build=partial(ours, "gluon"), gpu_only=True),
-    Provider(name="torch", build=lambda: _plain, full_logits=True),
+    Provider(name="torch", build=lambda: _plain),
     Provider(
         name="torch:compile",
         build=lambda: torch.compile(_plain, dynamic=False),
-        full_logits=True,
         gpu_only=True,
+        first_only=True,
     ),
     Provider(name="torch:linear_cross_entropy", build=_torch_fused, note=UNIFORM),
     Provider(

@@ -127,5 +127,12 @@ def emit(records: list[dict[str, Any]], json_path: Path | None, shown: str | Non
     """Prints the table (or `shown`, a better one), and writes the JSON where a path was given."""
     print(table(records) if shown is None else shown)
     if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(records, indent=1) + "\n")
+        write(records, json_path)
+
+
+def write(records: list[dict[str, Any]], json_path: Path) -> None:
+    """Writes the JSON list aside and renames it, so that a stopped process leaves the last whole one."""
+    json_path.parent.mkdir(parents=True, exist_ok=True)
+    aside = json_path.with_name(json_path.name + ".partial")
+    aside.write_text(json.dumps(records, indent=1) + "\n")
+    aside.replace(json_path)

@@ -1,7 +1,8 @@
 """A real training run on one GPU: 0.6B parameters, 64 completions of up to 1,024 tokens a step, 20 steps.
 
 The policy has the architecture of Qwen3-0.6B and random weights in bf16; one in a thousand tokens ends a
-completion, so lengths differ. Rollouts come from continuous batching, the reward is the parity of the text,
+completion, so lengths differ. Rollouts come from continuous batching (batched decoding on a CPU), the reward
+is the parity of the text,
 and the trainer is the one that `fit` makes, with its metrics file. Providers: `ours`, and
 `ours:reference_head`, whose head computes all logits in plain torch. Where a step does not fit into memory it
 is run again in pieces of fewer tokens; `max_tokens` says which (0: in one piece).
@@ -32,7 +33,7 @@ from agro_lightning.data.sources import Live
 from agro_lightning.models.config import PolicySettings
 from agro_lightning.objectives import Agro
 from agro_lightning.rewards import PythonReward
-from agro_lightning.rollout import ContinuousBatching, Sampling
+from agro_lightning.rollout import BatchedDecoding, ContinuousBatching, Sampling
 from agro_lightning.training.callbacks.csv_log import MetricsFile
 from agro_lightning.training.callbacks.step_metrics import NonFiniteGuard, StepMetrics
 from agro_lightning.training.datamodule import AgroDataModule
@@ -125,7 +126,8 @@ def train(run: Run) -> None:
         batch_size=run.prompts,
         group_size=run.group_size,
         sampling=Sampling(max_new_tokens=run.max_new_tokens),
-        engine=ContinuousBatching(),
+        # On a CPU continuous batching needs psutil, which a device machine may lack.
+        engine=ContinuousBatching() if torch.cuda.is_available() else BatchedDecoding(),
     )
     trainer = L.Trainer(
         max_steps=run.steps,

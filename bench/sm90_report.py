@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, bool]] = {
 }
 TYPES = {name: "*i64" for name in ("targets", "order", "bounds", "begins", "ends")}
 TYPES |= {name: "fp32" for name in ("inner", "outer", "factor")}
-TYPES |= {name: "i32" for name in ("row_count", "column_count", "block_count", "hidden_size", "group")}
+TYPES |= {name: "i32" for name in ("row_count", "column_count", "hidden_size", "group")}
 TYPES |= {name: "i32" for name in ("hidden_stride", "weight_stride", "out_stride")}
 MULTIPLES = ("out_stride",)
 """Specialised integers of which the launcher passes multiples of 16 alone."""
@@ -112,12 +112,6 @@ def cases(quick: bool) -> Iterator[Case]:
 def small_cases() -> Iterator[Case]:
     """The kernels without products: they have one shape each."""
     flags = {"plain": (False, False), "softcap_bias_entropy": (True, True)}
-    rows, blocks = _triton_epilogue.COMBINE_SHAPE
-    for entropy in (False, True):
-        constants = {"ENTROPY": entropy, "ROWS": rows, "BLOCKS": blocks}
-        kernel = _triton_epilogue.combine_kernel
-        name = f"combine:entropy={entropy}"
-        yield Case(name=name, kernel=kernel, dtype="fp32", constants=constants, warps=4, stages=3)
     for variant, (capped, entropy) in flags.items():
         shared = {"BIAS": capped, "SOFTCAP": capped, "ENTROPY": entropy}
         for kind, (rows, columns), outs in (

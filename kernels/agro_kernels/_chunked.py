@@ -118,13 +118,8 @@ def tile_stats_(
 ) -> tuple[Tensor, Tensor | None]:
     """The tile's logsumexp (n,) and, on request, its entropy (n,); overwrites the tile.
 
-    Args:
-        tile: (n, v): X Wᵀ.
-        bias: (v,) or None.
-        head: the logit transform.
-        targets: (n,) targets counted from the tile's first column; outside [0, v) means elsewhere.
-        target_logit: (n,); the targets in this tile get their logit written.
-        entropy: whether the tile's own entropy is wanted.
+    `tile` (n, v) is X Wᵀ; targets (n,) count from its first column; those inside get their target_logit (n,)
+    written.
     """
     _logits_(tile, bias, head)
     owned, column = _owned(targets, tile.shape[1])
@@ -148,14 +143,7 @@ def tile_grads_(
 
     With p = exp(z - logsumexp), c the log-prob's and e the entropy's upstream gradient, H the entropy:
     dL/dz = c * (onehot - p) - e * p * (log p + H), and dL/du = dL/dz * dz/du.
-
-    Args:
-        tile: (n, v): X Wᵀ.
-        bias: (v,) or None.
-        head: the logit transform.
-        targets: (n,) targets counted from the tile's first column; outside [0, v) means elsewhere.
-        upstream: the figures of the tile's rows.
-        dtype: of the result, the matmul's operand type; the arithmetic stays in the tile's.
+    The arithmetic stays in the tile's dtype.
     """
     slope = head.slope(_logits_(tile, bias, head))
     log_p = tile.sub_(upstream.logsumexp[:, None])

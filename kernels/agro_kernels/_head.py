@@ -1,7 +1,7 @@
 """What all backends share: the head's options, and the records that pass between them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -95,8 +95,7 @@ class Upstream:
 
     def rows(self, chosen: slice | Tensor) -> "Upstream":
         """The figures of some rows."""
-        names = ("logsumexp", "coefficient", "entropy", "entropy_coefficient")
-        values = {name: getattr(self, name) for name in names}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: None if v is None else v[chosen] for name, v in values.items()})
 
     def entropy_arguments(self) -> tuple[bool, Tensor, Tensor]:

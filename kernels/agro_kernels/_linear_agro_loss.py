@@ -86,15 +86,8 @@ def linear_agro_loss(
         num_groups: what sums over groups are divided by: the groups of the whole optimiser step, over
             micro-batches and ranks. Default: the groups in this call.
         negative_weight: weight, in (0, 1], of completions below their group's mean; 1 is the paper's loss.
-        bias: see linear_logprobs, as are the other options.
-        temperature: see linear_logprobs.
-        logit_scale: see linear_logprobs.
-        softcap: see linear_logprobs.
-        ignore_index: see linear_logprobs.
+        bias: see linear_logprobs, as for the options that are not here.
         entropy: whether to report entropies (without gradient).
-        backend: see linear_logprobs.
-        vocab_group: see linear_logprobs.
-        dropped_mass: see linear_logprobs.
 
     Raises:
         ValueError: as linear_logprobs; also a group of one completion, a sequence id outside [0, B), shapes
@@ -121,15 +114,9 @@ def linear_agro_loss(
             _AgroLoss.apply(*inputs, *groups, settings, call, entropy, dropped_mass)
         )
     return LinearAgroLoss(
-        loss=loss,
-        objective=objective,
-        logprobs=logprobs,
-        log_ratios=log_ratios,
-        coefficients=coefficients,
-        logsumexp=logsumexp,
-        entropy=row_entropy if entropy else None,
-        skipped_fraction=skipped,
-    )
+        loss=loss, objective=objective, logprobs=logprobs, log_ratios=log_ratios, coefficients=coefficients,
+        logsumexp=logsumexp, entropy=row_entropy if entropy else None, skipped_fraction=skipped,
+    )  # fmt: skip
 
 
 def _check_groups(
@@ -146,6 +133,7 @@ def _check_groups(
 def _checked_settings(
     beta: float, negative_weight: float, num_groups: float | None
 ) -> tuple[float, float, float]:
+    """(beta, negative_weight, num_groups), the last one 0.0 where it is the number of groups here."""
     if not (math.isfinite(beta) and beta >= 0):
         raise ValueError(f"beta is {beta}; expected a number >= 0")
     if not 0 < negative_weight <= 1:
@@ -197,19 +185,9 @@ def agro_coefficients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Log-ratios (B,), coefficients (B,), rows' coefficients (N,), and the objective (), in logprobs' dtype.
 
-    Args:
-        logprobs: (N,).
-        targets: (N,); rows that hold ignore_index count for nothing, whatever their sequence id is.
-        sequence_ids: (N,), the completion of each row, in [0, B).
-        ref_logprobs: (N,).
-        rewards: (B,).
-        group_ids: (B,).
-        settings: beta, negative_weight, and num_groups (0.0 stands for the number of groups here).
-        ignore_index: see targets.
-        backend: `reference` takes plain torch, `chunked` the Triton kernels where they run, others always.
-
-    Raises:
-        ValueError: a sequence id outside [0, B), or a group of one completion.
+    Args as of linear_agro_loss; rows that hold ignore_index count for nothing, whatever their sequence id is.
+    `settings` is (beta, negative_weight, num_groups), 0.0 for the number of groups here. `reference` takes
+    plain torch, `chunked` the Triton kernels where they run, other backends always.
     """
     active = targets != ignore_index
     sequences = torch.where(active, sequence_ids.to(torch.int64), 0)
@@ -248,26 +226,10 @@ def padded_segment_sums(values: Tensor, segments: Tensor, count: int) -> Tensor:
 
 
 def group_coefficients(
-    log_ratios: Tensor,
-    rewards: Tensor,
-    group_ids: Tensor,
-    beta: float,
-    negative_weight: float,
+    log_ratios: Tensor, rewards: Tensor, group_ids: Tensor, beta: float, negative_weight: float,
     num_groups: float,
-) -> tuple[Tensor, Tensor]:
-    """Coefficients (B,) and objective () of AGRO's off-policy loss, fp64; formulas at linear_agro_loss.
-
-    Args:
-        log_ratios: (B,) s.
-        rewards: (B,) r.
-        group_ids: (B,), any integers.
-        beta: the KL coefficient.
-        negative_weight: the weight of completions below their group's mean.
-        num_groups: the normaliser; 0.0 stands for the number of groups here.
-
-    Raises:
-        ValueError: a group has one completion.
-    """
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Coefficients (B,) and objective () of AGRO's off-policy loss, fp64; formulas at linear_agro_loss."""
     groups, member, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
     if bool((sizes < 2).any()):
         raise _lonely(int(groups[(sizes < 2).nonzero()[0, 0]]))

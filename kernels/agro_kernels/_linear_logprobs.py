@@ -10,7 +10,7 @@ from torch import Tensor
 from agro_kernels._backends import choose_backend
 from agro_kernels._checks import check_head_inputs, check_head_options, check_rows, check_target_range
 from agro_kernels._head import stats_dtype
-from agro_kernels._operators import HeadCall, HeadLogprobs, Inputs, KnownLogprobs, slice_bounds
+from agro_kernels._operators import HeadCall, HeadLogprobs, Inputs, slice_bounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,13 +119,7 @@ def linear_logprobs_known(
         targets: token ids.
         logsumexp: from `linear_logprobs` of the earlier pass (over all ranks, with vocab_group). No gradient.
         coefficients: d loss / d logprob of each row. No gradient; rows with 0 cost nothing in the backward.
-        bias: see linear_logprobs, as are the other options; they must be those of the earlier pass.
-        temperature: see linear_logprobs.
-        logit_scale: see linear_logprobs.
-        softcap: see linear_logprobs.
-        ignore_index: see linear_logprobs.
-        backend: see linear_logprobs.
-        vocab_group: see linear_logprobs.
+        bias: see linear_logprobs, as for the other options; they must be those of the earlier pass.
 
     Raises:
         ValueError: as linear_logprobs; also logsumexp or coefficients that are not (N,) floats.
@@ -137,11 +131,8 @@ def linear_logprobs_known(
     hidden, dtype = inputs[0], stats_dtype(inputs[0].dtype)
     check_rows("logsumexp", logsumexp, hidden.shape[0], hidden, "float")
     check_rows("coefficients", coefficients, hidden.shape[0], hidden, "float")
-    coefficients = coefficients.detach().to(dtype)
-    if call.backend == "reference":
-        active = targets != ignore_index
-        return (torch.where(active, coefficients, 0.0) * _reference(inputs, call, False).logprobs).sum()
-    return KnownLogprobs.apply(*inputs, call, logsumexp.detach().to(dtype), coefficients)
+    rows = head_logprobs(inputs, call, False, 0.0, logsumexp.detach().to(dtype))
+    return (torch.where(targets != ignore_index, coefficients.detach().to(dtype), 0.0) * rows.logprobs).sum()
 
 
 def head_call(
@@ -175,18 +166,21 @@ def head_call(
     return (hidden, weight, bias, targets), call
 
 
-def head_logprobs(inputs: Inputs, call: HeadCall, entropy: bool, dropped_mass: float) -> LinearLogprobs:
-    """linear_logprobs of a checked call."""
+def head_logprobs(
+    inputs: Inputs, call: HeadCall, entropy: bool, dropped_mass: float, known: Tensor | None = None
+) -> LinearLogprobs:
+    """linear_logprobs of a checked call; `known` are logsumexps from an earlier pass."""
     if not 0.0 <= dropped_mass < 1.0:
         raise ValueError(f"dropped_mass is {dropped_mass}; expected a probability mass in [0, 1)")
     if call.backend == "reference":
         return _reference(inputs, call, entropy)
-    logprobs, logsumexp, row_entropy, skipped = HeadLogprobs.apply(*inputs, call, entropy, dropped_mass)
+    logprobs, logsumexp, row_entropy, skipped = HeadLogprobs.apply(
+        *inputs, call, entropy, dropped_mass, known
+    )
+    if not entropy:
+        row_entropy = None
     return LinearLogprobs(
-        logprobs=logprobs,
-        logsumexp=logsumexp,
-        entropy=row_entropy if entropy else None,
-        skipped_fraction=skipped,
+        logprobs=logprobs, logsumexp=logsumexp, entropy=row_entropy, skipped_fraction=skipped
     )
 
 

@@ -85,23 +85,11 @@ def head_stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: Sequence[float],
     place: Sequence[int], want_entropy: bool, want_tiles: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Softmax statistics of each row over this slice of the vocabulary.
+    """Softmax statistics of each row over this slice of the vocabulary; arguments as of Inputs and HeadCall.
 
-    Args:
-        hidden: see Inputs, as are weight, bias and targets.
-        weight: columns [offset, offset + V) of the vocabulary.
-        bias: see Inputs.
-        targets: see Inputs.
-        transform: see HeadCall, as are place and backend.
-        place: see HeadCall.
-        want_entropy: whether the entropy over this slice is wanted.
-        want_tiles: whether the logsumexp of each tile of the sparse backward is wanted.
-        backend: see HeadCall.
-
-    Returns:
-        logsumexp (N,), target logit (N,), entropy (N,) or (0,), tile logsumexp (N, tiles) or (0, 0).
-        Ignored rows hold 0 (their tiles -inf). A target outside the whole vocabulary gives NaN, after the
-        checks of `_checks`.
+    Returns logsumexp (N,), target logit (N,), entropy (N,) or (0,), and the logsumexp of each tile of the
+    sparse backward (N, tiles) or (0, 0). Ignored rows hold 0 (their tiles -inf). A target outside the whole
+    vocabulary gives NaN, after the checks of `_checks`.
     """
     offset, total_columns, ignore_index = place
     check_target_range(targets, total_columns, ignore_index)
@@ -150,24 +138,10 @@ def head_grads(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of sum(coefficient * logprob + entropy_coefficient * entropy) by recomputing tiles of logits.
 
-    Args:
-        hidden: see Inputs, as are weight, bias and targets.
-        weight: columns [offset, offset + V) of the vocabulary.
-        bias: see Inputs.
-        targets: see Inputs.
-        transform: see HeadCall, as are place and backend.
-        place: see HeadCall.
-        logsumexp: (N,), over the whole vocabulary.
-        coefficient: (N,).
-        entropy: (N,) or None, over the whole vocabulary.
-        entropy_coefficient: (N,) or None.
-        keep: (N, tiles) bool, the tiles to recompute; None is all.
-        want: whether dX, dW and db are wanted.
-        exact: whether dX and dW come in the statistics' dtype instead of their tensor's.
-        backend: see HeadCall.
-
-    Returns:
-        dX (N, H), dW (V, H), db (V,) in bias's dtype; of size 0 where not wanted.
+    Args as of Inputs, HeadCall and Upstream, logsumexp and entropy over the whole vocabulary; `keep` (N,
+    tiles) has the tiles to recompute, None for all; `want` says which of dX, dW and db are wanted, `exact`
+    whether dX and dW come in the statistics' dtype. Returns dX (N, H), dW (V, H), and db (V,) in bias's
+    dtype; of size 0 where not wanted.
     """
     dtype = stats_dtype(hidden.dtype)
     empty = head_grads_fake(
@@ -284,15 +258,9 @@ def run_stats(
 
 
 def run_grads(
-    inputs: Inputs,
-    call: HeadCall,
-    needed: tuple[bool, ...],
-    logsumexp: Tensor,
-    coefficient: Tensor,
-    entropy: Tensor | None = None,
-    entropy_coefficient: Tensor | None = None,
-    keep: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:
+    inputs: Inputs, call: HeadCall, needed: tuple[bool, ...], logsumexp: Tensor, coefficient: Tensor,
+    entropy: Tensor | None = None, entropy_coefficient: Tensor | None = None, keep: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of (hidden, weight, bias); None where not needed or taken by the weight's main_grad."""
     want, exact = list(needed[:3]), [call.group is not None, call.main_grad is not None]
     found: list[Tensor | None] = list(
@@ -320,15 +288,25 @@ def run_grads(
 
 
 class HeadLogprobs(torch.autograd.Function):
-    """(hidden, weight, bias, targets) -> logprobs, logsumexp, entropy or a tensor of size 0, skipped."""
+    """(hidden, weight, bias, targets) -> logprobs, logsumexp, entropy or a tensor of size 0, skipped.
+
+    With logsumexp known from an earlier pass there is no matmul over the vocabulary in the forward.
+    """
 
     @staticmethod
     def forward(
         ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, call: HeadCall,
-        entropy: bool, dropped_mass: float,
+        entropy: bool, dropped_mass: float, known: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        inputs = hidden, weight, bias, targets
-        logprobs, logsumexp, row_entropy, keep, skipped = run_stats(inputs, call, entropy, dropped_mass)
+        inputs, keep, row_entropy = (hidden, weight, bias, targets), None, None
+        if known is None:
+            logprobs, logsumexp, row_entropy, keep, skipped = run_stats(inputs, call, entropy, dropped_mass)
+        else:
+            target_logit, skipped = target_logits(*inputs, call.transform, call.place), known.new_zeros(())
+            if call.group is not None:
+                dist.all_reduce(target_logit, group=call.group)
+            logsumexp = known.clone()  # an output may not be an input
+            logprobs = torch.where(targets != call.ignore_index, target_logit - known, 0.0)
         if row_entropy is None:
             row_entropy = logsumexp.new_empty(0)
         ctx.save_for_backward(*inputs, logsumexp, row_entropy, keep)
@@ -349,30 +327,4 @@ class HeadLogprobs(torch.autograd.Function):
             keep = None  # the bound is proved for the log-prob's gradient; the entropy's is computed densely
         needed = ctx.needs_input_grad
         found = run_grads(tuple(inputs), ctx.call, needed, logsumexp, d_logprobs, entropy, d_entropy, keep)
-        return *found, None, None, None, None
-
-
-class KnownLogprobs(torch.autograd.Function):
-    """sum(coefficient * logprob) with logsumexp known: no matmul over the vocabulary in the forward."""
-
-    @staticmethod
-    def forward(
-        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, call: HeadCall,
-        logsumexp: Tensor, coefficients: Tensor,
-    ) -> Tensor:  # fmt: skip
-        inputs = hidden, weight, bias, targets
-        target_logit = target_logits(*inputs, call.transform, call.place)
-        if call.group is not None:
-            dist.all_reduce(target_logit, group=call.group)
-        active = targets != call.ignore_index
-        coefficients = torch.where(active, coefficients, 0.0)
-        ctx.save_for_backward(*inputs, logsumexp, coefficients)
-        ctx.call = call
-        return (coefficients * torch.where(active, target_logit - logsumexp, 0.0)).sum()
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        *inputs, logsumexp, coefficients = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        found = run_grads(tuple(inputs), ctx.call, needed, logsumexp, coefficients * grads[0])
-        return *found, None, None, None, None
+        return *found, *(None for _ in range(5))

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from agro_kernels._devices import runs_small_kernels
 from agro_kernels._head import (
     SPARSE_TILE,
     Head,
@@ -73,15 +72,9 @@ def fused_slice(buffer: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def statistics(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    head: Head,
-    entropy: bool,
-    tiles: bool,
-    launch: Launchers,
-) -> Stats:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, entropy: bool,
+    tiles: bool, launch: Launchers,
+) -> Stats:  # fmt: skip
     """Statistics of each row, combined from those of blocks of the vocabulary in a fixed order.
 
     Args:
@@ -96,15 +89,9 @@ def statistics(
     """
     limit = SPARSE_TILE if tiles else None
     parts = launch.stats(launch.operand(hidden), weight, bias, targets, head, entropy, limit)
-    if runs_small_kernels(parts.logsumexp):
-        from agro_kernels._triton_epilogue import launch_combine
-
-        logsumexp, row_entropy = launch_combine(parts.logsumexp, parts.entropy)
-    else:
-        logsumexp, row_entropy = torch.logsumexp(parts.logsumexp, 0), None
-        if parts.entropy is not None:
-            row_entropy = combined_entropy(parts.entropy, parts.logsumexp, logsumexp).sum(0)
-    coarse = None
+    logsumexp, row_entropy, coarse = torch.logsumexp(parts.logsumexp, 0), None, None
+    if parts.entropy is not None:
+        row_entropy = combined_entropy(parts.entropy, parts.logsumexp, logsumexp).sum(0)
     if tiles:
         together = SPARSE_TILE // parts.columns
         padding = (0, 0, 0, -parts.logsumexp.shape[0] % together)
@@ -116,29 +103,14 @@ def statistics(
 
 
 def gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    head: Head,
-    upstream: Upstream,
-    wanted: Wanted,
-    launch: Launchers,
-) -> Gradients:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, upstream: Upstream,
+    wanted: Wanted, launch: Launchers,
+) -> Gradients:  # fmt: skip
     """Recomputes the logits slice by slice and adds each slice's parts to the gradients.
 
     The vocabulary is the outer loop: a slice of W is read (and cast) once, and one of dW is finished before
-    the next starts. What has one part only is written by its matmul, in its own dtype.
-
-    Args:
-        hidden: (N, H).
-        weight: (V, H).
-        bias: (V,) or None.
-        targets: (N,); a value outside [0, V) is not in this slice.
-        head: the logit transform.
-        upstream: the rows' figures.
-        wanted: which gradients, and their dtypes.
-        launch: the backend.
+    the next starts. What has one part only is written by its matmul, in its own dtype. Arguments as of
+    `statistics`.
     """
     rows, columns = hidden.shape[0], weight.shape[0]
     dtype, operand = stats_dtype(hidden.dtype), launch.operand(hidden)

@@ -55,29 +55,10 @@ def skipped_fraction(keep: Tensor, active: Tensor) -> Tensor:
 
 
 def sparse_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    head: Head,
-    upstream: Upstream,
-    wanted: Wanted,
-    keep: Tensor,
-    launch: Launchers,
-) -> Gradients:
-    """`_slices.gradients` of the kept tiles alone: gathers, for each vocabulary tile, the rows that keep it.
-
-    Args:
-        hidden: (N, H).
-        weight: (V, H).
-        bias: (V,) or None.
-        targets: (N,).
-        head: the logit transform.
-        upstream: the rows' figures.
-        wanted: which gradients, and their dtypes.
-        keep: (N, tiles) bool.
-        launch: the backend.
-    """
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, upstream: Upstream,
+    wanted: Wanted, keep: Tensor, launch: Launchers,
+) -> Gradients:  # fmt: skip
+    """`_slices.gradients` of the tiles in `keep` (N, tiles); a tile's rows are gathered for it."""
     columns, dtype, operand = weight.shape[0], stats_dtype(hidden.dtype), launch.operand(hidden)
     d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if wanted.hidden else None
     d_weight = weight.new_zeros(weight.shape, dtype=wanted.weight) if wanted.weight else None

@@ -32,13 +32,9 @@ def sequence_sums_kernel(logprobs, ref_logprobs, order, bounds, log_ratios, BLOC
 
 
 def launch_sequence_sums(logprobs: Tensor, ref_logprobs: Tensor, segments: Tensor, count: int) -> Tensor:
-    """Completions' log-ratios (count,) fp64, one program each.
+    """Completions' log-ratios (count,) fp64, one program each; 0 for one without rows.
 
-    Args:
-        logprobs: (N,), any float dtype.
-        ref_logprobs: (N,), any float dtype.
-        segments: (N,) int64, each row's completion in any order; `count` marks rows that are left out.
-        count: completions; one without rows gets 0.
+    `segments` (N,) int64 is each row's completion, in any order; `count` marks rows that are left out.
     """
     log_ratios = torch.empty(count, dtype=torch.float64, device=logprobs.device)
     if count == 0:
@@ -105,15 +101,8 @@ def launch_group_coefficients(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Coefficients (B,) and objective (), fp64; see `_linear_agro_loss.group_coefficients` for the formulas.
 
-    Args:
-        log_ratios: (B,) fp64.
-        rewards: (B,), any float dtype.
-        order: (B,) int64, completions sorted by group.
-        begins: (B,) int64, for each place in that order, where its group begins.
-        ends: (B,) int64, where it ends.
-        beta: the KL coefficient.
-        negative_weight: the weight of completions below their group's mean.
-        num_groups: the normaliser; 0.0 stands for the number of groups here.
+    `order` (B,) int64 has the completions sorted by group, `begins` and `ends` for each place in that order
+    where its group begins and ends. num_groups 0.0 stands for the number of groups here.
     """
     count = log_ratios.numel()
     coefficients, half_variances = torch.empty_like(log_ratios), torch.empty_like(log_ratios)

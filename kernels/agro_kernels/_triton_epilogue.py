@@ -169,55 +169,6 @@ def tile_grads_kernel(
     tl.store(out + place, grad.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["row_count", "block_count"])
-def combine_kernel(
-    block_logsumexp, block_entropy, logsumexp, entropy, row_count, block_count,
-    ENTROPY: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """logsumexp = log sum_t exp(lse_t);  entropy = sum_t share_t (entropy_t - log share_t), over blocks t of
-    the vocabulary, BLOCKS of them at a time."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = (rows < row_count)[None, :]
-    peak = tl.full((ROWS,), -3.0e38, tl.float32)
-    for first in range(0, block_count, BLOCKS):
-        blocks = first + tl.arange(0, BLOCKS)
-        place = blocks.to(tl.int64)[:, None] * row_count + rows[None, :]
-        within = inside & (blocks < block_count)[:, None]
-        peak = tl.maximum(peak, tl.max(tl.load(block_logsumexp + place, mask=within, other=-3.0e38), 0))
-    total = tl.zeros((ROWS,), tl.float32)
-    mixed = tl.zeros((ROWS,), tl.float32)
-    for first in range(0, block_count, BLOCKS):
-        blocks = first + tl.arange(0, BLOCKS)
-        place = blocks.to(tl.int64)[:, None] * row_count + rows[None, :]
-        within = inside & (blocks < block_count)[:, None]
-        below = tl.load(block_logsumexp + place, mask=within, other=-float("inf")) - peak[None, :]
-        share = tl.exp(below)
-        total += tl.sum(share, 0)
-        if ENTROPY:
-            own = tl.load(block_entropy + place, mask=within, other=0.0)
-            mixed += tl.sum(tl.where(share > 0, share * (own - below), 0.0), 0)
-    tl.store(logsumexp + rows, peak + tl.log(total), mask=rows < row_count)
-    if ENTROPY:
-        tl.store(entropy + rows, mixed / total + tl.log(total), mask=rows < row_count)
-
-
-COMBINE_SHAPE = (32, 64)
-"""Rows and blocks of the vocabulary that a program of `combine_kernel` reads at a time. Unmeasured."""
-
-
-def launch_combine(block_logsumexp: Tensor, block_entropy: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Rows' logsumexp and entropy (N,) from those of blocks (blocks, N), in a fixed order."""
-    count, rows = block_logsumexp.shape
-    logsumexp = block_logsumexp.new_empty(rows)
-    entropy = None if block_entropy is None else torch.empty_like(logsumexp)
-    combine_kernel[(-(-rows // COMBINE_SHAPE[0]),)](
-        block_logsumexp, block_logsumexp if block_entropy is None else block_entropy, logsumexp,
-        logsumexp if entropy is None else entropy, rows, count, ENTROPY=entropy is not None,
-        ROWS=COMBINE_SHAPE[0], BLOCKS=COMBINE_SHAPE[1], num_warps=4,
-    )  # fmt: skip
-    return logsumexp, entropy
-
-
 def launch_tile_stats(
     tile: Tensor, bias: Tensor | None, head: Head, targets: Tensor, target_logit: Tensor, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:

@@ -58,24 +58,68 @@ def test_linear_logprobs_on_a_cpu(tmp_path):
 
 def test_gpu_suite_dry_run(tmp_path):
     path = tmp_path / "r.json"
-    run("bench.gpu_suite", "--dry-run", "--json", str(path), "--only", "tests", "linear_logprobs", "memcheck")
+    parts = ("smoke", "tests", "linear_logprobs", "sparse", "memcheck")
+    run("bench.gpu_suite", "--dry-run", "--json", str(path), "--only", *parts)
     records = json.loads(path.read_text())
     parts = {
         item["case"]: item
         for item in records
         if item["bench"] == "gpu_suite" and item["metric"] == "exit_code"
     }
-    assert set(parts) >= {"tests", "linear_logprobs"} and all(item["value"] == 0 for item in parts.values())
+    assert set(parts) == {"smoke", "tests", "linear_logprobs", "sparse"}
+    assert all(item["value"] == 0 for item in parts.values())
     assert any(item["case"] == "memcheck" and item["metric"] == "absent" for item in records)
     assert any(item["metric"] == "skipped_fraction" for item in records)
+
+
+@pytest.mark.parametrize(
+    ("script", "goes_on", "code"),
+    [("raise SystemExit(3)", True, 3), ("import time; time.sleep(60)", False, -1)],
+    ids=("fails", "hangs"),
+)
+def test_gpu_suite_goes_on_after_a_failure_and_stops_where_smoke_hangs(
+    script, goes_on, code, tmp_path, monkeypatch
+):
+    from bench import gpu_suite
+
+    def part(name, source):
+        return gpu_suite.Part(name=name, command=lambda dry, path: ["-c", source], seconds=1)
+
+    monkeypatch.setattr(gpu_suite, "PARTS", (part("smoke", script), part("tests", "print('here')")))
+    path = tmp_path / "r.json"
+    monkeypatch.setattr(sys, "argv", ["gpu_suite", "--dry-run", "--json", str(path)])
+    with pytest.raises(SystemExit, match="failed: smoke"):
+        gpu_suite.main()
+    ended = {
+        item["case"]: item["value"] for item in json.loads(path.read_text()) if item["metric"] == "exit_code"
+    }
+    assert ended == ({"smoke": code, "tests": 0} if goes_on else {"smoke": code})
+
+
+def test_a_backend_that_is_wrong_fails_the_smoke_test(monkeypatch):
+    from bench import gpu_smoke
+
+    def figures(backend):
+        found = gpu_smoke.checked("cpu", torch.float32, backend, (33, 50, 203))
+        return {item["metric"]: item for item in found}
+
+    good = figures("chunked")
+    assert good["failed"]["value"] == 0 and good["error_weight"]["value"] < 1e-5
+    assert "needs tensors on a GPU" in figures("triton")["failed"]["note"]
+    monkeypatch.setattr(
+        gpu_smoke, "errors", lambda *_: {"rms_error": float("nan"), "error_hidden": 0.5, "error_weight": 0.0}
+    )
+    wrong = figures("chunked")["failed"]
+    assert wrong["value"] == 1 and wrong["note"] == "rms_error nan above 0.001, error_hidden 0.5 above 0.02"
 
 
 def test_gpu_suite_stays_under_ten_minutes():
     from bench.gpu_suite import PARTS
 
-    *first, last = PARTS  # the last one takes what time is left
-    assert last.name == "tiles"
-    assert sum(part.seconds for part in first if part.needs is None) <= 580
+    on_device = [part for part in PARTS if not part.dry_only]
+    assert [part.name for part in on_device[:2]] == ["smoke", "tiles"]
+    assert sum(part.seconds for part in on_device) <= 580
+    assert [part.name for part in PARTS if not part.gates] == ["racecheck"]
 
 
 def test_the_tables_tiles_are_candidates_that_fit(tmp_path):
