@@ -2,10 +2,9 @@
 
 The policy has the architecture of Qwen3-0.6B and random weights in bf16; one in a thousand tokens ends a
 completion, so lengths differ. Rollouts come from continuous batching (batched decoding on a CPU), the reward
-is the parity of the text,
-and the trainer is the one that `fit` makes, with its metrics file. Providers: `ours`, and
-`ours:reference_head`, whose head computes all logits in plain torch. Where a step does not fit into memory it
-is run again in pieces of fewer tokens; `max_tokens` says which (0: in one piece).
+is the parity of the text, and the trainer is the one that `fit` makes, with its metrics file. Providers:
+`ours`, and `ours:reference_head`, whose head computes all logits in plain torch. Where a step does not fit
+into memory it is run again in pieces of fewer tokens; `max_tokens` says which (0: in one piece).
 
 Seconds are medians over the steps after the first two. `--dry-run` runs everything on a CPU with a tiny
 policy; its figures mean nothing.
