@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.commands.doctor.dry_run import Builder, Runs
 from agro_lightning.commands.doctor.report import CheckFailed, Checks
+from agro_lightning.data.buffer.tokenization import describe_special_tokens
 from agro_lightning.data.prompts.dataset import PromptDataset
 from agro_lightning.data.sources import Offline, Source
 from agro_lightning.models.pretrained import load_tokenizer
@@ -81,7 +82,8 @@ def _read_prompts(
     if asked is not data.validation_settings:
         PromptDataset(data.validation_settings, tokenizer=tokenizer, on_bad_row=data.on_bad_row)
     words = f"{len(prompts)} of {asked.path}, the longest of {prompts.longest} tokens, "
-    return tokenizer, prompts, words + f"and up to {data.sampling.max_new_tokens} of a completion"
+    words += f"and up to {data.sampling.max_new_tokens} of a completion; "
+    return tokenizer, prompts, words + describe_special_tokens(tokenizer, chat=asked.chat)
 
 
 def _score_answers(prompts: PromptDataset, rewards: RewardSet) -> str:
