@@ -221,16 +221,13 @@ def test_rows_that_were_dropped_count_as_no_use(tmp_path, quickstart_tokenizer):
 
 
 def test_one_use_too_many_is_an_error_that_counts_nothing(opened):
-    append, open_reader, _ = opened
-    append(0, [group("1", 0, completions=4)])
-    append(1, [group("2", 0, completions=4)])
-    reader = open_reader()
-    counts = reader.counts
-    counts.record(reader.buffer, [5])
-    with pytest.raises(ValueError, match=r"part-00000001.parquet:1 would be used 2 times; max_uses is 1"):
-        counts.record(reader.buffer, [0, 5])
-    with pytest.raises(ValueError, match="2 times"):
-        counts.record(reader.buffer, [1, 1])
+    _, open_reader, _ = opened
+    counts = open_reader().counts
+    counts.record("part-00000001.parquet", np.array([1]))
+    with pytest.raises(
+        ValueError, match=r"row 1 of part-00000001.parquet would be used 2 times; max_uses"
+    ):
+        counts.record("part-00000001.parquet", np.array([0, 1]))
     assert counts.uses("part-00000000.parquet").tolist() == []
     assert counts.uses("part-00000001.parquet").tolist() == [0, 1]
 

@@ -33,6 +33,8 @@ class StreamGroup:
     """Position of its first row in the file; with the label, its name on every rank and in checkpoints."""
     rows: list[int]
     """Row numbers in this rank's buffer."""
+    numbers: np.ndarray
+    """Their row numbers in the file."""
     version: int
     """The policy version that it was sampled from."""
     uses: int
@@ -84,24 +86,20 @@ class UseCounts:
         self.max_uses = max_uses
         self._uses: dict[str, np.ndarray] = {}
 
-    def record(self, buffer: RolloutBuffer, rows: np.ndarray | list[int]) -> None:
-        """Counts one use of each of these rows, two of a row that is given twice.
+    def record(self, label: str, numbers: np.ndarray) -> None:
+        """Counts one use of each of these distinct rows of a file.
 
         Raises:
             ValueError: a row would have been used more than max_uses times; nothing is counted then.
         """
-        counted: dict[str, np.ndarray] = {}
-        for file, positions in buffer.by_file(rows):
-            numbers = file.source.index["number"][positions]
-            new = self.uses(file.label).astype(np.int64)
-            new = np.pad(new, (0, max(0, int(numbers.max()) + 1 - len(new))))
-            np.add.at(new, numbers, 1)
-            worst = int(numbers[np.argmax(new[numbers])])
-            if new[worst] > self.max_uses:
-                times = f"{new[worst]} times; max_uses is {self.max_uses}"
-                raise ValueError(f"row {file.source.path}:{worst} would be used {times}")
-            counted[file.label] = new.astype(np.uint8)
-        self._uses.update(counted)
+        uses = self.uses(label)
+        new = np.pad(uses, (0, max(0, int(numbers.max()) + 1 - len(uses)))).astype(np.int64)
+        new[numbers] += 1
+        worst = int(numbers[np.argmax(new[numbers])])
+        if new[worst] > self.max_uses:
+            times = f"{new[worst]} times; max_uses is {self.max_uses}"
+            raise ValueError(f"row {worst} of {label} would be used {times}")
+        self._uses[label] = new.astype(np.uint8)
 
     def uses(self, label: str) -> np.ndarray:
         """Uses by row number in the file with that label, up to the last row that was used."""
@@ -201,18 +199,15 @@ class StreamReader:
             return
         if any(key not in self._open for key in self._current):  # drawn before a restart
             self._refresh()
-        rows: list[int] = []
         for key in self._current:
             group = self._open.get(key)
             if group is None:
                 raise FileNotFoundError(
                     f"{key[0]} is gone from {self.folder}; the checkpoint is training on it"
                 )
-            rows += group.rows
+            self.counts.record(group.label, group.numbers)
             group.uses += 1
-        self.counts.record(self.buffer, rows)
-        for key in self._current:
-            if self._open[key].uses >= self.source.max_uses:
+            if group.uses >= self.source.max_uses:
                 del self._open[key]
         self._report(step)
 
@@ -305,6 +300,7 @@ class StreamReader:
                 label=file.label,
                 place=first,
                 rows=list(range(file.first + first, file.first + end)),
+                numbers=numbers[first:end],
                 version=int(versions[first:end].min()),
                 uses=used,
             )

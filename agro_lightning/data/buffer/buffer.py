@@ -281,10 +281,6 @@ class RolloutBuffer:
         for place in np.argsort(prompts.rows[prompts.starts], kind="stable"):
             yield self._group(prompts.rows[prompts.starts[place] : ends[place]].tolist())
 
-    def by_file(self, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[RowFile, np.ndarray]]:
-        """Each file that has some of these rows, with their places among its rows."""
-        return self._set.by_file(rows)
-
     def row_id(self, row: int) -> str:
         """Names a row by its file and its number there."""
         return self._set.read(row)[1]

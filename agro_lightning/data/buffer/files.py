@@ -133,32 +133,18 @@ class FileSet:
         """An index column of all rows (see PackedFile.index), in `order`."""
         return np.concatenate([np.zeros(0, np.uint8), *(file.source.index[name] for file in self.files)])
 
-    def locate(self, row: int) -> tuple[RowFile, int]:
-        """The file of a row, and its position among that file's rows.
+    def read(self, row: int) -> tuple[Record, str]:
+        """A row, and its name: file and row number there.
 
         Raises:
             KeyError: there is no such row, perhaps since its file is gone.
         """
-        index = bisect.bisect_right(self._firsts, row) - 1
-        if index >= 0:
-            file = self._by_first[index]
-            if row - file.first < len(file):
-                return file, row - file.first
-        raise KeyError(f"row {row} is not in the buffer (any more); plan again after refresh()")
-
-    def read(self, row: int) -> tuple[Record, str]:
-        """A row, and its name: file and row number there."""
-        file, position = self.locate(row)
+        place = bisect.bisect_right(self._firsts, row) - 1
+        file = self._by_first[max(0, place)] if self._firsts else None
+        if file is None or not 0 <= row - file.first < len(file):
+            raise KeyError(f"row {row} is not in the buffer (any more); plan again after refresh()")
+        position = row - file.first
         return file.source.read(position), f"{file.source.path}:{file.source.index['number'][position]}"
-
-    def by_file(self, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[RowFile, np.ndarray]]:
-        """Each file that has some of these rows, with their positions among its rows."""
-        wanted = np.sort(np.asarray(rows, np.int64))
-        while len(wanted):
-            file, _ = self.locate(int(wanted[0]))
-            end = int(np.searchsorted(wanted, file.first + len(file)))
-            yield file, wanted[:end] - file.first
-            wanted = wanted[end:]
 
     @cached_property
     def _by_first(self) -> list[RowFile]:

@@ -96,26 +96,10 @@ def _row(prompt: Prompt, completion: Completion, tokenizer: str) -> dict[str, An
             )
     if completion.ref_logprobs is not None and not np.isfinite(completion.ref_logprobs).all():
         raise ValueError(f"{where} has ref_logprobs that are not finite; leave them out (None)")
-    return {
-        "prompt_id": prompt.prompt_id,
-        "prompt": prompt.prompt,
-        "prompt_ids": prompt.prompt_ids,
-        "completion": completion.completion,
-        "completion_ids": completion.completion_ids,
-        "reward": completion.reward,
-        "reward_parts": list(completion.reward_parts.items()),
-        "finish_reason": completion.finish_reason,
-        "source": completion.source,
-        "policy_version": completion.policy_version,
-        "temperature": completion.temperature,
-        "top_p": completion.top_p,
-        "top_k": completion.top_k,
-        "behavior_logprobs": completion.behavior_logprobs,
-        "ref_logprobs": completion.ref_logprobs,
-        "reference_id": completion.reference_id,
-        "tokenizer_id": tokenizer,
-        "answer": answer_to_text(prompt.answer),
-    }
+    row = {name: getattr(prompt, name) for name in ("prompt_id", "prompt", "prompt_ids")}
+    row |= {name: getattr(completion, name) for name in FILE_SCHEMA.names if hasattr(completion, name)}
+    row["reward_parts"] = list(completion.reward_parts.items())
+    return {**row, "tokenizer_id": tokenizer, "answer": answer_to_text(prompt.answer)}
 
 
 def _holds(path: Path, table: pa.Table) -> bool:
