@@ -224,9 +224,7 @@ def test_one_use_too_many_is_an_error_that_counts_nothing(opened):
     _, open_reader, _ = opened
     counts = open_reader().counts
     counts.record("part-00000001.parquet", np.array([1]))
-    with pytest.raises(
-        ValueError, match=r"row 1 of part-00000001.parquet would be used 2 times; max_uses"
-    ):
+    with pytest.raises(ValueError, match="row 1 of part-00000001.parquet would be used 2 times"):
         counts.record("part-00000001.parquet", np.array([0, 1]))
     assert counts.uses("part-00000000.parquet").tolist() == []
     assert counts.uses("part-00000001.parquet").tolist() == [0, 1]
