@@ -64,31 +64,21 @@ def agro_coefficients(
     negative_weight: float = 1.0,
     behavior_log_ratios: Float[Tensor, " B"] | None = None,
 ) -> Float[Tensor, " B"]:
-    """The c_i of :func:`agro_loss`, for groups whose tokens do not fit into one pass.
+    """The c_i of :func:`agro_loss` from s alone, for groups whose tokens do not fit into one pass.
 
     A first pass without gradient gives s of every completion; with c known, each part of the group, down to
     single tokens, back-propagates `(c[sequence_ids] * logprobs).sum()` on its own. The parts' gradients add
-    up to that of the whole group exactly. With negative_weight 1, c sums to 0 over every group.
-
-    Args:
-        log_ratios: s of each completion of whole groups, from the weights that are stepped.
-        rewards: one scalar per completion.
-        group_ids: the group (0..G-1) of each completion.
-        beta: KL coefficient, in reward per nat.
-        num_groups: the groups of the whole optimiser step; default those of this batch.
-        negative_weight: factor of c_i where R_i < Rbar, in (0, 1].
-        behavior_log_ratios: log pi - log mu of each completion; given, c_i is also multiplied by
-            min(1, pi/mu) where R_i < Rbar.
+    up to that of the whole group exactly. With negative_weight 1, c sums to 0 over every group. Where
+    behavior_log_ratios (log pi - log mu) are given, negatives are tapered.
     """
     check_beta(beta)
     check_negative_weight(negative_weight)
     groups = Groups.of(group_ids, rewards, num_groups)
-    for name, values in (("log_ratios", log_ratios), ("behavior_log_ratios", behavior_log_ratios)):
-        if values is not None and values.shape != rewards.shape:
-            raise ValueError(
-                f"{name} {tuple(values.shape)} and rewards {tuple(rewards.shape)} must "
-                "be of one length, an entry per completion"
-            )
+    if log_ratios.shape != rewards.shape:
+        raise ValueError(
+            f"log_ratios {tuple(log_ratios.shape)} and rewards {tuple(rewards.shape)} must "
+            "be of one length, an entry per completion"
+        )
     residuals = groups.center(rewards - beta * log_ratios.detach())
     if negative_weight != 1:
         residuals = torch.where(residuals < 0, negative_weight * residuals, residuals)
@@ -102,15 +92,14 @@ def agro_coefficients(
 class Agro(Objective):
     """AGRO, the default objective: the variance of the regularised reward, right for data from any source.
 
-    On data that is not the policy's own, plain AGRO has no brake: it pushes a worse-than-average completion
-    down until its log-ratio lies 1/beta below the others'. `negative_weight` and `taper` are brakes that keep
-    the fixed point. Lemma: for weights w_i > 0 held constant and any convex combination of the group's R in
-    place of Rbar, every sampled group's gradient is exactly 0 at the optimum, for any data; and a tabular
-    policy whose data has full support is at rest there alone (of the best and the worst completion, neither
-    is at rest unless all R are equal). Given up below 1: the step is no longer the gradient of the variance,
-    a group's coefficients no longer sum to 0, and RLOO's is another gradient; `objective` is reported as
-    before. The idea of the weights: TOPR (arXiv 2503.14286, tapered) and AsymRE (arXiv 2506.20520, whose
-    shifted baseline moves the optimum, as these weights do not).
+    On data that is not the policy's own, plain AGRO pushes a worse-than-average completion down until its
+    log-ratio lies 1/beta below the others'. `negative_weight` and `taper` are brakes that keep the fixed
+    point. Lemma: with any weights w_i > 0 held constant, every sampled group's gradient is exactly 0 at the
+    optimum, for any data; and a tabular policy whose data has full support is at rest there alone (of the
+    completions with the largest and the smallest R, neither rests unless all R are equal). Given up below 1:
+    the step is not the gradient of the variance, a group's coefficients do not sum to 0, and RLOO's gradient
+    is another; `objective` is reported as before. The idea: TOPR (arXiv 2503.14286, tapered negatives) and
+    AsymRE (arXiv 2506.20520, a shifted baseline, which moves the optimum).
 
     Args:
         beta: KL coefficient, in reward per nat. Larger keeps the policy closer to the reference.
@@ -152,6 +141,5 @@ def check_negative_weight(weight: float) -> None:
     """Refuses a weight outside (0, 1]."""
     if not 0 < weight <= 1:
         raise ValueError(
-            f"negative_weight is {weight}; it must be above 0 and at most 1 (1 is the paper's loss; less "
-            "pushes completions below their group's mean down less)"
+            f"negative_weight is {weight}; it must be above 0 and at most 1, which is the paper's loss"
         )

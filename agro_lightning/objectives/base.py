@@ -13,10 +13,10 @@ from agro_lightning.objectives.groups import Groups
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs:
-    """Completions of whole prompt groups: N completion tokens (EOS included, prompt excluded), B completions.
+    """Whole prompt groups: N completion tokens (EOS included, prompt excluded) of B completions.
 
-    The methods raise ValueErrors that name the first group of fewer than 2 completions, completion without a
-    token, id out of range, or shapes that disagree.
+    Its methods refuse a group of fewer than 2 completions, a completion without a token, ids out of range
+    and shapes that disagree.
     """
 
     logprobs: Float[Tensor, " N"]
@@ -40,13 +40,10 @@ class LossInputs:
         return Groups.of(self.group_ids, self.rewards, self.num_groups)
 
     def log_ratios(self, other: Float[Tensor, " N"] | None = None) -> Float[Tensor, " B"]:
-        """s(y) = log pi(y|x) - log pi_ref(y|x) of each completion, differentiable in `logprobs` alone.
+        """s(y) = log pi(y|x) - log pi_ref(y|x) of each completion, or to a policy with `other` log-probs.
 
-        It is a sum over tokens and never a mean: dividing by the length moves the optimum (arXiv 2503.19612
-        defines the regulariser on whole completions).
-
-        Args:
-            other: token log-probs of another policy to take the ratio to; default those of the reference.
+        Differentiable in `logprobs` alone. A sum over tokens and never a mean: dividing by the length moves
+        the optimum (arXiv 2503.19612 defines the regulariser on whole completions).
         """
         other, ids = self.ref_logprobs if other is None else other, self.sequence_ids
         if not self.logprobs.shape == other.shape == ids.shape or ids.dim() != 1:

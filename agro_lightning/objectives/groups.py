@@ -23,12 +23,7 @@ class Groups:
     def of(
         cls, group_ids: Int[Tensor, " B"], rewards: Float[Tensor, " B"], num_groups: float | None = None
     ) -> "Groups":
-        """Counts the completions of each group; with num_groups, a batch (a rank's, say) may have no group.
-
-        Raises:
-            ValueError: a group has fewer than 2 completions, an id is negative, the two lengths differ, or
-                num_groups is not positive.
-        """
+        """Counts the completions of each group; with num_groups, a batch may have no group."""
         if group_ids.dim() != 1 or group_ids.shape != rewards.shape:
             raise ValueError(
                 f"rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)} must "

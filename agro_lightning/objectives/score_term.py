@@ -16,8 +16,7 @@ class AgroScoreTerm(Objective):
     """The gradient of 1/2 E_x Var_{y~pi}[R] where the sampling distribution is the policy itself.
 
     Moving pi also moves the distribution that the variance is taken over, which adds
-    1/2 E_pi[(R - E R)^2 grad log pi] to the gradient of :func:`~agro_lightning.objectives.agro.agro_loss`.
-    Estimated without bias, for completions sampled from the current policy only:
+    1/2 E_pi[(R - E R)^2 grad log pi] to AGRO's gradient. Unbiased for the current policy's own completions:
 
         (1 / 2n) sum_i (q_i - b_i) grad log pi_i,   q_i = sum_{j != i} (R_i - R_j)^2 / (n - 1)
         b_i = 2 * the unbiased variance of the other n - 1 completions' R for n >= 3, else 0
@@ -25,8 +24,7 @@ class AgroScoreTerm(Objective):
     This loss is about 0 at *every* deterministic policy, so it can collapse onto one: with two arms, equal
     rewards and a uniform reference it leaves the optimum as soon as one arm is less likely than 0.08322, and
     with binary rewards from the reference it pushes right answers down where p_correct < 1/2 - beta. Prefer
-    :class:`~agro_lightning.objectives.agro.Agro`, on-policy too. Source: arXiv 2503.19612 for the on-policy
-    loss; the estimator and its baseline are derived from it.
+    Agro, on-policy too. Source: arXiv 2503.19612; the estimator and its baseline are derived from it.
 
     Args:
         beta: KL coefficient, in reward per nat; above 0, as the stepped gradient is divided by it.
