@@ -1,13 +1,16 @@
 import copy
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, tiny_lm
 
 from agro_lightning.models.batch import pack_groups, repeat_prompts, select_completions, split_batch
 from agro_lightning.models.config import LoraSettings, PolicySettings
+from agro_lightning.models.head_check import check_logprobs
 from agro_lightning.models.policy import Policy
-from agro_lightning.models.pretrained import resolve_path
+from agro_lightning.models.pretrained import load_lm, load_tokenizer, resolve_path
 from agro_lightning.models.reference import AdapterOffReference, CachedReference, frozen_copy
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
@@ -249,3 +252,78 @@ def test_sequences_that_need_other_frequencies_are_computed_apart(name, packing,
         torch.testing.assert_close(got, torch.cat(expected), atol=1e-5, rtol=1e-5)
     got.sum().backward()
     assert all(p.grad is not None for p in policy.parameters())
+
+
+def _without(folder, *names):
+    for name in names:
+        (folder / name).unlink()
+
+
+def _config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _weights(folder, change):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def _to_bin(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    _without(folder, "model.safetensors")
+
+
+WRONG_FOLDERS = {
+    "only pytorch_model.bin": (
+        _to_bin,
+        "has only pytorch_model.bin; weights are loaded from safetensors",
+    ),
+    "no weights": (lambda f: _without(f, "model.safetensors"), "has no weights"),
+    "torn weights": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]),
+        "cannot be loaded: Error while deserializing",
+    ),
+    "another size": (lambda f: _config(f, hidden_size=64), r"has shape \(\d+, 32\); the config makes it"),
+    "a weight missing": (
+        lambda f: _weights(f, lambda w: w.pop("model.norm.weight")),
+        "has no weights for model.norm.weight",
+    ),
+    "no JSON": (lambda f: (f / "config.json").write_text("{not"), "not a valid JSON"),
+    "unknown type": (lambda f: _config(f, model_type="llama99"), "llama99"),
+    "no language model": (
+        lambda f: (f / "config.json").write_text('{"model_type": "vit"}'),
+        "ViT is no",
+    ),
+    "code of its own": (
+        lambda f: _config(f, model_type="own", auto_map={"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}),
+        "set model.policy.trust_remote_code: true",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_FOLDERS)
+def test_whatever_is_wrong_with_a_model_folder_is_one_line_that_names_it(wrong, tmp_path):
+    spoil, said = WRONG_FOLDERS[wrong]
+    tiny_lm("llama").save_pretrained(tmp_path / "model")
+    spoil(tmp_path / "model")
+    with pytest.raises((ValueError, OSError), match=said) as error:
+        load_lm(PolicySettings(path=str(tmp_path / "model")))
+    assert str(tmp_path / "model") in str(error.value) and "\n" not in str(error.value)
+    assert "agro_lightning" in str(error.traceback[-1].path)  # the command line shows it without a traceback
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    tiny_lm("llama").save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="tokenizer of model folder .* cannot be loaded: it has no"):
+        load_tokenizer(str(tmp_path / "model"))
+
+
+def test_weights_that_are_not_finite_are_named():
+    lm = tiny_lm("llama")
+    with torch.no_grad():
+        lm.model.norm.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="are not finite in float32: its weights hold NaN"):
+        check_logprobs(Policy(PolicySettings(), lm=lm))

@@ -183,6 +183,11 @@ def _check_head(policy: Policy) -> None:
         )
     if gap <= limit:
         return
+    if not math.isfinite(gap):
+        raise HeadMismatchError(
+            f"the logits of model.policy.path {policy.settings.path} are not finite in "
+            f"{_name(policy.compute_dtype)}: its weights hold NaN or infinity, or this type overflows"
+        )
     config = policy.base.config.get_text_config(decoder=True).to_dict()
     words = ("logit", "scal", "multiplier")
     hints = {name: value for name, value in config.items() if value and any(word in name for word in words)}

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import logging
 import math
 import re
 import warnings
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_log
 
 from agro_lightning import quickstart
 from agro_lightning.models.compat import decoder_of
@@ -38,29 +40,58 @@ def resolve_path(path: str) -> str:
     folder = Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists()
     if looks_local and not (folder / "config.json").is_file():
-        what = "has no config.json" if folder.is_dir() else "does not exist"
+        what = "does not exist" if not folder.exists() else "is a file"
         raise FileNotFoundError(
-            f"model folder {path} {what}; give a folder written by save_pretrained, a hub id such "
-            "as Qwen/Qwen3-0.6B, or quickstart"
+            f"model folder {path} {'has no config.json' if folder.is_dir() else what}; give a folder written "
+            "by save_pretrained, a hub id such as Qwen/Qwen3-0.6B, or quickstart"
         )
     return str(folder) if folder.exists() else path
 
 
 @contextlib.contextmanager
-def _clear_hub_errors(path: str) -> Iterator[None]:
+def explained(path: str, part: str) -> Iterator[None]:
+    """Turns what transformers and safetensors say of a folder or hub id into one line that names it.
+
+    Raises:
+        OSError: a file cannot be read, or the hub does not give it.
+        ImportError: the model's code needs a package.
+        ValueError: everything else that is wrong with the folder.
+    """
+    resolved, shown = resolve_path(path), transformers_log.get_verbosity()
+    transformers_log.set_verbosity(logging.CRITICAL)
     try:
         yield
-    except OSError as error:
-        reason = str(error).splitlines()[0]
+    except (FileNotFoundError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        words = " ".join(str(error).split())
+        reason = words.split(". ")[0].rstrip(".")[:200] or type(error).__name__
+        if isinstance(error, (KeyError, TypeError, AttributeError)):
+            reason = f"{type(error).__name__} {reason}"
+        elif "instantiate the backend tokenizer" in words:
+            reason = "it has no tokenizer.json"
+        elif kind := re.search(r"Unrecognized configuration class <class '[\w.]*\.(\w+)Config'>", words):
+            reason = f"{kind[1]} is no causal language model"
+        elif "trust_remote_code" in words:
+            reason = "it needs code of its own; read that, then set model.policy.trust_remote_code: true"
+        if isinstance(error, ImportError):
+            raise ImportError(f"the {part} of {path} needs a package: {reason}") from error
+        if Path(resolved).is_dir():
+            kind_of = OSError if isinstance(error, OSError) else ValueError
+            raise kind_of(f"the {part} of model folder {path} cannot be loaded: {reason}") from error
+        if not isinstance(error, OSError):
+            raise ValueError(f"the {part} of {path} cannot be loaded: {reason}") from error
         raise OSError(
             f"cannot load {path}: it is no local folder, and the hub did not give it ({reason}). Download it "
             "where there is a network and set the path to the folder"
         ) from error
+    finally:
+        transformers_log.set_verbosity(shown)
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer that stands beside a model. Raises OSError naming the path when there is none."""
-    with _clear_hub_errors(path):
+    """Loads the tokenizer that is beside a model. Raises what `explained` does."""
+    with explained(path, "tokenizer"):
         return AutoTokenizer.from_pretrained(resolve_path(path), trust_remote_code=trust_remote_code)
 
 
@@ -68,20 +99,47 @@ def load_lm(settings: PolicySettings) -> PreTrainedModel:
     """Loads the causal LM: safetensors only, no code from the folder unless trusted, dropout off.
 
     Raises:
-        FileNotFoundError, OSError: the folder or hub id cannot be loaded.
+        FileNotFoundError, OSError, ImportError, ValueError: the folder or hub id cannot be loaded, or the
+            weights are not those of the config.
     """
     path, dtype = resolve_path(settings.path), getattr(torch, settings.dtype)
-    with _clear_hub_errors(settings.path):
+    trusted = settings.trust_remote_code
+    with explained(settings.path, "model"):
         if settings.weights == "random":
-            config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
-            lm = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=settings.trust_remote_code
-            )
-        else:
-            lm = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, use_safetensors=True, trust_remote_code=settings.trust_remote_code
-            )
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted).eval()
+        require_safetensors(settings.path)
+        lm, about = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trusted,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with their shapes
+        )
+    for name, held, wanted in sorted(about["mismatched_keys"]):
+        raise ValueError(
+            f"model folder {settings.path}: {name} has shape {tuple(held)}; the config makes it "
+            f"{tuple(wanted)}. Config and weights are not of one model"
+        )
+    if missing := sorted(about["missing_keys"]):  # transformers would draw them at random
+        raise ValueError(
+            f"model folder {settings.path} has no weights for {missing[0]} ({len(missing)} such); config and "
+            "weights are not of one model"
+        )
     return lm.eval()
+
+
+def require_safetensors(path: str) -> None:
+    """Raises FileNotFoundError where a local folder has no safetensors weights, and says what it has."""
+    folder = Path(resolve_path(path))
+    if folder.is_dir() and not any(folder.glob("*.safetensors*")):
+        others = sorted(f.name for kind in ("*.bin", "*.pt", "*.pth", "*.gguf") for f in folder.glob(kind))
+        has = f"only {others[0]}" if others else "no weights"
+        raise FileNotFoundError(
+            f"model folder {path} has {has}; weights are loaded from safetensors alone, in which no code can "
+            "hide. Load the folder once with transformers where you trust it, and save_pretrained it"
+        )
 
 
 def add_lora(lm: PreTrainedModel, settings: LoraSettings) -> nn.Module:

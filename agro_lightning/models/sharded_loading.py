@@ -21,7 +21,13 @@ from agro_lightning.distributed.tensor_parallel import parallelize
 from agro_lightning.models.compat import file_of, no_init_weights
 from agro_lightning.models.config import PolicySettings
 from agro_lightning.models.policy import Policy
-from agro_lightning.models.pretrained import adapter_values, load_lm, resolve_path
+from agro_lightning.models.pretrained import (
+    adapter_values,
+    explained,
+    load_lm,
+    require_safetensors,
+    resolve_path,
+)
 from agro_lightning.primitives.dtensor import communication_device, fill, local_part
 
 log = logging.getLogger(__name__)
@@ -122,8 +128,13 @@ def empty_policy(
 def empty_lm(settings: PolicySettings) -> PreTrainedModel:
     """The architecture with parameters on the meta device and buffers as its constructor computes them."""
     path = resolve_path(settings.path)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
-    with no_init_weights(), parameters_on_meta(), warnings.catch_warnings():
+    with (
+        explained(settings.path, "model"),
+        no_init_weights(),
+        parameters_on_meta(),
+        warnings.catch_warnings(),
+    ):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
         warnings.filterwarnings("ignore", message=".*zero-element.*")
         lm = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, settings.dtype), trust_remote_code=settings.trust_remote_code
@@ -219,10 +230,11 @@ def safetensors_files(path: str) -> dict[str, Path]:
         return {name: paths[part] for name, part in parts.items()}  # type: ignore[misc]
     single = file_of(folder, SINGLE)
     if single is None:
+        require_safetensors(path)
         raise FileNotFoundError(
-            f"{path} holds no {SINGLE} and no {INDEX}; weights are loaded from safetensors only"
+            f"{path} has no {SINGLE} and no {INDEX}; weights are loaded from safetensors only"
         )
-    with safe_open(single, framework="pt") as handle:
+    with explained(path, "model"), safe_open(single, framework="pt") as handle:
         return dict.fromkeys(handle.keys(), single)
 
 
