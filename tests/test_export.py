@@ -109,6 +109,8 @@ def test_whole_models(tmp_path, checkpoint, architecture, kind):
         ("llama", "file", "all-linear"),
         ("llama_tied", "shards", ["q_proj", "down_proj", "embed_tokens"]),
         ("gpt2", "file", ["c_attn", "c_proj"]),
+        ("qwen3_moe", "file", "all-linear"),
+        ("mixtral", "shards", "all-linear"),
     ],
 )
 def test_adapters_merged_and_alone(tmp_path, checkpoint, architecture, kind, targets):

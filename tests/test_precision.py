@@ -218,3 +218,16 @@ def test_other_precisions_are_refused_with_the_key_to_set(settings, precision, s
 def test_half_precision_weights_do_not_compute_in_another_type():
     with pytest.raises(ValueError, match="compute_dtype is float16 and dtype is bfloat16"):
         PolicySettings(dtype="bfloat16", compute_dtype="float16")
+
+
+def test_a_frozen_reference_in_mixed_precision_stays_when_the_policy_moves():
+    """The copy's forward is its own, not that of the policy that it was copied from."""
+    policy = Policy(TYPES["mixed"], lm=tiny(TYPES["mixed"]))
+    batch = pack(make_groups())
+    reference = frozen_copy(policy)
+    before = reference.logprobs(batch)
+    assert torch.equal(before, policy.logprobs(batch).logprobs.detach())
+    with torch.no_grad():
+        policy.decoder.layers[0].mlp.up_proj.weight.mul_(2.0)
+    assert torch.equal(reference.logprobs(batch), before)
+    assert (policy.logprobs(batch).logprobs - before).abs().max() > 0.01

@@ -117,7 +117,7 @@ class Runs:
         lm = AutoModelForCausalLM.from_pretrained(out).eval()
         with torch.no_grad():
             gap = float((lm(input_ids=self._first.ids).logits.float() - self._first.logits).abs().max())
-        limit = 1e-3 if lm.dtype == torch.float32 else 0.5
+        limit = 1e-3 if self._first.in_fp32 else 0.5
         if not gap <= limit:
             raise CheckFailed(f"the exported model's logits differ by up to {gap:.3g} (limit {limit:g})")
         return f"a {lm.num_parameters():,} parameter folder; logits differ by at most {gap:.2g}"
@@ -169,6 +169,7 @@ class _First(Callback):
         self._group: PromptGroup | None = None
         self.ids: Tensor | None = None
         self.logits: Tensor | None = None
+        self.in_fp32 = True
 
     def missing(self) -> list[str]:
         """Checks after the one that failed."""
@@ -277,7 +278,7 @@ class _First(Callback):
         self.ids = batch.input_ids[: min(64, batch.num_tokens)][None].cpu()
         with policy.generating() as lm:
             logits = lm(input_ids=self.ids.to(policy.head.weight.device), use_cache=False).logits
-        self.logits = logits.float().cpu()
+        self.logits, self.in_fp32 = logits.float().cpu(), policy.compute_dtype == torch.float32
 
 
 def _describe(policy: Policy) -> str:
@@ -287,8 +288,10 @@ def _describe(policy: Policy) -> str:
     count = sum(parameter.numel() for parameter in policy.parameters())
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     packing = {"shared": "prompts computed once", "plain": "prompts repeated", "single": "one sequence a row"}
+    computed = str(policy.compute_dtype).removeprefix("torch.")
     return (
-        f"{count:,} parameters, {trained:,} trained, {policy.settings.dtype} on {policy.head.weight.device}; "
+        f"{count:,} parameters, {trained:,} trained, {policy.settings.dtype} on {policy.head.weight.device}, "
+        f"computed in {computed}; "
         f"fused log-probs are within {gap:.1g} nats of the model's logits, {packing[policy.packing]}"
     )
 
