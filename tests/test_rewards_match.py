@@ -154,6 +154,20 @@ def test_no_text_makes_the_readers_raise(text):
     value = parse_number(text)
     assert value is None or isinstance(value, Fraction)
     assert boxed(text) is None or len(boxed(text)) <= len(text)
+    assert len(members(tidy_latex(text))) <= len(text)
+    assert unit(text) is None or all(unit(text).values())
+    assert stated_answer(text, "1, 2") is None or boxes(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["9", "$", "1,", "{", "(", "\\text{", "\\frac{", ",111", ".", "}", "5 cm ", "^\\circ", " ,", " "],
+)
+def test_long_answers_are_read_in_linear_time(text):
+    for answer in ("a" + text * 50_000 + "b", "1" + text * 50_000, r"\text{" + text * 50_000 + "}"):
+        tidied = tidy_latex(answer)
+        assert len(tidied) <= len(answer) + 6 and members(tidied) is not None
+        assert unit(answer) is None or isinstance(unit(answer), dict)
 
 
 @given(st.integers(-(10**12), 10**12))

@@ -101,7 +101,7 @@ def tidy_latex(text: str) -> str:
         text = _CLOSING.sub(r"\1", _unwrapped(text)).strip()
     text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
     text = re.sub(r"\\(?:left|right)(?![a-zA-Z])\.?", "", text)
-    text = re.sub(r"\^?\s*°|\\degree(?![a-zA-Z])|\^\s*\{\s*\\circ\s*\}", r"^\\circ", text)
+    text = re.sub(r"(?:\^\s*)?°|\\degree(?![a-zA-Z])|\^\s*\{\s*\\circ\s*\}", r"^\\circ", text)
     return _CLOSING.sub(r"\1", text)
 
 
@@ -151,14 +151,13 @@ def members(text: str) -> list[str]:
         inner = inner[2:-2]
     if _THOUSANDS.fullmatch(inner):
         return [inner]
-    parts, depth = [""], 0
-    for char in inner:
+    parts, depth, start = [], 0, 0
+    for place, char in enumerate(inner):
         depth += (char in "([{") - (char in ")]}")
         if char == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return [part.strip() for part in parts if part.strip()]
+            parts.append(inner[start:place])
+            start = place + 1
+    return [part.strip() for part in (*parts, inner[start:]) if part.strip()]
 
 
 def stated_answer(completion: str, expected: str) -> str | None:

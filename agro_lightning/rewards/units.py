@@ -56,13 +56,13 @@ def _powers(text: str) -> dict[str, int] | None:
         text = re.sub(rf"\b{short}\b", long, text)
     powers: Counter[str] = Counter()
     sign, once, last = 1, 1, ""
-    for token in re.findall(r"\^\s*-?\d+|[²³]|[a-zA-Z]+|/|\S", text):
+    for token in re.findall(r"\^\s*-?[0-9]{1,3}|[²³]|[a-zA-Z]+|/|\S", text):
         if token in ("/", "per", "an") or token == "a":
             sign = -1
         elif token in ("square", "sq", "cubic"):
             once = 3 if token == "cubic" else 2
         elif token in ("squared", "cubed", "²", "³") or token[0] == "^":
-            if not last:
+            if not last or token == "^":
                 return None
             power = {"squared": 2, "cubed": 3, "²": 2, "³": 3}.get(token) or int(token.strip("^ "))
             powers[last] *= power
@@ -77,4 +77,4 @@ def _powers(text: str) -> dict[str, int] | None:
                 return None
             powers[found] += sign * once
             once, last = 1, found
-    return dict(powers) or None
+    return {name: power for name, power in powers.items() if power} or None
