@@ -22,7 +22,8 @@ from agro_lightning.data.sources import Live, Offline, Source
 from agro_lightning.models.config import PolicySettings
 from agro_lightning.objectives import Agro, Grpo, Objective, RegularizedPG, RlooFrozenKL
 from agro_lightning.rollout import AutoEngine, Generation, RolloutEngine, Sampling
-from agro_lightning.training.callbacks.step_metrics import NonFiniteError, NonFiniteGuard, StepMetrics
+from agro_lightning.training.callbacks.non_finite import NonFiniteError, NonFiniteGuard
+from agro_lightning.training.callbacks.step_metrics import StepMetrics
 from agro_lightning.training.datamodule import AgroDataModule
 from agro_lightning.training.module import AgroModule
 from agro_lightning.training.optimizer import OptimizerSettings

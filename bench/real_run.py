@@ -34,7 +34,8 @@ from agro_lightning.objectives import Agro
 from agro_lightning.rewards import PythonReward
 from agro_lightning.rollout import BatchedDecoding, ContinuousBatching, Sampling
 from agro_lightning.training.callbacks.csv_log import MetricsFile
-from agro_lightning.training.callbacks.step_metrics import NonFiniteGuard, StepMetrics
+from agro_lightning.training.callbacks.non_finite import NonFiniteGuard
+from agro_lightning.training.callbacks.step_metrics import StepMetrics
 from agro_lightning.training.datamodule import AgroDataModule
 from agro_lightning.training.module import AgroModule
 from agro_lightning.training.optimizer import OptimizerSettings

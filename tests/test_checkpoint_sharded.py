@@ -194,10 +194,10 @@ def test_other_numbers_of_ranks_go_on_with_the_same_weights_and_data(tmp_path, c
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_one_rank_saves_and_ends_all_with_0(tmp_path, config, number):
-    folder = str(tmp_path / "run")
+def test_a_signal_to_one_rank_saves_and_ends_all(tmp_path, config, number):
+    folder, codes = str(tmp_path / "run"), [143, 143] if number == signal.SIGTERM else [0, 0]
     options = ["--data.batch_size", "2", "--trainer.max_steps", "50"]
-    assert run_ranks(fit, 2, config(OFFLINE), folder, options, (1, 3, number)) == [0, 0]
+    assert run_ranks(fit, 2, config(OFFLINE), folder, options, (1, 3, number)) == codes
     newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newest is not None and newest.name == "step-00000004.ckpt"
     assert f"{number.name}: stopped after step 4" in Path(f"{folder}.rank0.log").read_text()
@@ -208,10 +208,11 @@ def test_no_room_for_a_checkpoint_leaves_the_last_one_and_says_what_was_needed(t
     options = ["--data.batch_size", "2", "--trainer.max_steps", "8"]
     run_ranks(fit, 2, config(OFFLINE), folder, options, None, (1, 3, 100_000))
     for rank in (0, 1):
+        words = Path(f"{folder}.rank{rank}.log").read_text()
         assert re.search(
-            r"no room to write step-00000004.ckpt: [\d,]{9,} bytes are needed, [\d,]+ are free",
-            Path(f"{folder}.rank{rank}.log").read_text(),
+            r"no room to write step-00000004.ckpt: [\d,]{9,} bytes are needed, [\d,]+ are free", words
         )
+        assert "because of rank" not in words  # rank 0 is well
     checkpoints = tmp_path / "run" / "checkpoints"
     newest = newest_checkpoint(checkpoints)
     assert newest == checkpoints / "step-00000002.ckpt" and (checkpoints / "last.ckpt").resolve() == newest
@@ -230,8 +231,6 @@ trainer:
       mode: max
       save_top_k: 2
       filename: "{{step}}"
-  - class_path: agro_lightning.training.callbacks.rank_faults.SlowRanks
-    init_args: {{every: 2, least_seconds: 0.5}}
 model: {{optimizer: {{learning_rate: 1.0e-3, warmup_steps: 0}}}}
 data:
   validation: {{path: quickstart-val, limit: 12}}
@@ -239,29 +238,13 @@ data:
   group_size: 3
   validation_samples: 2
   pass_at: [2]
-  rewards:
-  - class_path: agro_lightning.rewards.PythonReward
-    init_args: {{function: "{folder}/slow.py:slow"}}
   sources: [{{weight: 1, name: live}}]
 """
-SLOW = """
-import os
-import time
-
-def slow(completions, answers):
-    if len(completions) == 12:  # in training
-        time.sleep(1.5 * int(os.environ["RANK"]))
-    return [float(text[:1] == answer[:1]) for text, answer in zip(completions, answers)]
-"""
 
 
-def test_a_slow_rank_is_named_and_the_best_checkpoints_are_kept(tmp_path, config):
-    (tmp_path / "slow.py").write_text(SLOW)
+def test_the_best_checkpoints_are_kept(tmp_path, config):
     folder = str(tmp_path / "run")
     run_ranks(fit, 2, config(LIVE.format(folder=tmp_path)), folder, ["--trainer.max_steps", "4"], timeout=120)
-    words = Path(f"{folder}.rank0.log").read_text()
-    assert re.search(r"step [24]: rank 1 is slow at drawing: [\d.]+ s, the median of the ranks is", words)
-    assert "rank 0 is slow at drawing" not in words
     with open(f"{folder}/metrics.csv", newline="") as handle:
         rows = [row["val/sampled_accuracy"] for row in csv.DictReader(handle)]
     accuracies = [float(value) for value in rows if value]

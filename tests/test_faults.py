@@ -1,4 +1,4 @@
-"""Slow ranks are named, killed ones too, and torchrun starts the job again; launchers are recognised."""
+"""Killed ranks are named, and torchrun starts the job again; launchers are recognised."""
 
 import os
 import re
@@ -18,7 +18,6 @@ from agro_lightning.distributed.launch import (
     store_after_restart,
     was_launched,
 )
-from agro_lightning.training.callbacks.rank_faults import SlowRanks, probe_seconds
 
 LAUNCHERS = (
     "MASTER_ADDR",
@@ -36,22 +35,6 @@ LAUNCHERS = (
 def no_launcher(monkeypatch):
     for name in LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
-
-
-def test_a_slow_rank_is_named_with_its_phase():
-    table = [{"computing": 0.01, "drawing": 30.0}] * 3 + [{"computing": 0.03, "drawing": 31.0}]
-    (words,) = SlowRanks().compare(table)
-    assert words.startswith("rank 3 is slow at computing: 0.03 s, the median of the ranks is 0.01 s")
-    table[1] = {"computing": 0.03, "drawing": 50.0}
-    assert [words.partition(":")[0] for words in SlowRanks().compare(table)] == [
-        "rank 1 is slow at computing",
-        "rank 1 is slow at drawing",
-    ]
-    assert SlowRanks().compare([{"drawing": 0.1}, {"drawing": 0.9}]) == []  # too little to matter
-
-
-def test_the_probe_takes_time():
-    assert probe_seconds(torch.device("cpu")) > 0
 
 
 @pytest.mark.parametrize(

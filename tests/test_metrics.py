@@ -7,7 +7,7 @@ import torch
 
 from agro_lightning.models.batch import pack_groups
 from agro_lightning.training.callbacks.step_metrics import over_ranks
-from agro_lightning.training.metrics import StepResult, batch_metrics, combined, plain_tallies
+from agro_lightning.training.metrics import StepResult, batch_metrics, combined, plain_sums
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
 
@@ -49,13 +49,13 @@ def metrics():
         regularized_rewards=regularized,
         advantages=torch.arange(7.0),
     )
-    tallies = plain_tallies(batch_metrics(batch, result, ("stream", "offline", "live")))
-    return {name: combined(name, [tally]) for name, tally in tallies.items()}
+    sums = plain_sums(batch_metrics(batch, result, ("stream", "offline", "live")))
+    return {name: combined(name, [part]) for name, part in sums.items()}
 
 
 def test_negative_share_of_a_step_is_that_of_its_micro_batches_together():
     parts = [torch.tensor([0.6, -0.1, -0.2]), torch.tensor([0.5, -0.5]), torch.tensor([0.0, 0.0])]
-    tallies = []
+    sums = []
     for advantages in parts:
         batch = pack_groups(
             [group("a", *(completion(1, "stream", 7, -1.0) for _ in advantages))], num_groups=3
@@ -70,10 +70,10 @@ def test_negative_share_of_a_step_is_that_of_its_micro_batches_together():
             regularized_rewards=advantages,
             advantages=advantages,
         )
-        tallies.append(plain_tallies(batch_metrics(batch, result))["negative_share"])
-    assert combined("negative_share", tallies[:1]) == pytest.approx(0.3 / 0.9)
-    assert combined("negative_share", tallies) == pytest.approx(0.8 / 1.9)
-    assert math.isnan(combined("negative_share", tallies[2:]))  # nothing is pushed anywhere
+        sums.append(plain_sums(batch_metrics(batch, result))["negative_share"])
+    assert combined("negative_share", sums[:1]) == pytest.approx(0.3 / 0.9)
+    assert combined("negative_share", sums) == pytest.approx(0.8 / 1.9)
+    assert math.isnan(combined("negative_share", sums[2:]))  # nothing is pushed anywhere
 
 
 def test_staleness_is_of_the_sources_own_rows(metrics):
@@ -103,6 +103,53 @@ def test_means_and_shares_by_source(metrics):
     assert metrics["log_ratio/stream"] == pytest.approx((0 + 1 + 5 + 6) / 4)
     assert metrics["share/stream"] == pytest.approx(4 / 7) and metrics["share/live"] == 0
     assert math.isnan(metrics["reward/live"])
+
+
+def test_values_by_hand():
+    """Two groups; the two completions of the first are of the policy's present version."""
+
+    def made(ids, reward, version, reason="stop"):
+        return Completion(
+            completion="", completion_ids=ids, reward=reward, policy_version=version, finish_reason=reason
+        )
+
+    groups = [
+        group("a", made((5, 6, 2), 1.0, 10), made((5, 2), 0.0, 10, "length")),
+        group("b", made((7, 2), 3.0, 4), made((8, 9, 3, 2), 3.0, -1)),
+    ]
+    batch = pack_groups(groups, num_groups=4, policy_version=10)
+    result = StepResult(
+        loss=torch.tensor(0.0),
+        objective=torch.tensor(0.75),
+        logprobs=torch.tensor([-0.5, -1.0, -0.25, -2.0, -1.5] + [-1.0] * 6),
+        ref_logprobs=torch.tensor([-1.0, -1.0, -0.75, -1.5, -2.0] + [-3.0] * 6),
+        log_ratios=torch.tensor([1.0, 3.0, 2.0, 2.5]),
+        regularized_rewards=torch.tensor([1.0, 2.0, 4.0, 1.0]),
+        advantages=torch.tensor([1.0, -1.0, 2.0, 0.0]),
+    )
+    found = {name: combined(name, [part]) for name, part in plain_sums(batch_metrics(batch, result)).items()}
+    down, up = math.exp(-0.5) - 1 + 0.5, math.exp(0.5) - 1 - 0.5  # of ref - policy = -0.5 and 0.5
+    assert down < up  # so that the sign matters
+    expected = {
+        "kl": (3 * down + up) / 2,
+        "entropy": (0.5 + 1.0 + 0.25 + 2.0 + 1.5) / 5,
+        "log_ratio": 8.5 / 4,
+        "log_ratio_spread": (math.sqrt(2) + 0.5 / math.sqrt(2)) / 2,
+        "regularized_reward_spread": (1 / math.sqrt(2) + 3 / math.sqrt(2)) / 2,
+        "completion_length": 11 / 4,
+        "truncated_fraction": 1 / 4,
+        "equal_reward_fraction": 1 / 2,
+        "objective": 0.75 * 4 / 2,
+        "reward": 7 / 4,
+        "advantage_spread": math.sqrt(5 / 3),
+        "negative_share": 1 / 4,
+        "staleness_min": 0,
+        "staleness_mean": 2,
+        "staleness_max": 6,
+    }
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-6), name
+    assert math.isnan(found["effective_sample_size"]) and math.isnan(found["logprob_gap_mean"])
 
 
 def random_result(batch, seed):
@@ -140,19 +187,19 @@ def test_unequal_batches_of_ranks_and_micro_batches_give_what_one_batch_gives():
     whole = pack_groups(groups, num_groups=4, policy_version=10)
     result = random_result(whole, 1)
     sources = ("live", "offline", "nothing")
-    expected = over_ranks([([plain_tallies(batch_metrics(whole, result, sources))], {})])
+    expected = over_ranks([([plain_sums(batch_metrics(whole, result, sources))], {})])
     cuts = {0: [slice(0, 1)], 1: [slice(1, 3), slice(3, 4)]}  # 6 completions on rank 0; 5 and 5 on rank 1
     sizes = [len(made.completions) for made in groups]
     ranks = []
     for parts in cuts.values():
-        tallies = []
+        sums = []
         for cut in parts:
             objective = sum(range(cut.start + 1, cut.stop + 1)) / 4
             batch = pack_groups(groups[cut], num_groups=4, policy_version=10)
             members = torch.arange(sum(sizes[: cut.start]), sum(sizes[: cut.stop]))
             mine = part_of(result, whole, members, objective)
-            tallies.append(plain_tallies(batch_metrics(batch, mine, sources)))
-        ranks.append((tallies, {}))
+            sums.append(plain_sums(batch_metrics(batch, mine, sources)))
+        ranks.append((sums, {}))
     assert over_ranks(ranks) == pytest.approx(expected, rel=1e-5)
     assert {"kl", "entropy", "effective_sample_size/live", "staleness_min", "reward/offline"} <= set(expected)
     assert len(ranks[0][0]) != len(ranks[1][0])

@@ -13,7 +13,7 @@ from agro_lightning.models.config import PolicySettings
 from agro_lightning.models.policy import Policy
 from agro_lightning.models.reference import frozen_copy
 from agro_lightning.objectives import Agro, AgroScoreTerm, Grpo, RegularizedPG, Rloo
-from agro_lightning.training.callbacks.step_metrics import NonFiniteError, NonFiniteGuard
+from agro_lightning.training.callbacks.non_finite import NonFiniteError, NonFiniteGuard
 from agro_lightning.training.module import AgroModule
 from agro_lightning.training.optimizer import OptimizerSettings
 
@@ -41,9 +41,8 @@ class Batches:
 
 def module(lm_seed=0, **kwargs):
     made = AgroModule(**{"objective": Agro(beta=0.1), "optimizer": SGD_LIKE, **kwargs})
-    made.policy = Policy(made.policy_settings, lm=tiny_lm("llama", seed=lm_seed))
     reference = frozen_copy(Policy(made.policy_settings, lm=tiny_lm("llama", seed=7)))
-    made._outside = [reference]
+    made.attach(Policy(made.policy_settings, lm=tiny_lm("llama", seed=lm_seed)), reference)
     return made
 
 
@@ -221,7 +220,7 @@ def test_a_checkpoint_against_another_reference_is_refused(tmp_path):
     other = module()
     with torch.no_grad():
         other.reference.policy.base.lm_head.weight.add_(1.0)
-    other._outside = [frozen_copy(other.reference.policy)]
+    other.attach(other.policy, frozen_copy(other.reference.policy))
     trainer = L.Trainer(
         max_epochs=2,
         logger=False,

@@ -45,9 +45,8 @@ def tiny(settings, seed=0):
 
 def module(settings, reference_seed=7, **kwargs):
     made = AgroModule(**{"policy": settings, "objective": Agro(beta=0.1), "optimizer": STILL, **kwargs})
-    made.policy = Policy(settings, lm=tiny(settings))
     reference = Policy(replace(settings, lora=None), lm=tiny(settings, reference_seed))
-    made._outside = [frozen_copy(reference)]
+    made.attach(Policy(settings, lm=tiny(settings)), frozen_copy(reference))
     return made
 
 

@@ -1,7 +1,7 @@
 """`fit` and `validate`: LightningCLI with the run folder, loggers, callbacks and checkpoints of every run."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
@@ -22,10 +22,15 @@ from agro_lightning.distributed.launch import (
 )
 from agro_lightning.training.callbacks.config_file import RunConfig
 from agro_lightning.training.callbacks.csv_log import MetricsFile
+from agro_lightning.training.callbacks.non_finite import NonFiniteGuard
 from agro_lightning.training.callbacks.progress import hide_advice, step_progress
-from agro_lightning.training.callbacks.rank_faults import NameLostRank, SlowRanks, StopOnSignal
-from agro_lightning.training.callbacks.step_metrics import NonFiniteGuard, StepMetrics
-from agro_lightning.training.callbacks.summary import SampleTable, Summary
+from agro_lightning.training.callbacks.rank_faults import NameLostRank
+from agro_lightning.training.callbacks.run_lock import RunLock
+from agro_lightning.training.callbacks.samples import SampleTable
+from agro_lightning.training.callbacks.signals import StopOnSignal
+from agro_lightning.training.callbacks.step_metrics import StepMetrics
+from agro_lightning.training.callbacks.summary import Summary
+from agro_lightning.training.callbacks.tensorboard_log import TensorBoardErrors
 from agro_lightning.training.checkpointing import RunCheckpoint, check_start
 from agro_lightning.training.datamodule import AgroDataModule
 from agro_lightning.training.module import AgroModule
@@ -84,6 +89,20 @@ class AgroCLI(LightningCLI):
             "others too (best-k, say) list a ModelCheckpoint in trainer.callbacks; one with save_last: true "
             "takes the place of these.",
         )
+        parser.add_argument(
+            "--on_tensorboard_error",
+            type=Literal["stop", "continue"],
+            default="stop",
+            help="What a run does when TensorBoard's file cannot be written, on a full disk say: stop, or go "
+            "on without TensorBoard.",
+        )
+        parser.add_argument(
+            "--allow_changed_data",
+            type=bool,
+            default=False,
+            help="Let a run go on where its prompts or offline files are others than before.",
+        )
+        parser.link_arguments("allow_changed_data", "data.allow_changed_data")
         parser.link_arguments("data.sampling.temperature", "model.temperature")
         parser.set_defaults({f"data.{key}": value for key, value in DATA_DEFAULTS.items()})
 
@@ -100,8 +119,8 @@ class AgroCLI(LightningCLI):
         config["default_root_dir"] = str(folder)
         fitting = self.subcommand == "fit"
         config["logger"] = loggers(config.get("logger"), folder, fitting=fitting)
-        mine = [StepMetrics(), NonFiniteGuard(), SampleTable(), Summary()]
-        mine += [StopOnSignal(), SlowRanks(), NameLostRank()]
+        mine = [StepMetrics(), NonFiniteGuard(), SampleTable(), Summary(), StopOnSignal(), NameLostRank()]
+        mine.append(TensorBoardErrors(self._get(self.config_init, "on_tensorboard_error")))
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         if not any(isinstance(callback, ProgressBar) for callback in given):
@@ -116,7 +135,8 @@ class AgroCLI(LightningCLI):
                 check_start(folder, ckpt_path, fitting=fitting, may_be_new=may_be_new)
             # before the given ones: the trainer's first checkpoint callback is asked for the last checkpoint
             given = [RunCheckpoint(folder / "checkpoints", every=every), *given]
-        config["callbacks"] = [*given, *kept]
+        guard = [] if config.get("fast_dev_run") else [RunLock()]  # first: the others write into the folder
+        config["callbacks"] = [*guard, *given, *kept]
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         plugins = [*plugins, *slurm_plugins()]

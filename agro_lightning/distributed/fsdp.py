@@ -19,7 +19,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from agro_lightning.primitives.collectives import largest
+from agro_lightning.primitives.collectives import gather, largest
 from agro_lightning.primitives.dtensor import communication_device, local_part, whole
 
 FORWARD_METHODS = ("logprobs", "agro_loss", "weighted_logprobs", "trigger_lazy_init")
@@ -89,6 +89,10 @@ class DataRank(NamedTuple):
         box = [value]
         dist.broadcast_object_list(box, group=self.tensor_group, group_src=0)
         return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process that gets different data, in their order."""
+        return gather(value, self.group)
 
 
 def data_rank(mesh: DeviceMesh | None) -> DataRank:
@@ -196,7 +200,7 @@ def is_held(policy: nn.Module) -> bool:
     return bool(getattr(policy, "held", False))
 
 
-def lockstep(policy: nn.Module, forwards: int) -> int:
+def common_forwards(policy: nn.Module, forwards: int) -> int:
     """How many forwards every rank must run, where this one needs `forwards`: the most that any rank needs.
 
     A forward of a sharded model gathers parameters from all ranks. All ranks call this together, unless the

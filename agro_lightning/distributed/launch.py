@@ -63,7 +63,7 @@ def run_folder(given: str | None) -> Path:
         ValueError: a launcher that leaves no way to agree on a name.
     """
     if given:
-        return Path(given)
+        return Path(given).expanduser()
     if os.environ.get(RUN_DIR) and "LOCAL_RANK" in os.environ:
         return Path(os.environ[RUN_DIR])
     # the process too: a sweep may start many runs in one second

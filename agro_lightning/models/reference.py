@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from agro_lightning.distributed.fsdp import lockstep
+from agro_lightning.distributed.fsdp import common_forwards
 from agro_lightning.models.batch import TokenBatch, pack_groups, split_batch
 from agro_lightning.models.policy import Policy
 from agro_lightning.models.sharded_loading import copy_shards
@@ -75,7 +75,7 @@ def _in_pieces(policy: Policy, batch: TokenBatch, max_tokens: int | None) -> Ten
     """Log-probs in pieces of at most max_tokens; ranks with fewer pieces repeat one, so that all run the same
     collectives."""
     pieces = [batch] if max_tokens is None else split_batch(batch, max_tokens)
-    idle = lockstep(policy, len(pieces)) - len(pieces)
+    idle = common_forwards(policy, len(pieces)) - len(pieces)
     values = [policy.logprobs(piece).logprobs for piece in pieces + pieces[:1] * idle]
     return torch.cat(values[: len(pieces)])
 

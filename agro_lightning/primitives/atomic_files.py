@@ -105,6 +105,26 @@ def _cause(error: BaseException | None) -> OSError | None:
     return None
 
 
+def next_free(path: Path) -> Path:
+    """The first of name-1.suffix, name-2.suffix and so on that is not there."""
+    number = 1
+    while (free := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
+        number += 1
+    return free
+
+
+def append(path: Path, data: bytes, at: int | None = None) -> None:
+    """Writes `data` at the file's end, or from `at` on, where the file then ends; all of it or nothing."""
+    with path.open("r+b" if path.exists() else "xb", buffering=0) as handle:
+        start = handle.seek(0, os.SEEK_END) if at is None else handle.seek(at)
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[handle.write(view) :]
+        finally:
+            handle.truncate(start if view else start + len(data))
+
+
 def sync_directory(directory: Path) -> None:
     """Makes names created, renamed or removed in `directory` survive a power loss."""
     descriptor = os.open(directory, os.O_RDONLY)

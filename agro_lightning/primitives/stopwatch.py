@@ -5,25 +5,25 @@ import time
 import torch
 
 
-class Phases:
-    """A stopwatch with laps that are named when they end; laps of one name add up."""
+class StepTimer:
+    """Seconds by phase; a phase is named when it ends, and phases of one name add up."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
         self._since = time.perf_counter()
 
     def start(self, device: torch.device) -> None:
-        """Begins a lap; what passed since the last one ended belongs to none."""
+        """Begins a phase; the time since the last one ended belongs to none."""
         self._since = self._now(device)
 
     def end(self, name: str, device: torch.device) -> None:
-        """Ends the lap, and begins the next one."""
+        """Ends the phase, and begins the next one."""
         now = self._now(device)
         self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
         self._since = now
 
     def take(self) -> dict[str, float]:
-        """`seconds/<name>` of all laps since the last call."""
+        """`seconds/<name>` of all phases since the last call."""
         taken, self._seconds = self._seconds, {}
         return {f"seconds/{name}": value for name, value in taken.items()}
 

@@ -1,6 +1,7 @@
 """How far the engine's log-probs are from the trainer's, and when that means that something is broken."""
 
 import logging
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -27,8 +28,6 @@ class LogprobGap:
     """Mean over tokens of the absolute gap."""
     max_abs: float
     """Largest absolute gap of a token."""
-    completion_mean_abs: float
-    """Mean over completions of the absolute value of the gap summed over the completion."""
     completion_max_abs: float
     """Largest absolute summed gap: the error of that completion's importance ratio, in nats."""
 
@@ -57,29 +56,37 @@ def logprob_gap(
     unknown = gap.new_zeros(count).index_add_(0, sequence_ids, (~known).float())
     present = torch.zeros(count, dtype=torch.bool, device=gap.device).index_fill_(0, sequence_ids, True)
     whole = sums[present & (unknown == 0)].abs()
-    nan = float("nan")
     return LogprobGap(
         tokens=int(known.sum()),
         mean_abs=float(gap[known].abs().mean()),
         max_abs=float(gap[known].abs().max()),
-        completion_mean_abs=float(whole.mean()) if len(whole) else nan,
-        completion_max_abs=float(whole.max()) if len(whole) else nan,
+        completion_max_abs=float(whole.max()) if len(whole) else math.nan,
     )
 
 
-def check_logprob_gap(gap: LogprobGap, limit: float, *, sampling: Sampling, engine: str) -> None:
+def check_logprob_gap(
+    mean_abs: float,
+    limit: float,
+    *,
+    max_abs: float,
+    completion_max_abs: float,
+    sampling: Sampling,
+    engine: str,
+) -> None:
     """Stops a run whose engine samples from another distribution than the trainer computes.
 
     Args:
-        gap: of completions sampled with the current weights.
-        limit: largest mean absolute gap of a token, in nats.
+        mean_abs: mean absolute gap of a token, in nats, of completions sampled with the current weights.
+        limit: the largest that is accepted.
+        max_abs: largest absolute gap of a token, for the message.
+        completion_max_abs: largest absolute gap summed over a completion, for the message.
         sampling: the settings they were sampled with.
         engine: its name, for the message.
 
     Raises:
         LogprobGapError: the mean gap is above the limit, or not a number.
     """
-    if gap.mean_abs <= limit:
+    if mean_abs <= limit:
         return
     cut = sampling.top_p < 1.0 or sampling.top_k > 0
     reason = (
@@ -91,8 +98,8 @@ def check_logprob_gap(gap: LogprobGap, limit: float, *, sampling: Sampling, engi
         "the model's head has no transform unknown to the trainer, and the precision of the engine"
     )
     raise LogprobGapError(
-        f"log-probs of {engine} and of the trainer differ by {gap.mean_abs:.3g} nats a token on "
-        f"average (largest {gap.max_abs:.3g}, summed over a completion up to {gap.completion_max_abs:.3g}); "
+        f"log-probs of {engine} and of the trainer differ by {mean_abs:.3g} nats a token on "
+        f"average (largest {max_abs:.3g}, summed over a completion up to {completion_max_abs:.3g}); "
         f"the limit is {limit:g}. The same tokens at the same weights should agree; {reason}"
     )
 

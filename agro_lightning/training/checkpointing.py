@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from agro_lightning.checkpoints.files import newest_checkpoint
+from agro_lightning.training.compat import LinkedCheckpoint
+from agro_lightning.training.step_callback import ends_step
 from agro_lightning.training.strategy import Sharded
 
 
@@ -69,7 +70,7 @@ def _move_link(link: Path, target: Path) -> None:
     aside.replace(link)
 
 
-class RunCheckpoint(ModelCheckpoint):
+class RunCheckpoint(LinkedCheckpoint):
     """Checkpoints between optimiser steps, the last two and that of the run's end; see ModelCheckpoint."""
 
     def __init__(self, folder: Path, every: int, keep: int = 2):
@@ -88,35 +89,26 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # never within a step: the gradient of its first micro-batches would be lost
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if ends_step(
+            trainer, batch_idx
+        ):  # within a step the gradient of its first micro-batches would be lost
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    @staticmethod
-    def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
+    def link_last(self, trainer: L.Trainer, link: Path, target: Path) -> None:
         """Lets the link point to the checkpoint once that is complete."""
-        move = partial(_move_link, Path(linkpath), Path(filepath))
+        move = partial(_move_link, link, target)
         if isinstance(trainer.strategy, Sharded):
             trainer.strategy.saver.afterwards(move)
         elif trainer.is_global_zero:
             move()
 
-    def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
-        """What --ckpt_path last means: the complete one of most steps, wherever the link points; where it is
-        damaged, the one before it."""
+    def find_last(self, trainer: L.Trainer) -> Path | None:
+        """The complete checkpoint of most steps, wherever the link points; the one before where it is
+        damaged."""
         assert self.dirpath is not None
         strategy: Any = trainer.strategy
         (strategy if isinstance(strategy, Sharded) else strategy.checkpoint_io).fall_back = True
-        newest = newest_checkpoint(Path(self.dirpath))
-        return set() if newest is None else {str(newest)}
+        return newest_checkpoint(Path(self.dirpath))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.save_now(trainer)
-
-    def save_now(self, trainer: L.Trainer) -> str:
-        """Saves the present step unless it is saved already; returns the checkpoint's path."""
-        if not self._should_skip_saving_checkpoint(trainer):
-            candidates = self._monitor_candidates(trainer)
-            self._save_topk_checkpoint(trainer, candidates)
-            self._save_last_checkpoint(trainer, candidates)
-        return self._last_checkpoint_saved

@@ -2,6 +2,7 @@
 validation."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from agro_lightning.data.buffer.buffer import RolloutBuffer
 from agro_lightning.data.buffer.files import offline_paths
@@ -38,8 +39,8 @@ from agro_lightning.rewards import ExactMatch, Reward, RewardSet
 from agro_lightning.rollout import AutoEngine, RolloutEngine, Sampling
 from agro_lightning.rollout.collect import rollout_groups
 from agro_lightning.training.evaluation import PromptResult, answer_prompts, summarize
-from agro_lightning.training.sampler import FeedSettings, TrainFeed
-from agro_lightning.training.trainer_checks import check_steps
+from agro_lightning.training.sampler import FeedSettings, TrainFeed, check_position
+from agro_lightning.training.strategy import check_steps
 from agro_lightning.types import Prompt, PromptGroup
 
 
@@ -48,7 +49,7 @@ class AgroDataModule(L.LightningDataModule):
 
     Args:
         train: prompts of live rollouts.
-        validation: the fixed prompts that accuracy is measured on.
+        validation: the fixed prompts that accuracy is measured on; null for no validation.
         sources: where groups come from, with weights: Live, Replay, Stream, Offline.
         rewards: what scores live completions; the total is the weighted sum.
         batch_size: prompt groups of one micro-batch on one rank.
@@ -68,12 +69,13 @@ class AgroDataModule(L.LightningDataModule):
         on_zero_reward: what that alarm does: "warn", or "stop".
         max_logprob_gap: stop when engine and trainer log-probs differ by more than this on average, in nats.
         seed: of sampling, order and mixing.
+        allow_changed_data: let a run go on where its prompts or offline files are others than before.
     """
 
     def __init__(
         self,
         train: PromptSettings = PromptSettings(path="quickstart-train"),  # noqa: B008 - settings, read by the CLI
-        validation: PromptSettings = PromptSettings(path="quickstart-val"),  # noqa: B008
+        validation: PromptSettings | None = PromptSettings(path="quickstart-val"),  # noqa: B008
         sources: Sequence[Source] = (
             Live(weight=0.875),
             Offline(paths=["quickstart"], weight=0.125, repeat=True),
@@ -95,6 +97,7 @@ class AgroDataModule(L.LightningDataModule):
         on_zero_reward: Literal["warn", "stop"] = "warn",
         max_logprob_gap: float = 0.5,
         seed: int = 0,
+        allow_changed_data: bool = False,
     ):
         super().__init__()
         check_sources(sources)
@@ -133,12 +136,13 @@ class AgroDataModule(L.LightningDataModule):
         self.correct_reward, self.max_logprob_gap = correct_reward, max_logprob_gap
         self.on_bad_row: Literal["error", "drop"] = on_bad_row
         self.on_bad_file: Literal["error", "skip"] = on_bad_file
+        self.allow_changed_data = allow_changed_data
         self._rollout_metrics: dict[str, float] = {}
-        self.seconds_drawing = 0.0
         self.last_groups: list[PromptGroup] = []
         self.completions_used = 0
         self.feed: TrainFeed | None = None
         self._restored: dict[str, Any] | None = None
+        self._restored_data: dict[str, str] = {}
         self._attached = False
         self._pushed_version = self._served_version = -1
 
@@ -174,7 +178,13 @@ class AgroDataModule(L.LightningDataModule):
         settings = self._module.policy_settings
         self.tokenizer = load_tokenizer(settings.path, trust_remote_code=settings.trust_remote_code)
         self.tokenizer_id = tokenizer_id(self.tokenizer)
-        self.val_prompts = self._prompts(self.validation_settings)
+        self.val_prompts = None
+        if self.validation_settings is not None:
+            self.val_prompts = self._prompts(self.validation_settings)
+        elif stage == "validate":
+            raise ValueError("data.validation is null: there are no prompts to measure accuracy on")
+        else:
+            trainer.limit_val_batches = 0
         live = any(isinstance(source, Live) for source in self.sources)
         self.train_prompts = self._prompts(self.train_settings) if live and stage == "fit" else None
 
@@ -206,8 +216,21 @@ class AgroDataModule(L.LightningDataModule):
         assert trainer is not None
         self._check_lengths()
         folder = self._replay_folder = ReplayFolder(Path(trainer.default_root_dir) / "replay")
+        offline = {
+            source.name: self._buffer(offline_paths(source.paths), source.name, live=False)
+            for source in self.sources
+            if isinstance(source, Offline)
+        }
+        done = trainer.global_step
+        if self._restored is not None:
+            self._check_data(self._data(offline))
+            done = check_position(self._restored, done, trainer.accumulate_grad_batches)[0]
+            if done >= trainer.max_steps:
+                rank_zero_info(
+                    f"nothing to train: the checkpoint has {done} steps and trainer.max_steps is "
+                    f"{trainer.max_steps}; give a larger --trainer.max_steps to go on"
+                )
         if self._replay_source is not None and trainer.is_global_zero:
-            done = self._restored["micro_batch"] // trainer.accumulate_grad_batches if self._restored else 0
             if moved := folder.archive_from(done):
                 rank_zero_info(moved)
         trainer.strategy.barrier("replay buffer")
@@ -225,29 +248,41 @@ class AgroDataModule(L.LightningDataModule):
             ),
             self.sources,
             prompts=self.train_prompts,
-            offline={
-                source.name: self._buffer(offline_paths(source.paths), source.name, live=False)
-                for source in self.sources
-                if isinstance(source, Offline)
-            },
+            offline=offline,
             replay=self._buffer([str(folder.path)], "", live=True) if self._replay_source else None,
             streams={s.name: self._stream(s) for s in self.sources if isinstance(s, Stream)},
-            sample_live=self._sample_live,
-            annotate=self._annotate,
-            append=self._append,
-            drawing=self._drawing,
-            on_drawn=self._finish,
-            count_globally=self._count_globally,
-            reference_id=lambda: self._module.reference.reference_id,
+            host=self,
         )
         if self._restored is not None:
-            self.feed.load_state_dict(self._restored)
+            self.feed.go_on(self._restored, trainer.global_step)
             self._restored = None
         if self.mixing == "within_group" and self.train_prompts is not None:
             some = [*self.train_prompts][:: max(1, len(self.train_prompts) // 1000)]
             for line in describe_within_group(self.sources, self.group_size, some, self.feed.offline):
                 rank_zero_info(f"mixing within groups: {line}")
         return self.feed
+
+    def _data(self, offline: dict[str, RolloutBuffer]) -> dict[str, str]:
+        """Hashes of what is drawn from: the prompts, and the files of each offline source."""
+        hashes = {f"source {name}": buffer.fingerprint for name, buffer in offline.items()}
+        if self.train_prompts is not None:
+            hashes["prompts"] = self.train_prompts.fingerprint
+        return hashes
+
+    def _check_data(self, now: dict[str, str]) -> None:
+        """Refuses to go on with data that changed since the checkpoint; sources may come and go."""
+        former = self._restored_data
+        changed = [name for name in former if now.get(name, former[name]) != former[name]]
+        if not changed:
+            return
+        what = " and ".join(
+            f"data.train ({self.train_settings.path})" if name == "prompts" else f"the files of {name}"
+            for name in changed
+        )
+        words = f"{what} changed since the checkpoint was made, so that other groups are drawn than were due"
+        if not self.allow_changed_data:
+            raise ValueError(f"{words}. Give the former data, or accept it by --allow_changed_data true")
+        rank_zero_warn(words)
 
     def _stream(self, source: Stream) -> StreamReader:
         assert self.trainer is not None
@@ -274,7 +309,7 @@ class AgroDataModule(L.LightningDataModule):
 
     # ------------------------------------------------------------------ rollouts
 
-    def _sample_live(self, prompts: Sequence[Prompt], n: int, seed: int) -> list[PromptGroup]:
+    def sample_live(self, prompts: Sequence[Prompt], n: int, seed: int) -> list[PromptGroup]:
         name = next(source.name for source in self.sources if isinstance(source, Live))
         groups, report = rollout_groups(
             self.engine,
@@ -304,7 +339,7 @@ class AgroDataModule(L.LightningDataModule):
         self._served_version = self._pushed_version if served is None else served
 
     @contextlib.contextmanager
-    def _drawing(self) -> Iterator[None]:
+    def drawing(self) -> Iterator[None]:
         """Holds whole models while a step is drawn: ranks may generate and annotate different numbers of
         times."""
         reference = getattr(self._module.reference, "policy", None) if self._reused else None
@@ -331,7 +366,7 @@ class AgroDataModule(L.LightningDataModule):
         taken, self._rollout_metrics = self._rollout_metrics, {}
         return taken
 
-    def _annotate(self, groups: list[PromptGroup]) -> list[PromptGroup]:
+    def annotate(self, groups: list[PromptGroup]) -> list[PromptGroup]:
         """Adds reference log-probs to groups that lack them, where they are needed more than once."""
         if not self._reused:
             return groups
@@ -346,17 +381,16 @@ class AgroDataModule(L.LightningDataModule):
         self._record({"seconds/reference": time.perf_counter() - started})
         return groups
 
-    def _append(self, groups: list[PromptGroup], step: int, part: int) -> None:
+    def append(self, groups: list[PromptGroup], step: int, part: int) -> None:
         place = self._place
         if groups and place.first and self._replay_source is not None:
             self._replay_folder.append(
                 groups, step=step, rank=place.rank, part=part, tokenizer_id=self.tokenizer_id
             )
 
-    def _finish(self, groups: list[PromptGroup], seconds: float) -> None:
+    def on_drawn(self, groups: list[PromptGroup], seconds: float) -> None:
         self.last_groups = groups
         self._record({"seconds/draw": seconds})
-        self.seconds_drawing += seconds
         for stream in self.feed.streams.values() if self.feed else ():
             self._record(stream.metrics(self._module.global_step))
 
@@ -368,24 +402,25 @@ class AgroDataModule(L.LightningDataModule):
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def _count_globally(self, count: float) -> float:
-        place = self._place
-        if place.size == 1:
-            return count
-        total = torch.tensor(float(count), device=self._module.device)
-        dist.all_reduce(total, group=place.group)
-        return float(total)
+    def sum_over_ranks(self, number: float) -> float:
+        """The sum over ranks with different data."""
+        return sum(self._place.gather(number))
+
+    @property
+    def reference_id(self) -> str | None:
+        """What cached reference log-probs must have been made with to count."""
+        return self._module.reference.reference_id
 
     def completions_of_all_ranks(self) -> int:
         """Completions that were trained on, each as often as it was used."""
-        return round(self._count_globally(self.completions_used))
+        return round(self.sum_over_ranks(self.completions_used))
 
     # ------------------------------------------------------------------ validation
 
     def val_dataloader(self) -> "PromptBatches":
-        assert self.trainer is not None
         self._check_lengths()
-        prompts = [self.val_prompts[i] for i in range(len(self.val_prompts))]
+        given = self.val_prompts
+        prompts = [] if given is None else [given[i] for i in range(len(given))]
         mine = prompts[self._place.rank :: self._place.size]
         size = max(1, self.batch_size * self.group_size // max(1, self.validation_samples))
         batches = [mine[start : start + size] for start in range(0, len(mine), size)]
@@ -407,49 +442,56 @@ class AgroDataModule(L.LightningDataModule):
         )
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracies over all validation prompts and ranks."""
+        """Accuracies over the validation prompts of all ranks, as many as trainer.limit_val_batches lets;
+        empty without validation."""
+        assert self.trainer is not None
+        batches, limit = [*self.val_dataloader()], self.trainer.limit_val_batches
+        if not limit:
+            return {}
+        batches = batches[: limit if isinstance(limit, int) else math.ceil(limit * len(batches))]
         self.push_weights()
         with unsharded(self.policy):  # ranks may have more or fewer prompts
-            results = [result for prompts in self.val_dataloader() for result in self.answer(prompts)]
+            results = [result for prompts in batches for result in self.answer(prompts)]
         return self.summarize(results)
 
     def summarize(self, results: list[PromptResult]) -> dict[str, float]:
         """Gathers results over ranks and averages them over prompts."""
-        assert self.trainer is not None
-        place = self._place
-        if place.size > 1:
-            gathered: list[Any] = [None] * place.size
-            dist.all_gather_object(gathered, results, group=place.group)
-            results = [result for part in gathered for result in part]
-        return summarize(results, ks=self.pass_at)
+        everyone = [result for part in self._place.gather(results) for result in part]
+        summary = summarize(everyone, ks=self.pass_at)
+        if failed := int(summary["failed"]):
+            rank_zero_warn(
+                f"validation: {failed} of {len(everyone) * (1 + self.validation_samples)} answers could not "
+                "be generated or scored; they count in no accuracy"
+            )
+        return summary
 
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """The feed's cursors, the alarms and the counts; the replay buffer stays on disk."""
+        """The feed's position, the alarms and the counts; the replay buffer stays on disk."""
         if self.feed is None:
             return {}
-        assert self.trainer is not None
-        replay = self._replay_source
-        if replay is not None and self.feed.replay is not None and self.trainer.is_global_zero:
-            self._replay_folder.evict(self.feed.replay, replay.capacity)
         return {
-            "feed": self.feed.state_dict(),
+            "feed": self.feed.position(),
+            "data": self._data(self.feed.offline),
             "rewards": self.rewards.state_dict(),
             "completions_used": self.completions_used,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict["feed"]
+        self._restored, self._restored_data = state_dict["feed"], state_dict.get("data", {})
         self.rewards.load_state_dict(state_dict["rewards"])
         self.completions_used = state_dict["completions_used"]
 
+    def evict_replay(self) -> None:
+        """Deletes replay files beyond the capacity; called at each checkpoint."""
+        replay = self._replay_source
+        if replay and self.feed and self.feed.replay is not None and self.trainer.is_global_zero:  # type: ignore[union-attr]
+            self._replay_folder.evict(self.feed.replay, replay.capacity)
+
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Moves training batches; validation prompts are not tensors."""
-        if not isinstance(batch, TokenBatch):
-            return batch
-        self.completions_used += batch.num_completions
-        return batch.to(device)
+        return batch.to(device) if isinstance(batch, TokenBatch) else batch
 
     def teardown(self, stage: str) -> None:
         self.engine.close()

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.rewards import RewardSet
 from agro_lightning.rollout import RolloutEngine, Sampling
+from agro_lightning.rollout.engines.base import Generation
 from agro_lightning.types import Prompt
 
 
@@ -17,12 +18,13 @@ class PromptResult:
     """How one validation prompt was answered."""
 
     prompt: Prompt
-    greedy_text: str
     greedy_correct: bool | None
-    """None when the reward of the greedy completion failed."""
+    """None where the greedy answer could not be generated or scored."""
     sampled: int
-    """Scored samples."""
+    """Samples that were generated and scored."""
     sampled_correct: int
+    failed: int
+    """Answers, greedy and sampled, that could not be generated or scored."""
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -62,7 +64,7 @@ def answer_prompts(
     correct_reward: float,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[PromptResult]:
-    """Answers prompts greedily and by sampling, and scores the answers.
+    """Answers prompts greedily and by sampling, and scores the answers; what failed is counted, never scored.
 
     Args:
         prompts: one or more.
@@ -75,36 +77,41 @@ def answer_prompts(
     ids = [prompt.prompt_ids for prompt in prompts]
     greedy = engine.generate(ids, replace(sampling, temperature=0.0, top_p=1.0, top_k=0), n=1, seed=0)
     sampled = engine.generate(ids, sampling, n=samples, seed=seed)
-    texts = [
-        [str(tokenizer.decode(list(g.completion_ids), skip_special_tokens=True)) for g in (*first, *rest)]
-        for first, rest in zip(greedy, sampled, strict=True)
+    rows = [[*first, *rest] for first, rest in zip(greedy, sampled, strict=True)]
+    made = [
+        (prompt, generation)
+        for prompt, row in zip(prompts, rows, strict=True)
+        for generation in row
+        if _is_answer(generation)
     ]
-    scores = iter(
-        rewards.score_quietly(
-            [prompt for prompt, row in zip(prompts, texts, strict=True) for _ in row],
-            [text for row in texts for text in row],
-        )
-    )
+    # one by one: batch_decode gives [""] for no completions
+    texts = [str(tokenizer.decode(list(g.completion_ids), skip_special_tokens=True)) for _, g in made]
+    scores = iter(rewards.score_quietly([prompt for prompt, _ in made], texts))
     results = []
-    for prompt, row in zip(prompts, texts, strict=True):
-        first, *rest = [next(scores).reward for _ in row]
+    for prompt, row in zip(prompts, rows, strict=True):
+        first, *rest = [next(scores).reward if _is_answer(generation) else None for generation in row]
         known = [reward for reward in rest if reward is not None]
         results.append(
             PromptResult(
                 prompt=prompt,
-                greedy_text=row[0],
                 greedy_correct=None if first is None else first >= correct_reward,
                 sampled=len(known),
                 sampled_correct=sum(reward >= correct_reward for reward in known),
+                failed=len(rest) - len(known) + (first is None),
             )
         )
     return results
 
 
+def _is_answer(generation: Generation) -> bool:
+    """Whether the engine has generated it; the engine's failures are no answers."""
+    return generation.finish_reason != "error" and bool(generation.completion_ids)
+
+
 def summarize(results: Sequence[PromptResult], *, ks: Sequence[int] = ()) -> dict[str, float]:
     """Accuracies over prompts: greedy, sampled, and pass@k with half the width of its 95% interval.
 
-    Prompts whose reward failed count in none of the means; `val/failed` counts them.
+    Answers that could not be generated or scored count in none of the means; `failed` counts them.
     """
     greedy = [float(r.greedy_correct) for r in results if r.greedy_correct is not None]
     sampled = [r.sampled_correct / r.sampled for r in results if r.sampled]
@@ -113,7 +120,7 @@ def summarize(results: Sequence[PromptResult], *, ks: Sequence[int] = ()) -> dic
         "greedy_accuracy_interval": mean_and_interval(greedy)[1],
         "sampled_accuracy": mean_and_interval(sampled)[0],
         "sampled_accuracy_interval": mean_and_interval(sampled)[1],
-        "failed": float(sum(r.greedy_correct is None for r in results)),
+        "failed": float(sum(r.failed for r in results)),
     }
     for k in ks:
         estimates = [pass_at_k(r.sampled, r.sampled_correct, k) for r in results if r.sampled >= k]

@@ -26,8 +26,8 @@ class StepResult:
     advantages: Float[Tensor, " B"]
 
 
-class Tally(NamedTuple):
-    """What a micro-batch adds to a metric; all of a step together give what one batch would."""
+class MetricSum(NamedTuple):
+    """Count, sum and sum of squares of one metric over a micro-batch; additive."""
 
     count: Tensor | float
     """Completions, groups or tokens that were measured."""
@@ -37,20 +37,20 @@ class Tally(NamedTuple):
     """The sum of squares, for a standard deviation; of importance weights the log of it."""
 
 
-NOTHING = Tally(0.0, 0.0)
+NOTHING = MetricSum(0.0, 0.0)
 
 
-def combined(name: str, tallies: Iterable[Tally]) -> float:
-    """The metric over everything that was tallied; NaN where nothing was. Values that are NaN are left out.
+def combined(name: str, sums: Iterable[MetricSum]) -> float:
+    """The metric over all micro-batches and ranks; NaN where none measured it. NaN sums are left out.
 
     Args:
         name: of the metric, which says what it is: a mean, an extreme, a spread or a sample size.
-        tallies: of plain numbers.
+        sums: of plain numbers.
     """
-    known = [tally for tally in tallies if tally.count > 0 and not math.isnan(tally.total)]
+    known = [part for part in sums if part.count > 0 and not math.isnan(part.total)]
     if not known:
         return math.nan
-    count = sum(float(tally.count) for tally in known)
+    count = sum(float(part.count) for part in known)
     totals, squares = [float(t.total) for t in known], [float(t.squares) for t in known]
     kind = name.partition("/")[0]
     if kind.endswith("_max"):
@@ -70,19 +70,19 @@ def _log_sum(logs: Sequence[float]) -> float:
     return largest + math.log(sum(math.exp(value - largest) for value in logs))
 
 
-def plain_tallies(tallies: dict[str, Tally]) -> dict[str, Tally]:
-    """The tallies as Python numbers, fetched from the device at once."""
-    tensors = [value for tally in tallies.values() for value in tally if isinstance(value, Tensor)]
+def plain_sums(sums: dict[str, MetricSum]) -> dict[str, MetricSum]:
+    """The sums as Python numbers, fetched from the device at once."""
+    tensors = [value for part in sums.values() for value in part if isinstance(value, Tensor)]
     values = iter(torch.stack([t.float() for t in tensors]).tolist() if tensors else [])
     return {
-        name: Tally(*(next(values) if isinstance(value, Tensor) else float(value) for value in tally))
-        for name, tally in tallies.items()
+        name: MetricSum(*(next(values) if isinstance(value, Tensor) else float(value) for value in part))
+        for name, part in sums.items()
     }
 
 
-def _mean(values: Tensor) -> Tally:
+def _mean(values: Tensor) -> MetricSum:
     """Of values that are not NaN."""
-    return Tally((~values.isnan()).sum(), values.nansum())
+    return MetricSum((~values.isnan()).sum(), values.nansum())
 
 
 def _group_spread(values: Tensor, group_ids: Tensor, num_groups: int) -> Tensor:
@@ -95,15 +95,17 @@ def _group_spread(values: Tensor, group_ids: Tensor, num_groups: int) -> Tensor:
     return (square / (count - 1).clamp(min=0)).sqrt()
 
 
-def _effective_sample_size(log_weights: Tensor) -> Tally:
+def _effective_sample_size(log_weights: Tensor) -> MetricSum:
     """Of importance weights exp(log_weights), for Kish's (sum w)^2 / sum w^2 over the number of samples."""
     if not log_weights.numel():
         return NOTHING
-    return Tally(log_weights.numel(), log_weights.logsumexp(0), (2 * log_weights).logsumexp(0))
+    return MetricSum(log_weights.numel(), log_weights.logsumexp(0), (2 * log_weights).logsumexp(0))
 
 
 @torch.no_grad()
-def batch_metrics(batch: TokenBatch, result: StepResult, sources: tuple[str, ...] = ()) -> dict[str, Tally]:
+def batch_metrics(
+    batch: TokenBatch, result: StepResult, sources: tuple[str, ...] = ()
+) -> dict[str, MetricSum]:
     """Metrics of one micro-batch, over its completions, groups or tokens.
 
     Args:
@@ -117,17 +119,19 @@ def batch_metrics(batch: TokenBatch, result: StepResult, sources: tuple[str, ...
     reward_spread = _group_spread(batch.rewards, batch.group_ids, groups)
     metrics = {
         "reward": _mean(batch.rewards),
-        "objective": Tally(groups, result.objective * batch.num_groups),
+        "objective": MetricSum(groups, result.objective * batch.num_groups),
         "log_ratio": _mean(result.log_ratios),
         "log_ratio_spread": _mean(_group_spread(result.log_ratios, batch.group_ids, groups)),
         "regularized_reward_spread": _mean(
             _group_spread(result.regularized_rewards, batch.group_ids, groups)
         ),
-        "negative_share": Tally(result.advantages.abs().sum(), result.advantages.clamp(max=0).abs().sum()),
-        "advantage_spread": Tally(completions, result.advantages.sum(), result.advantages.square().sum()),
+        "negative_share": MetricSum(
+            result.advantages.abs().sum(), result.advantages.clamp(max=0).abs().sum()
+        ),
+        "advantage_spread": MetricSum(completions, result.advantages.sum(), result.advantages.square().sum()),
         "completion_length": _mean(lengths),
         "truncated_fraction": _mean(batch.truncated.float()),
-        "equal_reward_fraction": Tally(groups, (reward_spread == 0).sum()),
+        "equal_reward_fraction": MetricSum(groups, (reward_spread == 0).sum()),
     }
     log_weights = _log_weights(batch, result)
     metrics["effective_sample_size"] = _effective_sample_size(log_weights[~log_weights.isnan()])
@@ -143,9 +147,9 @@ def _ages(batch: TokenBatch) -> Float[Tensor, " B"]:
     return torch.where(batch.policy_versions >= 0, ages, torch.nan)
 
 
-def _of_own_completions(batch: TokenBatch, result: StepResult) -> dict[str, Tally]:
+def _of_own_completions(batch: TokenBatch, result: StepResult) -> dict[str, MetricSum]:
     """Staleness, and what only completions of the current policy can tell."""
-    metrics: dict[str, Tally] = {}
+    metrics: dict[str, MetricSum] = {}
     for name in ("staleness_min", "staleness_mean", "staleness_max", "kl", "entropy"):
         metrics[name] = NOTHING
     for name in ("logprob_gap_mean", "logprob_gap_max", "logprob_gap_completion_max"):
@@ -154,22 +158,25 @@ def _of_own_completions(batch: TokenBatch, result: StepResult) -> dict[str, Tall
     ages = ages[~ages.isnan()]
     if len(ages):
         metrics["staleness_mean"] = _mean(ages)
-        metrics["staleness_min"], metrics["staleness_max"] = Tally(1, ages.min()), Tally(1, ages.max())
+        metrics["staleness_min"], metrics["staleness_max"] = (
+            MetricSum(1, ages.min()),
+            MetricSum(1, ages.max()),
+        )
     fresh = batch.policy_versions == batch.policy_version
     tokens: Bool[Tensor, " N"] = fresh[batch.sequence_ids]
     if not bool(fresh.any()):
         return metrics
     # k3, Schulman's low-variance estimator: its mean over samples of the policy is KL(policy || reference)
     ratio = (result.ref_logprobs - result.logprobs)[tokens]
-    metrics["kl"] = Tally(fresh.sum(), (ratio.exp() - 1 - ratio).sum())
-    metrics["entropy"] = Tally(tokens.sum(), -result.logprobs[tokens].sum())
+    metrics["kl"] = MetricSum(fresh.sum(), (ratio.exp() - 1 - ratio).sum())
+    metrics["entropy"] = MetricSum(tokens.sum(), -result.logprobs[tokens].sum())
     if batch.behavior_logprobs is None:
         return metrics
     gap = logprob_gap(batch.behavior_logprobs[tokens], result.logprobs[tokens], batch.sequence_ids[tokens])
     if gap is not None:
-        metrics["logprob_gap_mean"] = Tally(gap.tokens, gap.mean_abs * gap.tokens)
-        metrics["logprob_gap_max"] = Tally(1, gap.max_abs)
-        metrics["logprob_gap_completion_max"] = Tally(1, gap.completion_max_abs)
+        metrics["logprob_gap_mean"] = MetricSum(gap.tokens, gap.mean_abs * gap.tokens)
+        metrics["logprob_gap_max"] = MetricSum(1, gap.max_abs)
+        metrics["logprob_gap_completion_max"] = MetricSum(1, gap.completion_max_abs)
     return metrics
 
 
@@ -183,13 +190,13 @@ def _log_weights(batch: TokenBatch, result: StepResult) -> Float[Tensor, " B"]:
 
 def _of_source(
     source: str, batch: TokenBatch, result: StepResult, log_weights: Float[Tensor, " B"]
-) -> dict[str, Tally]:
+) -> dict[str, MetricSum]:
     """What is measured of one source's completions."""
     mine = torch.tensor([name == source for name in batch.sources], device=batch.rewards.device)
     weights = log_weights[mine]
     spread = _group_spread(result.regularized_rewards[mine], batch.group_ids[mine], len(batch.prompt_ids))
     return {
-        f"share/{source}": Tally(len(mine), mine.sum()),
+        f"share/{source}": MetricSum(len(mine), mine.sum()),
         f"reward/{source}": _mean(batch.rewards[mine]),
         f"log_ratio/{source}": _mean(result.log_ratios[mine]),
         f"staleness/{source}": _mean(_ages(batch)[mine]),

@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -40,13 +39,15 @@ from agro_lightning.models.reference import (
 )
 from agro_lightning.models.sharded_loading import sharded_policy, sharded_reference
 from agro_lightning.objectives import Agro, LossInputs, Objective
+from agro_lightning.primitives.collectives import largest
 from agro_lightning.primitives.rng import gather_rng, set_rng
-from agro_lightning.primitives.stopwatch import Phases
+from agro_lightning.primitives.stopwatch import StepTimer
+from agro_lightning.training.compat import convert_loops
 from agro_lightning.training.evaluation import PromptResult
 from agro_lightning.training.metrics import StepResult, batch_metrics
 from agro_lightning.training.optimizer import OptimizerSettings
-from agro_lightning.training.strategy import refuse_unsharded
-from agro_lightning.training.trainer_checks import check_precision, check_trainer
+from agro_lightning.training.step_callback import data_of
+from agro_lightning.training.strategy import check_precision, check_trainer, refuse_unsharded
 from agro_lightning.types import Prompt
 
 
@@ -61,7 +62,7 @@ class AgroModule(L.LightningModule):
             that `annotate` put into the data), or "auto": adapter_off with LoRA, else frozen.
         reference_id: with "cached": the id that `annotate` printed.
         reference_reset_every: make the current policy the reference every so many steps; 0 never does.
-        max_tokens: input tokens that one forward and backward may hold; larger batches are computed in pieces
+        max_tokens: input tokens that one forward and backward may hold; larger batches are computed in slices
             with the same gradient. None: no limit.
         max_skipped_steps: stop the run after so many steps in a row were skipped for a NaN or infinity.
         temperature: the sampling temperature (linked to data.sampling.temperature).
@@ -96,13 +97,15 @@ class AgroModule(L.LightningModule):
         self.max_skipped_steps, self.temperature = max_skipped_steps, temperature
         self.sharding = sharding
         self.policy: Policy | None = None
-        # in a list: optimiser, strategy and checkpoints do not see the reference there
-        self._outside: list[Reference] = []
-        self._pieces: list[tuple[TokenBatch, Tensor, Tensor]] = []
+        # a plain tuple, so that nn.Module does not register the reference as a submodule (not optimised, not
+        # sharded, not checkpointed)
+        self._reference: tuple[Reference, ...] = ()
+        self._slices: list[tuple[TokenBatch, Tensor, Tensor]] = []
+        """(slice of the batch, its logsumexp, d loss/d log-prob) for `backward`."""
         self._reference_file: str | None = None
         self._answers: list[PromptResult] = []
         self._whole_policy = contextlib.ExitStack()
-        self.phases = Phases()
+        self.timer = StepTimer()
 
     # ------------------------------------------------------------------ building
 
@@ -114,12 +117,10 @@ class AgroModule(L.LightningModule):
     def configure_callbacks(self) -> list[L.Callback]:
         """The step's metrics and guards come with the module, whoever builds the trainer; not where batches
         come from a loader of one's own, which counts nothing."""
-        from agro_lightning.training.callbacks.step_metrics import (  # which import this module
-            NonFiniteGuard,
-            StepMetrics,
-        )
+        from agro_lightning.training.callbacks.non_finite import NonFiniteGuard  # which import this module
+        from agro_lightning.training.callbacks.step_metrics import StepMetrics
 
-        if getattr(self.trainer, "datamodule", None) is None:
+        if data_of(self.trainer) is None:
             return []
         given = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         return [kind() for kind in (StepMetrics, NonFiniteGuard) if kind not in given]
@@ -148,14 +149,18 @@ class AgroModule(L.LightningModule):
             reference = AdapterOffReference(policy)
         else:
             reference = CachedReference(self.cached_reference_id or "")
-        self.policy, self._outside = policy, [reference]
+        self.attach(policy, reference)
         if self.policy_settings.lora is not None:
             rank_zero_info(adapter_summary(policy.lm))
 
+    def attach(self, policy: Policy, reference: Reference) -> None:
+        """Takes a policy and a reference that are built already; configure_model then builds none."""
+        self.policy, self._reference = policy, (reference,)
+
     @property
     def reference(self) -> Reference:
-        """The frozen reference; built by configure_model."""
-        return self._outside[0]
+        """The frozen reference."""
+        return self._reference[0]
 
     @property
     def world_size(self) -> int:
@@ -175,55 +180,34 @@ class AgroModule(L.LightningModule):
             self.reference.policy.use_packing(self.policy.packing)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        settings = self.optimizer_settings
-        trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained,
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=False,
-            foreach=True,
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate_factor)
+        optimizer, schedule = self.optimizer_settings.optimizer(self.parameters(), self._total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _rate_factor(self, step: int) -> float:
+    def _total_steps(self) -> int:
         # asking Lightning to estimate would open the data before a checkpoint has told where it stands
         limit = self.trainer.max_steps
-        total = limit if limit > 0 else int(self.trainer.estimated_stepping_batches)
-        return self.optimizer_settings.factor(step, total)
+        return limit if limit > 0 else int(self.trainer.estimated_stepping_batches)
 
     def on_train_start(self) -> None:
         """A run that goes on takes the present settings: a checkpoint's optimiser brings its former ones."""
-        settings = self.optimizer_settings
         for config in self.trainer.lr_scheduler_configs:
-            schedule = config.scheduler
-            assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
-            schedule.base_lrs = [settings.learning_rate] * len(schedule.base_lrs)
-            rate = settings.learning_rate * self._rate_factor(schedule.last_epoch)
-            for group in schedule.optimizer.param_groups:
-                group.update(
-                    lr=rate,
-                    initial_lr=settings.learning_rate,
-                    betas=settings.betas,
-                    weight_decay=settings.weight_decay,
-                )
+            assert isinstance(config.scheduler, torch.optim.lr_scheduler.LambdaLR)
+            self.optimizer_settings.take_over(config.scheduler)
 
     # ------------------------------------------------------------------ training
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        self.phases.start(self.device)
+        self.timer.start(self.device)
         ref_logprobs = self.reference_logprobs(batch)
-        self.phases.end("reference", self.device)
-        self._pieces = []
+        self.timer.end("reference", self.device)
+        self._slices = []
         if self._all_ranks_fit(batch):
             result = self._whole(batch, ref_logprobs)
         else:
-            result = self._in_pieces(batch, ref_logprobs)
+            result = self._in_slices(batch, ref_logprobs)
         self.last_metrics = batch_metrics(batch, result, self.sources)
         self.last_log_ratios = result.log_ratios
-        self.phases.end("forward", self.device)
+        self.timer.end("forward", self.device)
         # the loss is divided by the whole step's groups already: undo the averages of Lightning and strategy
         return result.loss * self.world_size * self.trainer.accumulate_grad_batches
 
@@ -233,10 +217,10 @@ class AgroModule(L.LightningModule):
         assert self.policy is not None
         kept = self.policy.cacheable or isinstance(self.reference, CachedReference)
         known = batch.ref_logprobs if kept else None
-        if known is not None and not self._over_ranks(0):
+        if known is not None and not largest(0, self.device):
             return known
         if known is None:
-            self._over_ranks(1)
+            largest(1, self.device)
         computed = self.reference.logprobs(batch, max_tokens=self.max_tokens)
         return computed if known is None else known
 
@@ -285,47 +269,39 @@ class AgroModule(L.LightningModule):
     # ------------------------------------------------------------------ batches above the token budget
 
     def _all_ranks_fit(self, batch: TokenBatch) -> bool:
-        return self.max_tokens is None or self._over_ranks(batch.num_tokens) <= self.max_tokens
+        return self.max_tokens is None or largest(batch.num_tokens, self.device) <= self.max_tokens
 
-    def _over_ranks(self, number: int) -> int:
-        """The largest of all ranks' numbers: ranks must run the same collectives."""
-        if self.trainer.world_size == 1:
-            return number
-        largest = torch.tensor(number, device=self.device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return int(largest)
-
-    def _in_pieces(self, batch: TokenBatch, ref_logprobs: Tensor) -> StepResult:
-        """Measures without gradient, then leaves (piece, logsumexp, dloss/dlogprob) for `backward` to work
-        off."""
+    def _in_slices(self, batch: TokenBatch, ref_logprobs: Tensor) -> StepResult:
+        """Pass 1, no grad: log-probs of every slice and d loss/d log-prob; `backward` then recomputes each
+        slice with these gradients."""
         assert self.policy is not None and self.max_tokens is not None
-        pieces = split_batch(batch, self.max_tokens)
-        if max(piece.num_tokens for piece in pieces) > self.max_tokens:  # Python shows one text once
+        slices = split_batch(batch, self.max_tokens)
+        if max(part.num_tokens for part in slices) > self.max_tokens:  # Python shows one text once
             warnings.warn(
                 f"some prompts and completions have more tokens together than model.max_tokens = "
                 f"{self.max_tokens}: each is computed alone, above that limit",
                 stacklevel=1,
             )
-        idle = self._over_ranks(len(pieces)) - len(pieces)
+        idle = largest(len(slices), self.device) - len(slices)
         with torch.no_grad():
-            measured = [self.policy.logprobs(piece) for piece in pieces + pieces[:1] * idle][: len(pieces)]
+            measured = [self.policy.logprobs(part) for part in slices + slices[:1] * idle][: len(slices)]
         logprobs = torch.cat([m.logprobs for m in measured]).requires_grad_()
         result = self._composed(batch, logprobs, ref_logprobs)
         (slopes,) = torch.autograd.grad(result.loss, logprobs)
-        sizes = [piece.targets.numel() for piece in pieces]
-        self._pieces = list(zip(pieces, [m.logsumexp for m in measured], slopes.split(sizes), strict=True))
-        self._pieces += [(pieces[0], measured[0].logsumexp, torch.zeros_like(measured[0].logprobs))] * idle
+        sizes = [part.targets.numel() for part in slices]
+        self._slices = list(zip(slices, [m.logsumexp for m in measured], slopes.split(sizes), strict=True))
+        self._slices += [(slices[0], measured[0].logsumexp, torch.zeros_like(measured[0].logprobs))] * idle
         return result
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Lightning's hook: the ordinary backward, or piece by piece where the batch was above the budget."""
-        if not self._pieces:
+        """Lightning's hook: the ordinary backward, or slice by slice where the batch was above the budget."""
+        if not self._slices:
             loss.backward(*args, **kwargs)
         assert self.policy is not None
-        for piece, logsumexp, slopes in self._pieces:
-            (self.policy.weighted_logprobs(piece, logsumexp, slopes) * self.world_size).backward()
-        self._pieces = []
-        self.phases.end("backward", self.device)
+        for part, logsumexp, slopes in self._slices:
+            (self.policy.weighted_logprobs(part, logsumexp, slopes) * self.world_size).backward()
+        self._slices = []
+        self.timer.end("backward", self.device)
 
     # ------------------------------------------------------------------ guards
 
@@ -353,7 +329,7 @@ class AgroModule(L.LightningModule):
             clip_by_norm(parameters, gradient_clip_val, norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """The step, and the reset that is due after it: before callbacks save a checkpoint of the step."""
+        """Runs the optimiser step, then resets the reference if due; must precede checkpoint callbacks."""
         super().optimizer_step(*args, **kwargs)
         every, step = self.reference_reset_every, self.trainer.global_step + 1  # the step counts from here on
         if every and step % every == 0:
@@ -384,10 +360,14 @@ class AgroModule(L.LightningModule):
             "reference_file": self._reference_file,
             "rng": gather_rng(),
         }
+        if data_of(self.trainer) is not None:
+            data_of(self.trainer).evict_replay()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the reference and the random generators of this rank."""
         about = checkpoint[CHECKPOINT_KEY]
+        if data_of(self.trainer) is not None and self.trainer.state.fn == "fit":
+            convert_loops(checkpoint, self.trainer.accumulate_grad_batches)
         self._reference_file = about["reference_file"]
         if self._reference_file and isinstance(self.reference, FrozenReference):
             found = self._find_reference_file(self._reference_file)
@@ -427,16 +407,16 @@ class AgroModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         assert self.policy is not None
-        self.trainer.datamodule.push_weights()  # type: ignore[attr-defined]
+        data_of(self.trainer).push_weights()
         self._whole_policy.enter_context(unsharded(self.policy))  # ranks may have more or fewer batches
 
     def validation_step(self, batch: list[Prompt], batch_idx: int) -> None:
-        self._answers += self.trainer.datamodule.answer(batch)  # type: ignore[attr-defined]
+        self._answers += data_of(self.trainer).answer(batch)
 
     def on_validation_epoch_end(self) -> None:
         self._whole_policy.close()
         answers, self._answers = self._answers, []
-        summary = self.trainer.datamodule.summarize(answers)  # type: ignore[attr-defined]
+        summary = data_of(self.trainer).summarize(answers)
         metrics = {f"val/{name}": value for name, value in summary.items() if not math.isnan(value)}
         # the metrics are of all ranks already: sync_dist does nothing but keep Lightning from warning
         self.log_dict(metrics, batch_size=1, rank_zero_only=True, sync_dist=True)
@@ -455,5 +435,4 @@ class AgroModule(L.LightningModule):
     @property
     def sources(self) -> tuple[str, ...]:
         """Names of the data module's sources, for metrics by source."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        return tuple(getattr(datamodule, "source_names", ()))
+        return tuple(getattr(data_of(self.trainer), "source_names", ()))

@@ -1,8 +1,13 @@
 """AdamW, and how its learning rate goes."""
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
 
 @dataclass(kw_only=True)
@@ -41,3 +46,26 @@ class OptimizerSettings:
             return 1.0
         done = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
         return self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * done))
+
+    def optimizer(
+        self, parameters: Iterable[nn.Parameter], total: Callable[[], int]
+    ) -> tuple[AdamW, LambdaLR]:
+        """AdamW and its schedule over `total` steps, which is asked at each step."""
+        optimizer = AdamW(
+            [p for p in parameters if p.requires_grad],
+            lr=self.learning_rate,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            fused=False,
+            foreach=True,
+        )
+        return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total()))
+
+    def take_over(self, schedule: LambdaLR) -> None:
+        """Puts these settings in the place of those that came with a checkpoint's optimiser."""
+        schedule.base_lrs = [self.learning_rate] * len(schedule.base_lrs)
+        rate = self.learning_rate * schedule.lr_lambdas[0](schedule.last_epoch)
+        for group in schedule.optimizer.param_groups:
+            group.update(
+                lr=rate, initial_lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
+            )

@@ -5,10 +5,10 @@ Everything that is drawn follows from the seed and a few cursors, which are the 
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,9 +20,38 @@ from agro_lightning.data.stream import StreamReader
 from agro_lightning.models.batch import TokenBatch, pack_groups
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
-LiveSampler = Callable[[Sequence[Prompt], int, int], list[PromptGroup]]
-"""(prompts, completions for each, seed) -> scored groups; prompts without a usable completion are left
-out."""
+
+class FeedHost(Protocol):
+    """What the feed asks of its run: AgroDataModule."""
+
+    @property
+    def reference_id(self) -> str | None:
+        """What cached reference log-probs must have been made with to count."""
+        ...
+
+    def sample_live(self, prompts: Sequence[Prompt], n: int, seed: int) -> list[PromptGroup]:
+        """Generates and scores n completions of each prompt; prompts without a usable one are left out."""
+        ...
+
+    def annotate(self, groups: list[PromptGroup]) -> list[PromptGroup]:
+        """Adds reference log-probs to groups that lack them, where they are needed more than once."""
+        ...
+
+    def append(self, groups: list[PromptGroup], step: int, part: int) -> None:
+        """Puts a rollout into the replay buffer; `part` tells several rollouts of one step apart."""
+        ...
+
+    def drawing(self) -> AbstractContextManager[None]:
+        """Entered by all ranks together around each drawing."""
+        ...
+
+    def on_drawn(self, groups: list[PromptGroup], seconds: float) -> None:
+        """Told the groups of a step and the seconds that drawing them took."""
+        ...
+
+    def sum_over_ranks(self, number: float) -> float:
+        """The sum over ranks with different data."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +100,7 @@ class TrainFeed:
         offline: the open buffer of each offline source, by name.
         replay: the open buffer of past rollouts; None without a Replay source.
         streams: the reader of each Stream source, by name.
-        sample_live: generates and scores.
-        annotate: adds reference log-probs to the groups that lack them, where they are needed more than once.
-        append: called with the groups of one rollout, the step, and a number that tells several rollouts of
-            one step apart; the groups then belong to the replay buffer.
-        drawing: entered by all ranks together around each drawing.
-        on_drawn: told the groups of a step and the seconds that drawing them took.
-        count_globally: sums a number over ranks.
-        reference_id: what cached reference log-probs must have been made with to count.
+        host: generates, scores, annotates and keeps.
     """
 
     def __init__(
@@ -90,21 +112,12 @@ class TrainFeed:
         offline: dict[str, RolloutBuffer],
         replay: RolloutBuffer | None,
         streams: dict[str, StreamReader],
-        sample_live: LiveSampler,
-        annotate: Callable[[list[PromptGroup]], list[PromptGroup]],
-        append: Callable[[list[PromptGroup], int, int], None],
-        on_drawn: Callable[[list[PromptGroup], float], None],
-        count_globally: Callable[[float], float],
-        reference_id: Callable[[], str | None],
-        drawing: Callable[[], AbstractContextManager[None]] = nullcontext,
+        host: FeedHost,
     ):
-        self.settings, self.sources = settings, list(sources)
+        self.settings, self.sources, self.host = settings, list(sources), host
         self.prompts, self.offline, self.replay, self.streams = prompts, offline, replay, streams
-        self._sample_live, self._annotate, self._append = sample_live, annotate, append
-        self._on_drawn = on_drawn
-        self._drawing = drawing
-        self._count_globally, self._reference_id = count_globally, reference_id
-        self.micro_batch = 0
+        self.step, self.part = 0, 0
+        """Optimiser steps whose micro-batches were all handed out, and micro-batches of the next one."""
         self.live_position = 0
         self.cursors = {source.name: OfflineCursor() for source in sources if isinstance(source, Offline)}
         self.pending: list[PromptGroup] = []
@@ -117,28 +130,28 @@ class TrainFeed:
         return self.settings.total_steps * self.settings.accumulate
 
     def __iter__(self) -> Iterator[TokenBatch]:
-        while self.micro_batch < len(self):
-            step, part = divmod(self.micro_batch, self.settings.accumulate)
-            if part == 0:
+        settings = self.settings
+        while self.step < settings.total_steps:
+            step = self.step
+            if self.part == 0:
                 self._advance(step)
-            share = self._share(step, part)
-            num_groups = self._num_groups
-            self.micro_batch += 1
+            share, num_groups = self._share(step, self.part), self._num_groups
+            self.step, self.part = divmod(step * settings.accumulate + self.part + 1, settings.accumulate)
             yield pack_groups(
-                share, num_groups=num_groups, policy_version=step, reference_id=self._reference_id()
+                share, num_groups=num_groups, policy_version=step, reference_id=self.host.reference_id
             )
 
     def _advance(self, step: int) -> None:
         """Draws new groups, or uses the last ones once more."""
         if not self.pending or self.uses >= self.settings.updates_per_rollout:
             started = time.perf_counter()
-            with self._drawing():
-                self.pending, self.uses = self._annotate(self._draw(step)), 0
-            self._on_drawn(self.pending, time.perf_counter() - started)
+            with self.host.drawing():
+                self.pending, self.uses = self.host.annotate(self._draw(step)), 0
+            self.host.on_drawn(self.pending, time.perf_counter() - started)
         self.uses += 1
         for stream in self.streams.values():
             stream.use(step)
-        self._num_groups = self._count_globally(len(self.pending))
+        self._num_groups = self.host.sum_over_ranks(len(self.pending))
 
     def _share(self, step: int, part: int) -> list[PromptGroup]:
         """The groups of one micro-batch; their order differs between uses of one rollout."""
@@ -154,33 +167,44 @@ class TrainFeed:
             )
         return [self.pending[i] for i in chosen]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Cursors and the unconsumed rollout, as plain Python values."""
+    def position(self) -> dict[str, Any]:
+        """Cursors and the unconsumed rollout, as plain Python values; `go_on` takes them.
+
+        By their usual names Lightning would save and load them a second time, behind the data module's back.
+        """
+        needed = self.part or self.uses < self.settings.updates_per_rollout
         return {
-            "micro_batch": self.micro_batch,
+            "step": self.step,
+            "part": self.part,
+            "accumulate": self.settings.accumulate,
             "live_position": self.live_position,
             "cursors": {name: asdict(cursor) for name, cursor in self.cursors.items()},
-            "pending": [asdict(group) for group in self.pending] if self._pending_is_needed() else [],
+            "pending": [asdict(group) for group in self.pending] if needed else [],
             "uses": self.uses,
             "num_groups": self._num_groups,
             "streams": {name: stream.state_dict() for name, stream in self.streams.items()},
         }
 
-    def _pending_is_needed(self) -> bool:
-        mid_step = self.micro_batch % self.settings.accumulate != 0
-        return mid_step or self.uses < self.settings.updates_per_rollout
+    def go_on(self, position: dict[str, Any], steps: int) -> None:
+        """Continues from a position; sources that are new since then start at their beginning.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where state_dict was taken; sources that are new since then start at their beginning."""
-        self.micro_batch, self.live_position = state["micro_batch"], state["live_position"]
-        for name, cursor in state["cursors"].items():
+        Args:
+            position: what `position` gave; version 0.1 counted micro-batches in it.
+            steps: optimiser steps that the run has taken.
+
+        Raises:
+            ValueError: see check_position.
+        """
+        self.step, self.part, _ = check_position(position, steps, self.settings.accumulate)
+        self.live_position = position["live_position"]
+        for name, cursor in position["cursors"].items():
             if name in self.cursors:
                 self.cursors[name] = OfflineCursor(**cursor)
-        for name, stream in state["streams"].items():
+        for name, stream in position["streams"].items():
             if name in self.streams:
                 self.streams[name].load_state_dict(stream)
-        self.pending = [_group_from_dict(group) for group in state["pending"]]
-        self.uses, self._num_groups = state["uses"], state["num_groups"]
+        self.pending = [_group_from_dict(group) for group in position["pending"]]
+        self.uses, self._num_groups = position["uses"], position["num_groups"]
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.default_rng([self.settings.seed, *key])
@@ -268,8 +292,8 @@ class TrainFeed:
         if not prompts:
             return {}
         seed = int(self._rng(step, 3, self.settings.rank, n).integers(2**31))
-        groups = self._annotate(self._sample_live(prompts, n, seed))
-        self._append(groups, step, n)
+        groups = self.host.annotate(self.host.sample_live(prompts, n, seed))
+        self.host.append(groups, step, n)
         waiting: dict[str, list[PromptGroup]] = {}
         for group in groups:
             waiting.setdefault(group.prompt.prompt_id, []).append(group)
@@ -336,6 +360,35 @@ class TrainFeed:
         assert buffer is not None
         (group,) = buffer.groups([row_ids])
         return replace(group, completions=tuple(replace(c, **changes) for c in group.completions))
+
+
+def check_position(position: dict[str, Any], steps: int, accumulate: int) -> tuple[int, int, int]:
+    """Where a feed's position lies: its step, micro-batches handed out of the next one, and those of a step.
+
+    Args:
+        position: of this version, or of 0.1, which counted micro-batches over the whole run.
+        steps: optimiser steps that the run has taken.
+        accumulate: micro-batches a step from now on.
+
+    Raises:
+        ValueError: the position lies within a step, or its unused rollout is too small, for that number.
+    """
+    if "step" in position:
+        step, part, former = position["step"], position["part"], position["accumulate"]
+    else:
+        count = position["micro_batch"]
+        former = max(1, count // steps if steps else count)
+        step, part = divmod(count, former)
+    unused = len(position["pending"])
+    if former != accumulate and (part or 0 < unused < accumulate):
+        what = f"lies after micro-batch {part} of a step"
+        if not part:
+            what = f"holds {unused} unused groups a rank, too few for {accumulate} micro-batches"
+        raise ValueError(
+            f"the checkpoint was made with trainer.accumulate_grad_batches {former}, now it is {accumulate}; "
+            f"the checkpoint {what}. Go on with {former}, or from another checkpoint"
+        )
+    return step, part, former
 
 
 def _group_from_dict(group: dict[str, Any]) -> PromptGroup:

@@ -182,11 +182,10 @@ def test_no_full_logits(backend):
         if backend == "reference":
             linear_logprobs(given.hidden, given.weight, given.targets, backend=backend)
         else:
-            inputs = (given.hidden, given.weight, None, given.targets, head)
-            logsumexp, *_ = statistics(*inputs, True, True, CHUNKED)
-            upstream = Upstream(logsumexp=logsumexp, coefficient=given.coefficients)
+            found = statistics(given.hidden, given.weight, None, given.targets, head, True, True, CHUNKED)
+            upstream = Upstream(logsumexp=found.logsumexp, coefficient=given.coefficients)
             wanted = Wanted(hidden=torch.float32, weight=torch.float32, bias=False)
-            gradients(*inputs, upstream, wanted, CHUNKED)
+            gradients(given.hidden, given.weight, None, given.targets, head, upstream, wanted, CHUNKED)
     assert (largest.elements >= rows * columns) == (backend == "reference")
 
 

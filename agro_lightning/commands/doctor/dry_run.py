@@ -236,8 +236,10 @@ class _First(Callback):
         gap = logprob_gap(batch.behavior_logprobs, policy.logprobs(batch).logprobs, batch.sequence_ids)
         assert gap is not None
         check_logprob_gap(
-            gap,
+            gap.mean_abs,
             self._data.max_logprob_gap,
+            max_abs=gap.max_abs,
+            completion_max_abs=gap.completion_max_abs,
             sampling=self._data.sampling,
             engine=type(self._data.engine).__name__,
         )

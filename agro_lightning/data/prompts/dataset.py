@@ -207,7 +207,7 @@ class PromptDataset:
         digest = hashlib.blake2b(digest_size=16)
         for prompt in self._prompts:
             known = (prompt.prompt_id, prompt.prompt_ids, prompt.answer)
-            fields = json.dumps(prompt.fields, default=str, skipkeys=True)
+            fields = json.dumps(prompt.fields, sort_keys=True, default=str, skipkeys=True)
             digest.update(f"{known!r}{fields}".encode("utf-8", "replace"))
         return digest.hexdigest()
 
@@ -350,6 +350,23 @@ class _Reader:
 
 @lru_cache(maxsize=4)
 def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    order = np.random.default_rng([seed % 2**64, epoch]).permutation(count)
+    """Indices sorted by a 64-bit mix of seed, epoch and index.
+
+    Checkpoints hold a position in this order, so that it must stay what it was in version 0.1.
+    """
+    keys = _mix(np.arange(count, dtype=np.uint64) + _mix(_mix(_uint64(seed)) + _uint64(epoch)))
+    order = np.argsort(keys, kind="stable")
     order.flags.writeable = False
     return order
+
+
+def _uint64(value: int) -> np.ndarray:
+    return np.array([value % 2**64], dtype=np.uint64)
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function (Steele, Lea and Flood 2014), modulo 2^64."""
+    values = values * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

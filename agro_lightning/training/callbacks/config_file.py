@@ -1,11 +1,9 @@
 """The settings of a run, kept in its folder."""
 
-from pathlib import Path
-
 import lightning as L
 from lightning.pytorch.cli import SaveConfigCallback
 
-from agro_lightning.primitives.atomic_files import replace_text
+from agro_lightning.primitives.atomic_files import next_free, replace_text
 from agro_lightning.training.checkpointing import run_dir
 
 
@@ -24,17 +22,10 @@ class RunConfig(SaveConfigCallback):
         path.parent.mkdir(parents=True, exist_ok=True)
         text = self.parser.dump(self.config, skip_none=False)
         if path.exists() and _settings(path.read_text()) != _settings(text):
-            path.rename(_next_free(path))
+            path.rename(next_free(path))
         replace_text(path, text)
 
 
 def _settings(text: str) -> list[str]:
     """The lines that decide how a run goes on; where it goes on from is none of them."""
     return [line for line in text.splitlines() if not line.startswith("ckpt_path:")]
-
-
-def _next_free(path: Path) -> Path:
-    number = 1
-    while (kept := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
-        number += 1
-    return kept

@@ -1,7 +1,7 @@
-"""What a run shows of itself: tables of samples, accuracy before and after, the reward curve."""
+"""What a run has achieved: accuracy before and after, the reward curve, summary.json."""
 
 import json
-import re
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -9,68 +9,25 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 
-from agro_lightning.primitives.atomic_files import replace_text
+from agro_lightning.primitives.atomic_files import atomic_path, replace_text
+from agro_lightning.training.callbacks.csv_log import whole_rows
 from agro_lightning.training.checkpointing import run_dir
+from agro_lightning.training.step_callback import data_of
 
-
-class SampleTable(Callback):
-    """Writes a few scored completions as a text table to TensorBoard and to samples.md.
-
-    Args:
-        every: steps between tables.
-        rows: completions in a table.
-    """
-
-    def __init__(self, every: int = 50, rows: int = 8) -> None:
-        self.every, self.rows = every, rows
-
-    @rank_zero_only
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Drops the tables that a killed process wrote after the checkpoint: they will come again."""
-        path = run_dir(trainer) / "samples.md"
-        if path.exists():
-            tables = re.findall(r"^## step (\d+)\n(.*?)(?=^## step \d+\n|\Z)", path.read_text(), re.M | re.S)
-            kept = [f"## step {step}\n{text}" for step, text in tables if int(step) <= trainer.global_step]
-            if len(kept) < len(tables):
-                replace_text(path, "".join(kept))
-
-    @rank_zero_only
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if (batch_idx + 1) % (trainer.accumulate_grad_batches * self.every):
-            return
-        groups = trainer.datamodule.last_groups  # type: ignore[attr-defined]
-        pairs = [(group, completion) for group in groups[: self.rows] for completion in group.completions[:2]]
-        lines = ["| prompt | completion | reward | finish | source |", "|---|---|---|---|---|"]
-        lines += [
-            f"| {_cell(group.prompt.prompt)} | {_cell(completion.completion)} | {completion.reward:g} "
-            f"| {completion.finish_reason} | {completion.source} |"
-            for group, completion in pairs[: self.rows]
-        ]
-        table = "\n".join(lines)
-        with (run_dir(trainer) / "samples.md").open("a") as handle:
-            handle.write(f"## step {trainer.global_step}\n\n{table}\n\n")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("samples", table, trainer.global_step)
-
-
-def _cell(text: str, width: int = 200) -> str:
-    """Text that cannot break a Markdown table."""
-    text = text.replace("|", "\\|").replace("\n", "⏎")
-    return text if len(text) <= width else f"{text[: width // 2]} … {text[-width // 2 :]}"
+MEASURED = ("greedy_accuracy", "sampled_accuracy")
 
 
 class Summary(Callback):
-    """Measures accuracy before and after, prints the table, writes summary.json and the reward curve."""
+    """Measures accuracy before and after, prints the table, writes summary.json and the reward curve.
+
+    A run without validation has neither: summary.json then holds null for both.
+    """
 
     def __init__(self) -> None:
         self._before: dict[str, float] = {}
         self._seconds_before = 0.0
-        self._completions_before = 0
         self._started = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,83 +41,77 @@ class Summary(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.perf_counter()
-        rank_zero_info(trainer.datamodule.describe())  # type: ignore[attr-defined]
-        if not self._before:
-            self._before = trainer.datamodule.evaluate()  # type: ignore[attr-defined]
+        rank_zero_info(data_of(trainer).describe())
+        if trainer.global_step == 0:
+            self._before = data_of(trainer).evaluate()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        after = trainer.datamodule.evaluate()  # type: ignore[attr-defined]
-        completions = trainer.datamodule.completions_of_all_ranks()  # type: ignore[attr-defined]
+        after = data_of(trainer).evaluate()
+        completions = data_of(trainer).completions_of_all_ranks()
         if trainer.is_global_zero:
             self._write(trainer, after, completions)
 
     def _write(self, trainer: L.Trainer, after: dict[str, float], completions: int) -> None:
-        keys = ("greedy_accuracy", "sampled_accuracy")
-        folder = run_dir(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder, seconds = run_dir(trainer), self._elapsed()
         summary = {
-            "before": {key: self._before[key] for key in keys},
-            "after": {key: after[key] for key in keys},
+            "before": _plain(self._before),
+            "after": _plain(after),
             "steps": trainer.global_step,
-            "seconds": self._elapsed(),
+            "seconds": seconds,
             "completions": completions,
             "run_dir": str(folder),
         }
-        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        replace_text(folder / "summary.json", json.dumps(summary, indent=1))
         for logger in trainer.loggers:
             logger.save()
         if (folder / "metrics.csv").exists():
             plot_rewards(folder / "metrics.csv", folder / "reward.png")
-        rows = [f"{key.replace('_', ' '):<18} {self._before[key]:>8.3f} {after[key]:>8.3f}" for key in keys]
-        rank_zero_info(
-            "\n".join(
-                [
-                    "",
-                    f"{'':<18} {'before':>8} {'after':>8}",
-                    *rows,
-                    "",
-                    f"{summary['steps']} steps, {summary['completions']} completions, "
-                    f"{summary['seconds']:.0f} s",
-                    f"run folder   {folder}",
-                    *(
-                        f"TensorBoard  tensorboard --logdir {Path(logger.log_dir)}"
-                        for logger in trainer.loggers
-                        if isinstance(logger, TensorBoardLogger)
-                    ),
-                ]
-            )
-        )
+        lines = ["no validation: data.validation is null, or trainer.limit_val_batches 0"]
+        if after:
+            lines = [f"{'':<18} {'before':>8} {'after':>8}"]
+            for key in MEASURED:
+                numbers = (self._before.get(key, math.nan), after[key])
+                lines.append(f"{key.replace('_', ' '):<18} " + " ".join(f"{n:>8.3f}" for n in numbers))
+        lines += ["", f"{trainer.global_step} steps, {completions} completions, {seconds:.0f} s"]
+        lines.append(f"run folder   {folder}")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                lines.append(f"TensorBoard  tensorboard --logdir {Path(logger.log_dir)}")
+        rank_zero_info("\n".join(["", *lines]))
+
+
+def _plain(accuracies: dict[str, float]) -> dict[str, float | None] | None:
+    """What JSON can hold: None without validation, and for an accuracy that no answer was left to measure."""
+    if not accuracies:
+        return None
+    return {key: None if math.isnan(accuracies[key]) else accuracies[key] for key in MEASURED}
 
 
 def plot_rewards(metrics: Path, out: Path) -> None:
     """Draws the reward of each source, and the validation accuracies, against the step."""
-    import csv
-
     from matplotlib.figure import Figure
 
-    with metrics.open(newline="") as handle:
-        rows = list(csv.DictReader(handle))
-    names = [
-        name
-        for name in (rows[0] if rows else {})
-        if name.startswith("train/reward/") or name in ("val/greedy_accuracy", "val/sampled_accuracy")
-    ]
+    rows = whole_rows(metrics)
+    points: dict[str, list[tuple[int, float]]] = {
+        name: []
+        for name in next(rows)
+        if name.startswith("train/reward/") or name in [f"val/{key}" for key in MEASURED]
+    }
+    for row in rows:
+        for name, line in points.items():
+            if row[name]:
+                line.append((int(row["step"]), float(row[name])))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name in names:
-        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
-        if points:
+    for name, line in points.items():
+        if line:
             style = "o-" if name.startswith("val/") else "-"
-            axes.plot(
-                *zip(*points, strict=True),
-                style,
-                label=name.removeprefix("train/"),
-                linewidth=1.2,
-                markersize=3,
-            )
+            label = name.removeprefix("train/")
+            axes.plot(*zip(*line, strict=True), style, label=label, linewidth=1.2, markersize=3)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("mean reward, accuracy")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    figure.savefig(out, dpi=150)
+    with atomic_path(out) as aside:
+        figure.savefig(aside, dpi=150, format="png")

@@ -133,7 +133,7 @@ class _Module(AgroModule):
             reference = AdapterOffReference(self.policy)
         else:
             reference = CachedReference("simulated")
-        self._outside = [reference]
+        self._reference = (reference,)
 
     def _build(self, settings: PolicySettings, *, frozen: bool) -> Policy:
         if self._meshes is not None:
@@ -239,7 +239,7 @@ class _Run:
         assert policy is not None
         held = [policy.parameters(), policy.buffers()]
         tracker.assign(PARAMETERS, [t for group in held for t in group])
-        reference = module._outside[0]
+        reference = module.reference
         if isinstance(reference, FrozenReference):
             offloaded = self.workload.gpu and module.sharding.offload_reference and module.device_mesh
             tracker.assign(ELSEWHERE if offloaded else REFERENCE, reference.policy.parameters())

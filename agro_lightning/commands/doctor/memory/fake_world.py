@@ -106,7 +106,7 @@ def fake_tensors(tracker: MemoryTracker, tensor_parallel: int) -> Iterator[FakeT
         replace(module, "split_batch", really(module.split_batch))
         replace(reference, "split_batch", really(reference.split_batch))
         replace(module, "batch_metrics", lambda *_, **__: {})
-        replace(reference, "lockstep", lambda policy, forwards: forwards)
+        replace(reference, "common_forwards", lambda policy, forwards: forwards)
         replace(reference, "weights_hash", lambda policy: "simulated")
         replace(kernels, "slice_bounds", slice_bounds)
         replace(DeviceMesh, "__init__", really(DeviceMesh.__init__))
