@@ -17,13 +17,8 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
@@ -48,7 +43,7 @@ from agro_kernels._triton_fused import (
 )
 
 PLAIN = ["row_count", "column_count", "hidden_size", "group"]
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
+REGISTERS = gl.constexpr((232, 40))
 """Registers of a thread: two groups of 128 threads at 232 and one at 40 are the 64,512 that 12 warps have."""
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -62,27 +57,25 @@ def slot_of(step, SLOTS: gl.constexpr):
 @gluon.jit
 def open_ring(hidden, weight, SLOTS: gl.constexpr):
     """Slots, each for W's tile and for both halves of X's, and their full and empty barriers."""
-    hidden_slots = gl.allocate_shared_memory(
-        hidden.dtype, [2 * SLOTS] + hidden.block_type.shape, hidden.layout
-    )
+    halves = gl.allocate_shared_memory(hidden.dtype, [2 * SLOTS] + hidden.block_type.shape, hidden.layout)
     weight_slots = gl.allocate_shared_memory(weight.dtype, [SLOTS] + weight.block_type.shape, weight.layout)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=2)
-    return hidden_slots, weight_slots, full, empty
+    return halves, weight_slots, full, empty
 
 
 @gluon.jit
 def load_tiles(hidden, weight, ring, sizes):
     """The loading warp: for every tile of this program, a slot each step of DEPTH hidden columns."""
-    hidden_slots, weight_slots, full, empty = ring
+    halves, weight_slots, full, empty = ring
     row_count, column_count, hidden_size, group, row_blocks, column_blocks = sizes
     SLOTS: gl.constexpr = weight_slots.shape[0]
     COLUMNS: gl.constexpr = weight_slots.shape[1]
     DEPTH: gl.constexpr = weight_slots.shape[2]
-    ROWS: gl.constexpr = hidden_slots.shape[1]
+    ROWS: gl.constexpr = halves.shape[1]
     step = 0
     for tile in range(gl.program_id(0), row_blocks * column_blocks, gl.num_programs(0)):
         row_block, column_block = tile_place(tile, row_blocks, column_blocks, group)
@@ -93,7 +86,7 @@ def load_tiles(hidden, weight, ring, sizes):
             mbarrier.expect(bar, (2 * ROWS + COLUMNS) * DEPTH * 2)
             for half in gl.static_range(2):
                 place = [(2 * row_block + half) * ROWS, depth]
-                tma.async_copy_global_to_shared(hidden, place, bar, hidden_slots.index(2 * slot + half))
+                tma.async_copy_global_to_shared(hidden, place, bar, halves.index(2 * slot + half))
             place = [column_block * COLUMNS, depth]
             tma.async_copy_global_to_shared(weight, place, bar, weight_slots.index(slot))
             step += 1
@@ -105,23 +98,23 @@ def products_of(HALF: gl.constexpr, ring, step, hidden_size, LAYOUT: gl.constexp
 
     A slot is handed back one step late, when the products that read it are done and the next are under way.
     """
-    hidden_slots, weight_slots, full, empty = ring
+    halves, weight_slots, full, empty = ring
     SLOTS: gl.constexpr = weight_slots.shape[0]
     COLUMNS: gl.constexpr = weight_slots.shape[1]
     DEPTH: gl.constexpr = weight_slots.shape[2]
-    ROWS: gl.constexpr = hidden_slots.shape[1]
+    ROWS: gl.constexpr = halves.shape[1]
     total = gl.zeros((ROWS, COLUMNS), gl.float32, LAYOUT)
     before = step % SLOTS
     for depth in range(0, hidden_size, DEPTH):
         slot, parity = slot_of(step, SLOTS)
         mbarrier.wait(full.index(slot), parity)
-        x, w = hidden_slots.index(2 * slot + HALF), weight_slots.index(slot)
-        total = warpgroup_mma(x, w.permute((1, 0)), total, is_async=True)
-        total = warpgroup_mma_wait(num_outstanding=1, deps=(total,))
+        x, w = halves.index(2 * slot + HALF), weight_slots.index(slot)
+        total = hopper.warpgroup_mma(x, w.permute((1, 0)), total, is_async=True)
+        total = hopper.warpgroup_mma_wait(num_outstanding=1, deps=(total,))
         mbarrier.arrive(empty.index(before), count=1, pred=depth > 0)
         before = slot
         step += 1
-    total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
+    total = hopper.warpgroup_mma_wait(num_outstanding=0, deps=(total,))
     mbarrier.arrive(empty.index(before), count=1)
     return total, step
 
@@ -188,7 +181,7 @@ def finish_dlogits(
         )  # fmt: skip
         tma.store_wait(pendings=0)  # the stage's former tile has left it
         stage.store(grad.to(out.dtype))
-        fence_async_shared()
+        hopper.fence_async_shared()
         tma.async_copy_shared_to_global(out, [row, column], stage)
     tma.store_wait(pendings=0)
 
@@ -197,7 +190,7 @@ def finish_dlogits(
 def gluon_stats_kernel(
     hidden, weight, bias, targets, block_logsumexp, block_entropy, target_logit, row_count, column_count,
     hidden_size, group, inner, outer, SLOTS: gl.constexpr, BIAS: gl.constexpr, SOFTCAP: gl.constexpr,
-    ENTROPY: gl.constexpr, FLIPPED: gl.constexpr, CONSUMER: gl.constexpr, PRODUCER: gl.constexpr,
+    ENTROPY: gl.constexpr, FLIPPED: gl.constexpr,
 ):  # fmt: skip
     """As stats_kernel; outer > 0, and FLIPPED where the head's scale is negative."""
     ring = open_ring(hidden, weight, SLOTS)
@@ -206,22 +199,18 @@ def gluon_stats_kernel(
     column_blocks = gl.cdiv(column_count, weight.block_type.shape[0])
     sizes = (row_count, column_count, hidden_size, group, row_blocks, column_blocks)
     factors = (inner, outer)
-    gl.warp_specialize(
-        [
-            (finish_stats, (0, ring, arrays, sizes, factors, BIAS, SOFTCAP, ENTROPY, FLIPPED)),
-            (finish_stats, (1, ring, arrays, sizes, factors, BIAS, SOFTCAP, ENTROPY, FLIPPED)),
-            (load_tiles, (hidden, weight, ring, sizes)),
-        ],
-        [4, 1],
-        [CONSUMER, PRODUCER],
-    )
+    gl.warp_specialize([
+        (finish_stats, (0, ring, arrays, sizes, factors, BIAS, SOFTCAP, ENTROPY, FLIPPED)),
+        (finish_stats, (1, ring, arrays, sizes, factors, BIAS, SOFTCAP, ENTROPY, FLIPPED)),
+        (load_tiles, (hidden, weight, ring, sizes)),
+    ], [4, 1], REGISTERS)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=PLAIN)
 def gluon_dlogits_kernel(
     hidden, weight, out, bias, targets, logsumexp, coefficient, entropy, entropy_coefficient, row_count,
     column_count, hidden_size, group, inner, outer, factor, SLOTS: gl.constexpr, BIAS: gl.constexpr,
-    SOFTCAP: gl.constexpr, ENTROPY: gl.constexpr, CONSUMER: gl.constexpr, PRODUCER: gl.constexpr,
+    SOFTCAP: gl.constexpr, ENTROPY: gl.constexpr,
 ):  # fmt: skip
     """dL/du of gradient_tile in out's dtype; the copy engine clips at out's edges."""
     ring = open_ring(hidden, weight, SLOTS)
@@ -231,15 +220,11 @@ def gluon_dlogits_kernel(
     column_blocks = gl.cdiv(column_count, weight.block_type.shape[0])
     sizes = (row_count, column_count, hidden_size, group, row_blocks, column_blocks)
     factors = (inner, outer, factor)
-    gl.warp_specialize(
-        [
-            (finish_dlogits, (0, ring, stages, out, arrays, sizes, factors, BIAS, SOFTCAP, ENTROPY)),
-            (finish_dlogits, (1, ring, stages, out, arrays, sizes, factors, BIAS, SOFTCAP, ENTROPY)),
-            (load_tiles, (hidden, weight, ring, sizes)),
-        ],
-        [4, 1],
-        [CONSUMER, PRODUCER],
-    )
+    gl.warp_specialize([
+        (finish_dlogits, (0, ring, stages, out, arrays, sizes, factors, BIAS, SOFTCAP, ENTROPY)),
+        (finish_dlogits, (1, ring, stages, out, arrays, sizes, factors, BIAS, SOFTCAP, ENTROPY)),
+        (load_tiles, (hidden, weight, ring, sizes)),
+    ], [4, 1], REGISTERS)  # fmt: skip
 
 
 def _described(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -265,7 +250,7 @@ def _launch(
     kernel[(min(tiles, device["multiprocessor_count"]),)](
         _described(hidden, tile.rows // 2, tile.depth), _described(weight, tile.columns, tile.depth), *given,
         rows, columns, hidden.shape[1], tile.group, *factors, SLOTS=tile.stages, SOFTCAP=head.softcap != 0,
-        CONSUMER=CONSUMER_REGISTERS, PRODUCER=PRODUCER_REGISTERS, num_warps=tile.warps, **flags,
+        num_warps=tile.warps, **flags,
     )  # fmt: skip
 
 

@@ -172,8 +172,8 @@ class Device:
         self.groups: list[Group] = []
         self.current: Any = None
 
-    def warp_specialize(self, parts: list, warps: list[int], registers: list[int]) -> None:
-        assert len(warps) == len(registers) == len(parts) - 1
+    def warp_specialize(self, parts: list, warps: list[int], registers: Any) -> None:
+        assert len(warps) == len(registers.value) == len(parts) - 1
         self.groups = [Group(self, lambda f=f, given=given: f(*given)) for f, given in parts]
         try:
             self.schedule()
@@ -317,8 +317,7 @@ class Device:
         )  # fmt: skip
         return {
             "gl": language, "tl": language, "tma": self, "mbarrier": own,
-            "fence_async_shared": self.fence_async_shared, "warpgroup_mma": self.warpgroup_mma,
-            "warpgroup_mma_wait": self.warpgroup_mma_wait,
+            "hopper": self,
         }  # fmt: skip
 
 
