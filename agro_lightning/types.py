@@ -62,7 +62,7 @@ class Completion:
     reference_id: str | None = None
     """Hash of the reference's weights and the temperature that ref_logprobs were made with."""
     row_id: str = ""
-    """Where the row stands ("file:row"), so that one row is never drawn twice into a group; "" when live."""
+    """File and row number ("file:row"), so that one row is never drawn twice into a group; "" when live."""
 
     def __len__(self) -> int:
         return len(self.completion_ids)

@@ -17,7 +17,7 @@ from agro_lightning.data.buffer.group_plan import GroupPlan
 from agro_lightning.data.buffer.prompt_index import PromptIndex
 from agro_lightning.data.buffer.schema import FIX_ROW, BadRowError, prompt_id_of
 from agro_lightning.data.buffer.store import Record, RowStore, prompt_key
-from agro_lightning.data.buffer.validation import row_checker
+from agro_lightning.data.buffer.validation import RowChecker
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
 
@@ -53,10 +53,6 @@ class Selection:
     def rows_of(self, prompt: str | Prompt) -> np.ndarray:
         """As RolloutBuffer.rows_of."""
         return self.buffer.rows_of(prompt, self.prompts)
-
-    def groups(self, rows: Sequence[Sequence[int]]) -> list[PromptGroup]:
-        """As RolloutBuffer.groups."""
-        return self.buffer.groups(rows)
 
 
 class RolloutBuffer:
@@ -123,7 +119,13 @@ class RolloutBuffer:
         self._source_name = source_name
         self._live = live
         self.accept = accept
-        checker = row_checker(tokenizer, vocab_size, max_prompt_tokens, max_completion_tokens, append_eos)
+        checker = RowChecker(
+            tokenizer,
+            vocab_size=vocab_size,
+            max_prompt_tokens=max_prompt_tokens,
+            max_completion_tokens=max_completion_tokens,
+            append_eos=append_eos,
+        )
         self.tokenizer_id = checker.tokens.tokenizer_id
         store = RowStore(checker, strict=self._strict_rows, directory=Path(cache_dir) if cache_dir else None)
         listed = [str(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
@@ -269,7 +271,7 @@ class RolloutBuffer:
         """Reads groups, each given as row numbers of one prompt, none twice.
 
         Raises:
-            ValueError: a row stands twice in a group (that would bias the variance), or prompts differ.
+            ValueError: a row is twice in a group (that would bias the variance), or prompts differ.
             KeyError: a row's file is gone.
         """
         return [self._group(group) for group in rows]

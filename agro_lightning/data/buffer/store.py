@@ -68,7 +68,7 @@ _INDEX = np.dtype(
 
 
 def prompt_key(prompt_id: str) -> int:
-    """64 bits that stand for a prompt_id in the index."""
+    """The index's 64-bit hash of a prompt_id."""
     return int.from_bytes(hashlib.blake2b(prompt_id.encode(), digest_size=8).digest(), "little")
 
 

@@ -38,7 +38,7 @@ def adds_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def describe_special_tokens(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> str:
-    """What stands before a prompt's text, in words, for `doctor`."""
+    """Which special tokens come before a prompt's text: a sentence for `doctor`."""
     added = _encode(tokenizer, ["a"], special=True)[0]
     bare = _encode(tokenizer, ["a"], special=False)[0]
     front = tokenizer.convert_ids_to_tokens(added[: max(0, len(added) - len(bare) - adds_eos(tokenizer))])

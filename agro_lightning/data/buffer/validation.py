@@ -1,7 +1,6 @@
 """Row checks: rows as read from a file become rows to train on, tokenised, checked and complete."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -18,22 +17,39 @@ BadRows = tuple[str, np.ndarray, Callable[[int], str]]
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "policy_version": -1, "source": "offline"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RowChecker:
     """Tokenises, completes and checks rows against the run's tokenizer and limits."""
 
-    tokens: RowTokens
-    vocab_size: int
-    """Token ids must lie in 0..vocab_size-1."""
-    max_prompt_tokens: int | None
-    max_completion_tokens: int | None
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        vocab_size: int,
+        max_prompt_tokens: int | None,
+        max_completion_tokens: int | None,
+        append_eos: bool,
+    ) -> None:
+        """See RolloutBuffer for the arguments.
+
+        Raises:
+            ValueError: a limit below 1, or a tokenizer without EOS that is to be appended.
+        """
+        self.limits = {
+            "vocab_size": vocab_size,
+            "max_prompt_tokens": max_prompt_tokens,
+            "max_completion_tokens": max_completion_tokens,
+        }
+        for name, limit in self.limits.items():
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} is {limit}; it must be at least 1")
+        self.tokens = RowTokens(tokenizer, append_eos=append_eos)
+        self.vocab_size = vocab_size
 
     @property
     def identity(self) -> tuple[object, ...]:
         """What the checked rows depend on besides the file, for the cache's keys."""
         tokens = self.tokens
-        limits = (self.vocab_size, self.max_prompt_tokens, self.max_completion_tokens)
-        return tokens.tokenizer_id, tokens.tokenizer.chat_template, tokens.append_eos, *limits
+        return tokens.tokenizer_id, tokens.tokenizer.chat_template, tokens.append_eos, *self.limits.values()
 
     def check(self, raw: RawRows, rejections: Rejections) -> tuple[pa.RecordBatch, np.ndarray]:
         """Returns the good rows with tokens, texts and defaults filled in, and their row numbers.
@@ -53,27 +69,20 @@ class RowChecker:
     def _problems(self, found: pa.RecordBatch, batch: pa.RecordBatch) -> Iterator[BadRows]:
         """Every check, in the order in which a row's first problem is named."""
         yield from self.tokens.problems(found)
-        yield from self._token_problems(batch, "prompt", self.max_prompt_tokens)
-        yield from self._token_problems(batch, "completion", self.max_completion_tokens)
+        yield from self._token_problems(batch, "prompt")
+        yield from self._token_problems(batch, "completion")
         yield from _value_problems(batch)
         completion = Ragged.of(batch.column("completion_ids"))
         yield from _logprob_problems(batch, "behavior_logprobs", completion, finite=False)
         yield from _logprob_problems(batch, "ref_logprobs", completion, finite=True)
 
-    def _token_problems(self, batch: pa.RecordBatch, side: str, limit: int | None) -> Iterator[BadRows]:
-        column = f"{side}_ids"
+    def _token_problems(self, batch: pa.RecordBatch, side: str) -> Iterator[BadRows]:
+        column, limit = f"{side}_ids", self.limits[f"max_{side}_tokens"]
         ids = Ragged.of(batch.column(column))
-        yield (
-            f"missing_{side}",
-            ~ids.present,
-            lambda _: f"has neither {side} nor {column}; one of them is needed",
-        )
+        neither = f"has neither {side} nor {column}; one of them is needed"
+        yield f"missing_{side}", ~ids.present, lambda _: neither
         yield "wrong_type", ids.nulls, lambda _: f"{column} has a null in it; every token needs an id"
-        yield (
-            f"empty_{side}",
-            ids.lengths == 0,
-            lambda _: f"the {side} has 0 tokens; it needs at least 1",
-        )
+        yield f"empty_{side}", ids.lengths == 0, lambda _: f"the {side} has 0 tokens; it needs at least 1"
         outside = (ids.values < 0) | (ids.values >= self.vocab_size)
 
         def describe_outside(row: int) -> str:
@@ -101,37 +110,24 @@ def _value_problems(batch: pa.RecordBatch) -> Iterator[BadRows]:
     finish = np.array(batch.column("finish_reason").to_pylist(), dtype=object)
     known = np.isin(finish, FINISH_REASONS)
     yield "bad_finish_reason", ~known, told("finish_reason", f"one of {', '.join(FINISH_REASONS)}")
-    yield (
-        "finish_reason_error",
-        finish == "error",
-        told("finish_reason", "stop or length: a failed generation is no sample"),
-    )
+    failed = told("finish_reason", "stop or length: a failed generation is no sample")
+    yield "finish_reason_error", finish == "error", failed
     temperature, top_p, top_k = numbers("temperature"), numbers("top_p"), numbers("top_k")
-    yield (
-        "bad_sampling",
-        ~(np.isfinite(temperature) & (temperature >= 0)),
-        told("temperature", "finite and 0 or more"),
-    )
+    usable = np.isfinite(temperature) & (temperature >= 0)
+    yield "bad_sampling", ~usable, told("temperature", "finite and 0 or more")
     yield "bad_sampling", ~((top_p > 0) & (top_p <= 1)), told("top_p", "in (0, 1]")
     yield "bad_sampling", top_k < 0, told("top_k", "0 (all tokens) or more")
-    version = numbers("policy_version")
-    limit = np.iinfo(np.int32).max
-    yield (
-        "bad_policy_version",
-        (version < -1) | (version > limit),
-        told("policy_version", f"-1 (unknown) to {limit}"),
-    )
+    version, limit = numbers("policy_version"), np.iinfo(np.int32).max
+    outside = (version < -1) | (version > limit)
+    yield "bad_policy_version", outside, told("policy_version", f"-1 (unknown) to {limit}")
 
 
 def _logprob_problems(
     batch: pa.RecordBatch, column: str, tokens: Ragged, *, finite: bool
 ) -> Iterator[BadRows]:
     logprobs = Ragged.of(batch.column(column))
-    yield (
-        "wrong_type",
-        logprobs.nulls,
-        lambda _: f"{column} has a null in it; give one number a token, or no list",
-    )
+    null = f"{column} has a null in it; give one number a token, or no list"
+    yield "wrong_type", logprobs.nulls, lambda _: null
     yield (
         "bad_logprobs",
         logprobs.present & (logprobs.lengths != tokens.lengths),
@@ -142,11 +138,8 @@ def _logprob_problems(
     )
     if finite:
         unusable = logprobs.rows_with(~np.isfinite(logprobs.values))
-        yield (
-            "bad_logprobs",
-            unusable,
-            lambda _: f"{column} has a value that is not finite; leave the column out",
-        )
+        said = f"{column} has a value that is not finite; leave the column out"
+        yield "bad_logprobs", unusable, lambda _: said
 
 
 def _fill_defaults(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -155,28 +148,3 @@ def _fill_defaults(batch: pa.RecordBatch) -> pa.RecordBatch:
         for name, column in zip(READ_SCHEMA.names, batch.columns, strict=True)
     ]
     return pa.RecordBatch.from_arrays(columns, schema=READ_SCHEMA)
-
-
-def row_checker(
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
-    max_prompt_tokens: int | None,
-    max_completion_tokens: int | None,
-    append_eos: bool,
-) -> RowChecker:
-    """Checks the limits themselves, then makes the checker.
-
-    Raises:
-        ValueError: a limit below 1, a tokenizer that does not fit the vocabulary, or one without EOS that is
-            to be appended.
-    """
-    limits = {"vocab_size": vocab_size, "max_prompt_tokens": max_prompt_tokens}
-    for name, limit in {**limits, "max_completion_tokens": max_completion_tokens}.items():
-        if limit is not None and limit < 1:
-            raise ValueError(f"{name} is {limit}; it must be at least 1")
-    return RowChecker(
-        tokens=RowTokens(tokenizer, append_eos=append_eos),
-        vocab_size=vocab_size,
-        max_prompt_tokens=max_prompt_tokens,
-        max_completion_tokens=max_completion_tokens,
-    )

@@ -35,7 +35,7 @@ _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptRow:
-    """One row as it stands in its source."""
+    """One row as read from its source."""
 
     number: int
     """Its line (JSONL, from 1) or row (from 0)."""
@@ -223,7 +223,7 @@ def _read_parquet(path: Path, rejected: RejectedRows) -> Iterator[PromptRow]:
 
 
 def _without_filler(columns: Any) -> dict[str, Any]:
-    """A row from Arrow; its lists of messages and tools without the nulls that stand for missing keys."""
+    """A row from Arrow; its lists of messages and tools without the nulls that mean missing keys."""
     return {
         name: without_filler(value) if isinstance(value, list) else value for name, value in columns.items()
     }
