@@ -113,4 +113,4 @@ def test_the_docstrings_examples_are_right(module, tmp_path, monkeypatch):
     assert "Example:" in (documented.__doc__ or ""), f"{module}.{WITH_EXAMPLES[module]} has no example"
     assert ">>>" in documented.__doc__
     results = doctest.testmod(loaded, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
-    assert results.attempted >= 3 and results.failed == 0
+    assert results.attempted >= 2 and results.failed == 0

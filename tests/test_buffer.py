@@ -551,9 +551,10 @@ def test_packed_rows_go_where_the_variable_says(tokenizer, tmp_path, monkeypatch
     assert len(list((tmp_path / "here" / "packed-rows").glob("*/rows.bin"))) == 1
 
 
-def test_buffers_need_no_torch():
+def test_data_needs_no_torch():
     """Torch alone takes more memory than a buffer of millions of rows."""
-    code = "import sys, agro_lightning.commands.inspect; print('torch' in sys.modules)"
+    modules = "buffer.buffer, agro_lightning.data.prompts.dataset, agro_lightning.data.stream"
+    code = f"import sys, agro_lightning.data.{modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "False", done.stderr
 

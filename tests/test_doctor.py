@@ -16,7 +16,9 @@ from ranks import run_ranks
 from tiny_models import save_with_tokenizer, tiny_lm
 
 from agro_lightning.commands import main as cli
+from agro_lightning.commands.doctor.checks import _read_prompts
 from agro_lightning.commands.doctor.command import load
+from agro_lightning.commands.doctor.report import Checks
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = ("--data.batch_size", "4", "--data.group_size", "2", "--trainer.accelerator", "cpu")
@@ -207,3 +209,23 @@ def test_two_ranks_are_examined_together(tmp_path):
     assert second[0] == {}  # one rank speaks for all
     assert "2 ranks = 8 groups" in first[1]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "verdict", "says"),
+    [
+        ("1+2=", (), "ok", "<bos> is put before a prompt's text, unless"),
+        ("<bos>1+2=", (), "ok", "<bos> is put before a prompt's text, unless"),
+        ("1" * 300, (), "FAILED", "the longest prompt has 301 tokens, and the model's context has room for"),
+        ("1" * 300, ("--data.on_bad_row", "drop"), "ok", "1 longer ones are left out"),
+    ],
+)
+def test_how_prompts_begin_and_whether_they_fit_is_said(tmp_path, text, options, verdict, says):
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": text, "answer": "3"}, {"prompt": "2+2=", "answer": "4"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    setup = load([*SMALL, "--data.train.path", str(path), *options])
+    found = Checks()
+    found.run("prompts", lambda: _read_prompts(setup.model, setup.datamodule)[2])
+    (record,) = found.records
+    assert record["verdict"] == verdict and says in record["words"]

@@ -17,6 +17,7 @@ from agro_lightning.models.compat import no_init_weights
 from agro_lightning.models.config import LoraSettings
 from agro_lightning.models.pretrained import add_lora, load_tokenizer, resolve_path
 from agro_lightning.models.sharded_loading import parameters_on_meta
+from agro_lightning.primitives.atomic_files import atomic_path
 
 PREFIX = "policy.lm."
 
@@ -35,7 +36,7 @@ def export(
 
     Args:
         ckpt: a checkpoint of a run: a file, or a folder of shards.
-        out: the folder to write; must not hold a model already.
+        out: the folder to write, new or empty; it appears whole or not at all.
         adapter_only: for a LoRA policy, write the adapter instead of the merged model.
         max_shard_size: largest safetensors file.
         tokenizer: where the tokenizer comes from, when the model that the run started from has moved.
@@ -43,12 +44,15 @@ def export(
 
     Raises:
         FileNotFoundError: no such checkpoint.
-        FileExistsError: `out` holds a model.
+        FileExistsError: `out` holds a model, or anything else.
+        OSError: there is no room for it, or it cannot be written to; names what is needed.
         ValueError: the checkpoint is not one of agro-lightning's, is damaged, or has no adapter to write.
     """
     target = Path(out).expanduser()
     if (target / "config.json").exists() or (target / "adapter_config.json").exists():
         raise FileExistsError(f"{out} holds a model already; give another --out")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{out} is there already, and is no empty folder; give another --out")
     about, weights = read_policy(Path(ckpt).expanduser())
     lora = LoraSettings(**about["policy"]["lora"]) if about["policy"]["lora"] else None
     if adapter_only and lora is None:
@@ -57,19 +61,19 @@ def export(
         tokenizer or about["policy"]["path"], trust_remote_code=about["policy"]["trust_remote_code"]
     )
     model = build_model(weights, about["model_config"], lora)
-    target.mkdir(parents=True, exist_ok=True)
-    if adapter_only:
-        _write_adapter(model, target, about)
-    else:
-        if lora is not None:
-            _part_tied_weights(model)
-            model = model.merge_and_unload()
-        if dtype is not None:
-            model = model.to(getattr(torch, dtype))
-        if about["generation_config"]:
-            model.generation_config = GenerationConfig.from_dict(about["generation_config"])
-        model.save_pretrained(target, max_shard_size=max_shard_size)
-    tokens.save_pretrained(target)
+    with atomic_path(target, needed=sum(weight.nbytes for weight in weights.values())) as aside:
+        if adapter_only:
+            _write_adapter(model, aside, about)
+        else:
+            if lora is not None:
+                _part_tied_weights(model)
+                model = model.merge_and_unload()
+            if dtype is not None:
+                model = model.to(getattr(torch, dtype))
+            if about["generation_config"]:
+                model.generation_config = GenerationConfig.from_dict(about["generation_config"])
+            model.save_pretrained(aside, max_shard_size=max_shard_size)
+        tokens.save_pretrained(aside)
     print(f"{ckpt} -> {target} ({'adapter' if adapter_only else 'model'} and tokenizer)")
 
 

@@ -66,7 +66,7 @@ def explained(*, building: bool = False) -> Iterator[None]:
     except Exception as error:
         log.debug("the error that is about to be explained", exc_info=True)
         known = isinstance(error, (ValueError, OSError, ImportError, RuntimeError))
-        words = " ".join(str(error).split()) or type(error).__name__
+        words = _shorter(" ".join(str(error).split())) or type(error).__name__
         words = words if known else f"{type(error).__name__}: {words}"
         if not building and not isinstance(error, OSError) and not (known and _raised_here(error)):
             words += f". The traceback is in {_keep_traceback()}"
@@ -193,7 +193,13 @@ def _unknown(key: str, valid: set[str], args: list[str]) -> str:
 
 
 def _shorter(line: str) -> str:
-    """Of a value that fits none of several plain types, only these types and the value."""
+    """Of a value that fits none of several types, only what is wrong with its class, or the plain types."""
+    wrong = re.search(
+        r"^(.*?)Does not validate against .* Problem with given class_path '([\w.]+)': (.*?) - Expected a",
+        line,
+    )
+    if wrong is not None:
+        return f"{wrong[1]}{wrong[2]}: {wrong[3]}"
     union = re.search(
         r"^(.*?)Does not validate against any of the Union subtypes Subtypes: \[([^\[\]]*)\] Errors: .* "
         r"Given value type: .*? Given value: (.*)$",

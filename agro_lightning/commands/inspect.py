@@ -1,8 +1,10 @@
 """What is in a buffer, as text: counts, rewards, lengths, and samples with the tokens that are trained on."""
 
+import functools
+import json
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,11 +13,19 @@ from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.data.buffer.buffer import BufferCounts, RolloutBuffer
 from agro_lightning.data.buffer.files import offline_paths
+from agro_lightning.data.buffer.schema import BadFileError
 from agro_lightning.models.pretrained import load_tokenizer
 from agro_lightning.types import Completion, PromptGroup
 
 BINS = 10
 BAR_WIDTH = 40
+LOGS = {
+    "lm-eval": {"doc_id", "resps"},
+    "verifiers": {"example_id", "completion", "info"},
+    "OpenAI chats": {"messages"},
+    "OpenAI responses": {"custom_id", "response"},
+}
+"""Keys by which the first line of another tool's log is told."""
 SHOWN_TOKENS = 48
 """Of longer prompts and completions, only the first and last half as many tokens are shown."""
 
@@ -93,16 +103,21 @@ def inspect_buffer(
     Raises:
         ValueError: nothing at these paths can be read as rows.
     """
-    buffer = RolloutBuffer(
+    read = functools.partial(
+        RolloutBuffer,
         paths,
         tokenizer=tokenizer,
         vocab_size=len(tokenizer) if vocab_size is None else vocab_size,
         max_prompt_tokens=max_prompt_tokens,
         max_completion_tokens=max_completion_tokens,
-        on_bad_row="drop",
-        on_bad_file="skip",
         append_eos=append_eos,
     )
+    try:
+        buffer = read(on_bad_row="drop", on_bad_file="skip")
+    except BadFileError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{error}{_first_reason(read)}{_of_a_log(paths)}") from None
     totals = _Totals()
     chosen = set(np.random.default_rng(seed).permutation(buffer.num_rows)[:samples].tolist())
     shown = []
@@ -112,7 +127,34 @@ def inspect_buffer(
                 shown.append(sample_text(group, completion, tokenizer))
             totals.add(completion)
         totals.end_group(group)
-    return "\n\n".join([_counts(buffer.counts), *totals.report(policy_version), *shown])
+    reason = _first_reason(read) if buffer.counts.dropped or buffer.counts.files_skipped else ""
+    return "\n\n".join(
+        [_counts(buffer.counts) + reason.replace(" The", "\nthe"), *totals.report(policy_version), *shown]
+    )
+
+
+def _first_reason(read: Callable[..., RolloutBuffer]) -> str:
+    """What is wrong with the first row that a run would refuse, by file and row."""
+    try:
+        read(on_bad_row="error", on_bad_file="skip")
+        read(on_bad_row="drop", on_bad_file="error")
+    except ValueError as error:
+        return f" The first reason: {error}"
+    return ""
+
+
+def _of_a_log(paths: str | Path | Sequence[str | Path]) -> str:
+    """What to say of a JSONL file that is another tool's log."""
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        try:
+            with open(path, encoding="utf-8") as file:
+                keys = json.loads(file.readline(1 << 20)).keys()
+        except (OSError, ValueError, AttributeError):
+            continue
+        kind = next((name for name, marks in LOGS.items() if marks <= keys), None)
+        if kind is not None:
+            return f". {path} is a log of {kind}; rows of a buffer have prompt, completion and reward"
+    return ""
 
 
 @dataclass(slots=True)

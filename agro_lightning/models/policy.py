@@ -179,9 +179,7 @@ class Policy(nn.Module):
     @property
     def max_positions(self) -> int:
         """Longest sequence (prompt and completion) of the model's config."""
-        text = self.base.config.get_text_config(decoder=True)
-        names = ("max_position_embeddings", "n_positions", "max_seq_len")
-        return int(next((value for name in names if (value := getattr(text, name, None))), 2**31))
+        return context_length(self.base.config)
 
     def hidden_states(self, batch: TokenBatch) -> Float[Tensor, "N H"]:
         """The decoder's last hidden states at the places that predict the batch's targets."""
@@ -316,3 +314,10 @@ def _forward_under_autocast(forward: Any, dtype: torch.dtype, /, *args: Any, **k
 
 def _autocast(lm: PreTrainedModel, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(lm.device.type, dtype=dtype)
+
+
+def context_length(config: Any) -> int:
+    """Longest sequence that a model's config allows; of a multimodal one, its text model's."""
+    text = config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    return int(next((value for name in names if (value := getattr(text, name, None))), 2**31))

@@ -24,8 +24,8 @@ GPU_TILE = 64 << 20
 class Epilogue(NamedTuple):
     """The two functions of one form; arguments as of tile_stats_ and tile_grads_."""
 
-    stats: Callable[[Tensor, Tensor | None, Head, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
-    grads: Callable[[Tensor, Tensor | None, Head, Tensor, Upstream, torch.dtype], Tensor]
+    stats: Callable[..., tuple[Tensor, Tensor | None]]
+    grads: Callable[..., Tensor]
 
 
 def choose_epilogue(hidden: Tensor) -> Epilogue:
@@ -66,8 +66,7 @@ def chunked_stats(
     most_columns: int | None,
 ) -> Parts:  # fmt: skip
     """Statistics of blocks of the vocabulary, tile by tile: see `_slices.Launchers`."""
-    rows, columns = hidden.shape[0], weight.shape[0]
-    epilogue = choose_epilogue(hidden)
+    (rows, columns), epilogue = (hidden.shape[0], weight.shape[0]), choose_epilogue(hidden)
     height, width = slice_shape(hidden, weight)
     width = min(width, most_columns or width)
     memory = buffer(hidden, height, width)

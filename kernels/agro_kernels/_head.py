@@ -1,7 +1,8 @@
 """What all backends share: the head's options, and the records that pass between them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ SPARSE_TILE = 1024
 """Vocabulary columns of one tile of the certified sparse backward."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Head:
     """u = X Wᵀ + b;  z = (softcap * tanh(logit_scale * u / softcap), or logit_scale * u without softcap) /
     T."""
@@ -66,22 +67,7 @@ class Parts:
     """Columns of a block; the last one may have fewer."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stats:
-    """Softmax statistics of each row over this vocabulary (slice), in the statistics' dtype."""
-
-    logsumexp: Tensor
-    """(N,)"""
-    target_logit: Tensor
-    """(N,): the target's logit; 0 where the target is not in this slice."""
-    entropy: Tensor | None
-    """(N,): entropy of the softmax over this slice alone; None unless asked for."""
-    tile_logsumexp: Tensor | None
-    """(N, ceil(V / SPARSE_TILE)): logsumexp of each vocabulary tile; None unless asked for."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Upstream:
+class Upstream(NamedTuple):
     """What the backward needs to know of each row."""
 
     logsumexp: Tensor
@@ -95,8 +81,7 @@ class Upstream:
 
     def rows(self, chosen: slice | Tensor) -> "Upstream":
         """The figures of some rows."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: None if v is None else v[chosen] for name, v in values.items()})
+        return Upstream._make(None if figure is None else figure[chosen] for figure in self)
 
     def entropy_arguments(self) -> tuple[bool, Tensor, Tensor]:
         """Whether the entropy has a gradient, the entropy, and its gradient; stand-ins where it has none."""

@@ -189,16 +189,29 @@ def agro_coefficients(
     `settings` is (beta, negative_weight, num_groups), 0.0 for the number of groups here. `reference` takes
     plain torch, `chunked` the Triton kernels where they run, other backends always.
     """
-    active = targets != ignore_index
+    count, active = rewards.numel(), targets != ignore_index
     sequences = torch.where(active, sequence_ids.to(torch.int64), 0)
-    kernels = backend != "reference" and (backend != "chunked" or runs_small_kernels(logprobs))
+    groups, order = group_ids.to(torch.int64).sort(stable=True)
+    begins, ends = torch.searchsorted(groups, groups), torch.searchsorted(groups, groups, right=True)
+    _check_ids(sequences, groups, ends - begins)
+    # Left-out rows would all lie in the first completion.
+    segments = torch.where(active, sequences, count)
     with exact_products(logprobs):
-        log_ratios, coefficients, objective = (_by_kernels if kernels else _by_torch)(
-            logprobs, ref_logprobs, active, sequences, rewards, group_ids, *settings
-        )
-    rows = torch.where(active, coefficients[sequences] if rewards.numel() else 0.0, 0.0)
-    dtype = logprobs.dtype
-    return log_ratios.to(dtype), coefficients.to(dtype), rows.to(dtype), objective.to(dtype)
+        if backend != "reference" and (backend != "chunked" or runs_small_kernels(logprobs)):
+            from agro_kernels import _triton_agro
+
+            form = _triton_agro.launch_group_coefficients
+            log_ratios = _triton_agro.launch_sequence_sums(logprobs, ref_logprobs, segments, count)
+        else:
+            form = group_coefficients
+            ratios = torch.where(active, logprobs.double() - ref_logprobs.double(), 0.0)
+            log_ratios = segment_sums(ratios, segments, count)
+        coefficients, objective = form(log_ratios, rewards, order, begins, ends, *settings)
+    rows = torch.where(active, coefficients[sequences] if count else 0.0, 0.0)
+    log_ratios, coefficients, rows, objective = (
+        part.to(logprobs.dtype) for part in (log_ratios, coefficients, rows, objective)
+    )
+    return log_ratios, coefficients, rows, objective
 
 
 @agro_coefficients.register_fake
@@ -226,65 +239,34 @@ def padded_segment_sums(values: Tensor, segments: Tensor, count: int) -> Tensor:
 
 
 def group_coefficients(
-    log_ratios: Tensor, rewards: Tensor, group_ids: Tensor, beta: float, negative_weight: float,
-    num_groups: float,
+    log_ratios: Tensor, rewards: Tensor, order: Tensor, begins: Tensor, ends: Tensor, beta: float,
+    negative_weight: float, num_groups: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Coefficients (B,) and objective () of AGRO's off-policy loss, fp64; formulas at linear_agro_loss."""
-    groups, member, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
-    if bool((sizes < 2).any()):
-        raise _lonely(int(groups[(sizes < 2).nonzero()[0, 0]]))
+    """Coefficients (B,) and objective () of AGRO's off-policy loss, fp64; formulas at linear_agro_loss.
+
+    `order` (B,) int64 has the completions sorted by group, `begins` and `ends` for each place in that order
+    where its group begins and ends. num_groups 0.0 stands for the number of groups here.
+    """
+    member, sizes = (torch.empty_like(order).scatter_(0, order, part) for part in (begins, ends - begins))
     residual = rewards.double() - beta * log_ratios.double()
-    deviation = residual - (segment_sums(residual, member, groups.numel()) / sizes)[member]
-    divisor = (sizes - 1)[member] * (num_groups or float(groups.numel()))
+    deviation = residual - segment_sums(residual, member, order.numel())[member] / sizes
+    first = begins == torch.arange(order.numel(), device=order.device)
+    divisor = (sizes - 1) * (num_groups or float(first.sum()))
     weighted = torch.where(deviation < 0, negative_weight * deviation, deviation)
     return -weighted / divisor, 0.5 * (deviation.square() / divisor).sum()
 
 
-def _lonely(group: int) -> ValueError:
-    return ValueError(
-        f"group {group} has 1 completion; AGRO needs at least 2 of each prompt: raise group_size, "
-        "or drop the group"
-    )
-
-
-def _outside(smallest: int, largest: int, count: int) -> ValueError:
-    wrong = smallest if smallest < 0 else largest
-    return ValueError(f"sequence id {wrong} is outside [0, {count}); rewards has {count} completions")
-
-
-def _by_torch(
-    logprobs, ref_logprobs, active, sequences, rewards, group_ids, beta, negative_weight, num_groups
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-ratios, coefficients and objective in fp64 in plain torch."""
-    count = rewards.numel()
-    if sequences.numel() and not 0 <= int(sequences.min()) <= int(sequences.max()) < count:
-        raise _outside(int(sequences.min()), int(sequences.max()), count)
-    ratios = torch.where(active, logprobs.double() - ref_logprobs.double(), 0.0)
-    # Left-out rows would all lie in the first completion, whose length is the width of the padded sums.
-    log_ratios = segment_sums(ratios, torch.where(active, sequences, count), count)
-    return log_ratios, *group_coefficients(log_ratios, rewards, group_ids, beta, negative_weight, num_groups)
-
-
-def _by_kernels(
-    logprobs, ref_logprobs, active, sequences, rewards, group_ids, beta, negative_weight, num_groups
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by two Triton kernels; the device is waited for once."""
-    from agro_kernels._triton_agro import launch_group_coefficients, launch_sequence_sums
-
-    count = rewards.numel()
-    groups, order = group_ids.to(torch.int64).sort(stable=True)
-    begins = torch.searchsorted(groups, groups)
-    ends = torch.searchsorted(groups, groups, right=True)
-    facts = list(sequences.aminmax()) if sequences.numel() else []
+def _check_ids(sequences: Tensor, groups: Tensor, sizes: Tensor) -> None:
+    """Raises ValueError for a sequence id outside [0, B) or a group of one; waits for the device once."""
+    facts, count = list(sequences.aminmax()) if sequences.numel() else [], groups.numel()
     if count:
-        lonely = (ends - begins < 2).to(torch.int64)
-        facts += [lonely.amax(), groups[lonely.argmax()[None]][0]]
+        facts += [sizes.amin(), groups[sizes.argmin()[None]][0]]
     found = torch.stack(facts).tolist() if facts else []
     if sequences.numel() and not 0 <= found[0] <= found[1] < count:
-        raise _outside(found[0], found[1], count)
-    if count and found[-2]:
-        raise _lonely(found[-1])
-    log_ratios = launch_sequence_sums(logprobs, ref_logprobs, torch.where(active, sequences, count), count)
-    return log_ratios, *launch_group_coefficients(
-        log_ratios, rewards, order, begins, ends, beta, negative_weight, num_groups
-    )
+        wrong = found[0] if found[0] < 0 else found[1]
+        raise ValueError(f"sequence id {wrong} is outside [0, {count}); rewards has {count} completions")
+    if count and found[-2] < 2:
+        raise ValueError(
+            f"group {found[-1]} has 1 completion; AGRO needs at least 2 of each prompt: raise group_size, "
+            "or drop the group"
+        )

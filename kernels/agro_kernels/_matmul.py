@@ -30,20 +30,15 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 @contextmanager
 def exact_products(tensor: Tensor) -> Iterator[None]:
-    """On the tensor's device, without autocast, and without the library's half-precision sums of partial
-    products (split-K)."""
-    cuda = tensor.device.type == "cuda"
-    with (
-        torch.autocast(tensor.device.type, enabled=False),
-        torch.cuda.device(tensor.device) if cuda else nullcontext(),
-        full_precision_sums() if cuda else nullcontext(),
-    ):
+    """On the tensor's device, without autocast, and with full_precision_sums."""
+    device = torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+    with device, torch.autocast(tensor.device.type, enabled=False), full_precision_sums():
         yield
 
 
 @contextmanager
 def full_precision_sums() -> Iterator[None]:
-    """Forbids the library to add partial products in half precision."""
+    """Forbids the library to add partial products (split-K) in half precision, which is its default."""
     settings = torch.backends.cuda.matmul
     names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
     # Each is two flags, the second (split-K) unknown to older torch; setting the first alone resets it.

@@ -54,11 +54,6 @@ def slice_bounds(columns: int, device: torch.device, group: dist.ProcessGroup | 
     return sum(counts[: dist.get_rank(group)]), sum(counts)
 
 
-def _head(transform: Sequence[float]) -> Head:
-    temperature, logit_scale, softcap = transform
-    return Head(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
-
-
 def _local(targets: Tensor, offset: int, columns: int) -> Tensor:
     """Targets counted from this slice's first column; -1 where another slice owns them."""
     local = targets.to(torch.int64) - offset
@@ -101,19 +96,19 @@ def head_stats(
     if active.numel() == 0:
         return tuple(part.fill_(fill) for part, fill in zip(empty, (0.0, 0.0, 0.0, -torch.inf), strict=True))
     with exact_products(hidden):
-        stats = statistics(
+        logsumexp, target_logit, row_entropy, tiles = statistics(
             hidden if rows is None else hidden[rows], weight, None if bias is None else bias.contiguous(),
-            _local(active, offset, weight.shape[0]), _head(transform), want_entropy, want_tiles,
+            _local(active, offset, weight.shape[0]), Head(*transform), want_entropy, want_tiles,
             launchers(backend),
         )  # fmt: skip
     unknown = (active < 0) | (active >= total_columns)
-    target_logit = stats.target_logit.masked_fill_(unknown, torch.nan)
+    target_logit.masked_fill_(unknown, torch.nan)
     count = hidden.shape[0]
     return (
-        _spread(stats.logsumexp, rows, count),
+        _spread(logsumexp, rows, count),
         _spread(target_logit, rows, count),
-        empty[2] if stats.entropy is None else _spread(stats.entropy, rows, count),
-        empty[3] if stats.tile_logsumexp is None else _spread(stats.tile_logsumexp, rows, count, -torch.inf),
+        empty[2] if row_entropy is None else _spread(row_entropy, rows, count),
+        empty[3] if tiles is None else _spread(tiles, rows, count, -torch.inf),
     )
 
 
@@ -155,14 +150,8 @@ def head_grads(
     if (hidden if rows is None else rows).shape[0] == 0:
         return tuple(part.zero_() for part in empty)
     # The gradient of a sum arrives expanded, with stride 0; kernels read it by address.
-    upstream = Upstream(
-        logsumexp=logsumexp.contiguous(),
-        coefficient=coefficient.to(dtype).contiguous(),
-        entropy=None if entropy is None else entropy.contiguous(),
-        entropy_coefficient=None
-        if entropy_coefficient is None
-        else entropy_coefficient.to(dtype).contiguous(),
-    )
+    figures = (logsumexp, coefficient, entropy, entropy_coefficient)
+    upstream = Upstream._make(None if part is None else part.to(dtype).contiguous() for part in figures)
     if rows is not None:
         hidden, targets, upstream = hidden[rows], targets[rows], upstream.rows(rows)
         keep = None if keep is None else keep[rows]
@@ -171,13 +160,9 @@ def head_grads(
     wanted = Wanted(
         hidden=empty[0].dtype if want[0] else None, weight=empty[1].dtype if want[1] else None, bias=want[2]
     )
-    head, launch = _head(transform), launchers(backend)
+    parts = (hidden, weight, flat_bias, local, Head(*transform), upstream, wanted, launchers(backend))
     with exact_products(hidden):
-        if keep is None:
-            made = gradients(hidden, weight, flat_bias, local, head, upstream, wanted, launch)
-        else:
-            made = sparse_gradients(hidden, weight, flat_bias, local, head, upstream, wanted, keep, launch)
-    d_hidden, d_weight, d_bias = made
+        d_hidden, d_weight, d_bias = gradients(*parts) if keep is None else sparse_gradients(*parts, keep)
     return (
         empty[0] if d_hidden is None else _spread(d_hidden, rows, empty[0].shape[0]),
         empty[1] if d_weight is None else d_weight,
@@ -218,7 +203,7 @@ def target_logits(
         torch.sum(chosen.mul_(hidden[top:bottom]), dim=1, out=out[top:bottom])
     if bias is not None:
         out += bias[column].to(dtype)
-    _head(transform).logits_(out)
+    Head(*transform).logits_(out)
     out.masked_fill_(~owned, 0.0)
     unknown = ((targets < 0) | (targets >= total_columns)) & (targets != ignore_index)
     return out.masked_fill_(unknown, torch.nan)

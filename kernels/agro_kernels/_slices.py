@@ -14,7 +14,6 @@ from agro_kernels._head import (
     SPARSE_TILE,
     Head,
     Parts,
-    Stats,
     Upstream,
     Wanted,
     combined_entropy,
@@ -74,19 +73,11 @@ def fused_slice(buffer: Tensor, rows: int, columns: int) -> Tensor:
 def statistics(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, entropy: bool,
     tiles: bool, launch: Launchers,
-) -> Stats:  # fmt: skip
-    """Statistics of each row, combined from those of blocks of the vocabulary in a fixed order.
-
-    Args:
-        hidden: (N, H).
-        weight: (V, H).
-        bias: (V,) or None.
-        targets: (N,); a value outside [0, V) is not in this slice and contributes 0.
-        head: the logit transform.
-        entropy: whether to compute the entropy.
-        tiles: whether to keep the logsumexp of each of the sparse backward's tiles.
-        launch: the backend.
-    """
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """logsumexp, target logit (0 where it is elsewhere) and entropy (None unless wanted) of each row (N,),
+    from those of blocks of the vocabulary, in a fixed order; with `tiles` also the logsumexp of each of the
+    sparse backward's tiles (N, ceil(V / SPARSE_TILE)). hidden is (N, H), weight (V, H), bias (V,) or None;
+    targets (N,) count from the weight's first row."""
     limit = SPARSE_TILE if tiles else None
     parts = launch.stats(launch.operand(hidden), weight, bias, targets, head, entropy, limit)
     logsumexp, row_entropy, coarse = torch.logsumexp(parts.logsumexp, 0), None, None
@@ -97,9 +88,7 @@ def statistics(
         padding = (0, 0, 0, -parts.logsumexp.shape[0] % together)
         padded = torch.nn.functional.pad(parts.logsumexp, padding, value=-torch.inf)
         coarse = torch.logsumexp(padded.view(-1, together, hidden.shape[0]), dim=1).T.contiguous()
-    return Stats(
-        logsumexp=logsumexp, target_logit=parts.target_logit, entropy=row_entropy, tile_logsumexp=coarse
-    )
+    return logsumexp, parts.target_logit, row_entropy, coarse
 
 
 def gradients(

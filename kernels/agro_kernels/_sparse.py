@@ -29,14 +29,8 @@ def keep_tiles(
     and with it |ΔdX_n|_2 <= |c_n| * dropped_mass * max_j |W_j|_2, and for dW, row j: |ΔdW_j|_2 <= sum over
     the rows n that dropped j's tile of |c_n| p_nj |X_n|_2; both times |logit_scale| / T.
 
-    Args:
-        tile_logsumexp: (N, tiles), as the forward gave them; -inf for ignored rows.
-        logsumexp: (N,), over the whole vocabulary.
-        local_targets: (N,), counted from this slice's first column; may lie outside of it.
-        dropped_mass: the bound, > 0.
-
-    Returns:
-        (N, tiles) bool.
+    Takes the tiles' logsumexps (N, tiles) as the forward gave them (-inf for ignored rows), those over the
+    whole vocabulary (N,), and targets (N,) counted from this slice's first column; gives (N, tiles) bool.
     """
     mass = torch.exp(tile_logsumexp.double() - logsumexp.double()[:, None])
     tiles = torch.arange(mass.shape[1], device=mass.device)
@@ -56,7 +50,7 @@ def skipped_fraction(keep: Tensor, active: Tensor) -> Tensor:
 
 def sparse_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, upstream: Upstream,
-    wanted: Wanted, keep: Tensor, launch: Launchers,
+    wanted: Wanted, launch: Launchers, keep: Tensor,
 ) -> Gradients:  # fmt: skip
     """`_slices.gradients` of the tiles in `keep` (N, tiles); a tile's rows are gathered for it."""
     columns, dtype, operand = weight.shape[0], stats_dtype(hidden.dtype), launch.operand(hidden)

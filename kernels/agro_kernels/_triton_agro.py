@@ -99,11 +99,7 @@ def launch_group_coefficients(
     log_ratios: Tensor, rewards: Tensor, order: Tensor, begins: Tensor, ends: Tensor, beta: float,
     negative_weight: float, num_groups: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Coefficients (B,) and objective (), fp64; see `_linear_agro_loss.group_coefficients` for the formulas.
-
-    `order` (B,) int64 has the completions sorted by group, `begins` and `ends` for each place in that order
-    where its group begins and ends. num_groups 0.0 stands for the number of groups here.
-    """
+    """`_linear_agro_loss.group_coefficients` by a kernel."""
     count = log_ratios.numel()
     coefficients, half_variances = torch.empty_like(log_ratios), torch.empty_like(log_ratios)
     settings = log_ratios.new_tensor([beta, negative_weight, num_groups])

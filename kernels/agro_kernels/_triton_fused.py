@@ -218,9 +218,6 @@ def launch_dlogits(
 
 
 FUSED = Launchers(
-    stats=launch_stats,
-    dlogits=launch_dlogits,
-    operand=row_major,
-    slice_shape=fused_shape,
+    stats=launch_stats, dlogits=launch_dlogits, operand=row_major, slice_shape=fused_shape,
     buffer=fused_buffer,
-)
+)  # fmt: skip

@@ -182,10 +182,11 @@ def test_no_full_logits(backend):
         if backend == "reference":
             linear_logprobs(given.hidden, given.weight, given.targets, backend=backend)
         else:
-            found = statistics(given.hidden, given.weight, None, given.targets, head, True, True, CHUNKED)
-            upstream = Upstream(logsumexp=found.logsumexp, coefficient=given.coefficients)
+            inputs = (given.hidden, given.weight, None, given.targets, head)
+            logsumexp, *_ = statistics(*inputs, True, True, CHUNKED)
+            upstream = Upstream(logsumexp=logsumexp, coefficient=given.coefficients)
             wanted = Wanted(hidden=torch.float32, weight=torch.float32, bias=False)
-            gradients(given.hidden, given.weight, None, given.targets, head, upstream, wanted, CHUNKED)
+            gradients(*inputs, upstream, wanted, CHUNKED)
     assert (largest.elements >= rows * columns) == (backend == "reference")
 
 

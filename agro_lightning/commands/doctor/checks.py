@@ -5,14 +5,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from agro_lightning.commands.doctor.dry_run import Builder, Runs
 from agro_lightning.commands.doctor.report import CheckFailed, Checks
 from agro_lightning.data.buffer.tokenization import describe_special_tokens
 from agro_lightning.data.prompts.dataset import PromptDataset
 from agro_lightning.data.sources import Offline, Source
-from agro_lightning.models.pretrained import load_tokenizer
+from agro_lightning.models.policy import context_length
+from agro_lightning.models.pretrained import load_tokenizer, resolve_path
 from agro_lightning.rewards import RewardSet
 from agro_lightning.training.datamodule import AgroDataModule
 from agro_lightning.training.module import AgroModule
@@ -82,9 +83,31 @@ def _read_prompts(
     prompts = PromptDataset(asked, tokenizer=tokenizer, on_bad_row=data.on_bad_row)
     if validation is not None and asked is not validation:
         PromptDataset(validation, tokenizer=tokenizer, on_bad_row=data.on_bad_row)
+    new = data.sampling.max_new_tokens
+    config = AutoConfig.from_pretrained(
+        resolve_path(settings.path), trust_remote_code=settings.trust_remote_code
+    )
+    dropped = _too_long(prompts, context_length(config) - new, data)
     words = f"{len(prompts)} of {asked.path}, the longest of {prompts.longest} tokens, "
-    words += f"and up to {data.sampling.max_new_tokens} of a completion; "
+    words += f"and up to {new} of a completion{dropped}; "
     return tokenizer, prompts, words + describe_special_tokens(tokenizer, chat=asked.chat)
+
+
+def _too_long(prompts: PromptDataset, room: int, data: AgroDataModule) -> str:
+    """What becomes of prompts that leave no room for a completion in the model's context.
+
+    Raises:
+        CheckFailed: the run would refuse them.
+    """
+    if prompts.longest <= room:
+        return ""
+    if data.on_bad_row == "drop":
+        return f"; {prompts.drop_longer_than(room)} longer ones are left out: they exceed the model's context"
+    raise CheckFailed(
+        f"the longest prompt has {prompts.longest} tokens, and the model's context has room for {room} "
+        f"before a completion of {data.sampling.max_new_tokens}. Lower data.sampling.max_new_tokens, or set "
+        "data.on_bad_row: drop"
+    )
 
 
 def _score_answers(prompts: PromptDataset, rewards: RewardSet) -> str:

@@ -30,7 +30,7 @@ class Checks:
         self.passed: set[str] = set()
         self.failed: list[str] = []
         self.rank, self._as_json = rank, as_json
-        self._records: list[dict[str, str]] = []
+        self.records: list[dict[str, str]] = []
 
     def run(
         self, name: str, action: Callable[[], str], *, needs: Sequence[str] = (), advice: str = ""
@@ -74,7 +74,7 @@ class Checks:
         self._note(name, "not run", words)
 
     def _note(self, name: str, verdict: str, words: str, details: str = "") -> None:
-        self._records.append({"check": name, "verdict": verdict, "words": words, "details": details})
+        self.records.append({"check": name, "verdict": verdict, "words": words, "details": details})
         if self.rank == 0 or verdict == "FAILED":
             self.say(f"{verdict:<8} {name:<12} {words}", every_rank=True)
             below = [f"         {line}".rstrip() for line in details.splitlines()]
@@ -91,7 +91,7 @@ class Checks:
         failed = ", ".join(self.failed)
         self.say(f"\n{len(self.failed)} failed: {failed}" if failed else "\nall is well")
         if self._as_json and self.rank == 0:
-            self._write(json.dumps({"checks": self._records, "failed": self.failed}, indent=1))
+            self._write(json.dumps({"checks": self.records, "failed": self.failed}, indent=1))
 
     def _write(self, text: str) -> None:
         sys.stdout.write(text + "\n")

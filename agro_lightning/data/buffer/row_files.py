@@ -134,7 +134,9 @@ def parquet_batches(
     size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
     average = size / max(1, metadata.num_rows)
     for probe in file.iter_batches(8, columns=columns, use_threads=False):
-        average = max(average, probe.nbytes / max(1, probe.num_rows))
+        texts = sum(int(_text_lengths(column).sum()) for column in probe.columns)
+        others = sum(column.nbytes for column in probe.columns if not pa.types.is_dictionary(column.type))
+        average = max(average, (texts + others) / max(1, probe.num_rows))
         break
     rows = int(min(BATCH_ROWS, max(1, BATCH_BYTES // max(1, average))))
     for batch in file.iter_batches(rows, columns=columns, use_threads=False):

@@ -207,7 +207,7 @@ class PromptDataset:
         digest = hashlib.blake2b(digest_size=16)
         for prompt in self._prompts:
             known = (prompt.prompt_id, prompt.prompt_ids, prompt.answer)
-            fields = json.dumps(prompt.fields, sort_keys=True, default=str, skipkeys=True)
+            fields = json.dumps(prompt.fields, default=str, skipkeys=True)
             digest.update(f"{known!r}{fields}".encode("utf-8", "replace"))
         return digest.hexdigest()
 
