@@ -457,7 +457,11 @@ def main() -> None:
         for case, function in CASES.items():
             if case.startswith(arguments.only):
                 started = time.monotonic()
-                results[case] = list(function(campaign))
+                results[case] = []
+                try:
+                    results[case] += function(campaign)
+                except Exception as error:  # the others are tried all the same
+                    results[case].append(Try(False, f"{type(error).__name__}: {error}"[:200]))
                 print(f"{case}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     records = [
         record(BENCH, case, "ours", metric, value, "tries")

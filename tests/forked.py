@@ -51,7 +51,7 @@ class Side:
     args: list[str]
     log: Path
     progress: Path
-    """A JSON file with this side's step, or a folder that it fills."""
+    """A JSON file with this side's step, a CSV file of a line a step, or a folder that it fills."""
     kills: int
     rng: random.Random
     killed: int = 0
@@ -87,6 +87,8 @@ class Side:
             self._process.join()
 
     def _now(self) -> int:
+        if self.progress.suffix == ".csv":
+            return self.progress.read_bytes().count(b"\n") if self.progress.exists() else 0
         if self.progress.suffix:
             return json.loads(self.progress.read_text())["step"] if self.progress.exists() else 0
         return len(list(self.progress.glob("part-*.parquet")))

@@ -164,6 +164,14 @@ def test_many_ranks_are_simulated_without_weights_or_data(tmp_path):
     assert not dist.is_initialized()
 
 
+def test_the_report_can_be_one_json_object(tmp_path):
+    _, text, code = examine("--config", write_config(tmp_path), "--simulate-ranks", "16", "--json", "true")
+    report = json.loads(text)
+    (check,) = report["checks"]
+    assert code == 0 and report["failed"] == []
+    assert (check["check"], check["verdict"]) == ("memory", "ok") and "one rank's memory" in check["details"]
+
+
 def test_a_model_that_does_not_fit_fails_with_what_to_do(tmp_path):
     config = write_config(tmp_path)
     verdicts, text, code = examine("--config", config, "--simulate_ranks=16", "--gpu_memory_gib", "0.00001")

@@ -22,11 +22,12 @@ class FollowedRun:
     """A run on this node or another, seen through its folder and the folder that is filled for it.
 
     Args:
-        run_dir: the run's folder, where it publishes weights. folder: where groups are appended. max_ahead:
-        most groups that may wait there for the run; None: twice what the run uses in a step, and one
-            file of every shard.
+        run_dir: the run's folder, where it publishes weights.
+        folder: where groups are appended.
+        max_ahead: most groups that may wait there for the run; None: twice what the run uses in a step, and
+            one file of every worker.
         per_file: groups that one file may hold.
-        shards: processes that fill the folder.
+        shards: workers that fill the folder.
         timeout_s: longest wait for weights, and for the run to use groups.
     """
 

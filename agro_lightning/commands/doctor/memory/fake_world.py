@@ -9,12 +9,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
-from agro_kernels import _linear_logprobs as kernels
+from agro_lightning.commands.doctor.memory.compat import (
+    FakeStore,
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    kernels,
+    tree_map_only,
+    unset_fake_temporarily,
+)
 from agro_lightning.commands.doctor.memory.tracker import MASKS, MemoryTracker
 from agro_lightning.models import packed_attention as attention
 from agro_lightning.models import reference
@@ -30,9 +35,6 @@ def fake_ranks(ranks: int, tensor: int) -> Iterator[DeviceMesh]:
         RuntimeError: this process belongs to a job of several ranks already.
         ValueError: `tensor` does not divide `ranks`.
     """
-    import torch.distributed._tools.fake_collectives  # noqa: F401 - registers shapes, in older versions
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
-
     if dist.is_initialized():
         raise RuntimeError("ranks cannot be simulated in a process that is a rank already; start it alone")
     if tensor < 1 or ranks % tensor:

@@ -10,11 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
+
+from agro_lightning.commands.doctor.memory.compat import (
+    CollectiveOp,
+    FakeTensor,
+    ShardingPropagator,
+    TorchDispatchMode,
+    collective_ops,
+    is_traceable_wrapper_subclass,
+    tree_leaves,
+)
 
 PARAMETERS, GRADIENTS, OPTIMIZER, REFERENCE = "parameters", "gradients", "optimiser", "reference"
 ACTIVATIONS, MASKS, HEAD = "activations", "attention masks", "head"
@@ -54,21 +60,14 @@ class Traffic:
 
 
 _C10D, _FUNCTIONAL = torch.ops.c10d, torch.ops._c10d_functional
-_COLLECTIVES: dict[Any, tuple[str, int, int | None]] = {
-    _C10D._allgather_base_: ("all-gather", 2, 0),
-    _C10D.allgather_: ("all-gather", 2, 0),
-    _C10D._reduce_scatter_base_: ("reduce-scatter", 2, 1),
-    _C10D.reduce_scatter_: ("reduce-scatter", 2, 1),
-    _C10D.allreduce_: ("all-reduce", 1, 0),
-    _C10D.broadcast_: ("broadcast", 1, 0),
-    _C10D.alltoall_base_: ("all-to-all", 2, 1),
-    _FUNCTIONAL.all_gather_into_tensor: ("all-gather", 2, None),
-    _FUNCTIONAL.reduce_scatter_tensor: ("reduce-scatter", 3, 0),
-    _FUNCTIONAL.all_reduce: ("all-reduce", 2, 0),
-    _FUNCTIONAL.all_reduce_: ("all-reduce", 2, 0),
-    _FUNCTIONAL.all_to_all_single: ("all-to-all", 3, 0),
+_KINDS = {
+    "allgather": "all-gather",
+    "reducescatter": "reduce-scatter",
+    "allreduce": "all-reduce",
+    "broadcast": "broadcast",
+    "alltoall": "all-to-all",
 }
-"""Operator: kind, which argument is the group, which one the whole tensor (None: the result)."""
+"""How operators of collectives begin, underscores aside."""
 
 
 @dataclass(slots=True)
@@ -210,11 +209,11 @@ class MemoryTracker(TorchDispatchMode):
         head = func.namespace == "agro_kernels"
         if head:
             self._run_inside(func, args)
-        fake_wait = func is _FUNCTIONAL.wait_tensor.default and _is_fake(args[0])
+        fake_wait = func is _FUNCTIONAL.wait_tensor.default and isinstance(args[0], FakeTensor)
         result = args[0] if fake_wait else func(*args, **kwargs)
         packet = func.overloadpacket
-        if packet in _COLLECTIVES:
-            self._count(packet, args, result)
+        if func in collective_ops:
+            self._count(func, result, args, kwargs)
         self._see(result, HEAD if head else self._part)
         self._classify(packet, args, kwargs)
         self._note()
@@ -237,13 +236,15 @@ class MemoryTracker(TorchDispatchMode):
             self.assign(GATHERED, [args[1]])
             self.assign(GRADIENTS, [args[0]])
 
-    def _count(self, packet: Any, args: tuple, result: Any) -> None:
-        kind, group, whole = _COLLECTIVES[packet]
-        tensors = tree_leaves(result if whole is None else args[whole])
-        size = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
-        entry = self._traffic.setdefault((self._phase, kind, _ranks(args[group])), [0, 0])
+    def _count(self, func: Any, result: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        name = func.overloadpacket.__name__.replace("_", "")
+        kind = next((kind for begin, kind in _KINDS.items() if name.startswith(begin)), None)
+        if kind is None:  # waits and barriers
+            return
+        ranks = torch.distributed.get_process_group_ranks(CollectiveOp.get_process_group(func, args))
+        entry = self._traffic.setdefault((self._phase, kind, tuple(ranks)), [0, 0])
         entry[0] += 1
-        entry[1] += size
+        entry[1] += CollectiveOp.get_comm_tensor_size(func, result, args, kwargs)
 
     def _see(self, values: Any, part: str) -> None:
         for value in tree_leaves(values):
@@ -296,18 +297,3 @@ def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
             yield from _storages(getattr(tensor, name))
     else:
         yield tensor.untyped_storage()
-
-
-def _is_fake(tensor: Any) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(tensor, FakeTensor)
-
-
-def _ranks(group: Any) -> tuple[int, ...]:
-    """The ranks of an operator's argument that stands for a group: a name, or a boxed process group."""
-    if isinstance(group, str):
-        found = distributed_c10d._resolve_process_group(group)  # pyright: ignore
-    else:
-        found = group if isinstance(group, ProcessGroup) else ProcessGroup.unbox(group)
-    return tuple(torch.distributed.get_process_group_ranks(found))
