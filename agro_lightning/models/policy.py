@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from agro_kernels import linear_agro_loss, linear_logprobs, linear_logprobs_known
-from agro_lightning.distributed.fsdp import lockstep, unsharded
+from agro_lightning.distributed.fsdp import common_forwards, unsharded
 from agro_lightning.models import packed_attention as attention
 from agro_lightning.models.batch import TokenBatch, repeat_prompts, select_completions
 from agro_lightning.models.compat import attention_name, decoder_of, set_attention
@@ -189,7 +189,9 @@ class Policy(nn.Module):
         parts = [batch] if len(rows) == 1 else [select_completions(batch, members) for members in rows]
         found = [self._hidden_states(part) for part in parts]
         hidden = found[0] if len(rows) == 1 else joined(found, rows, batch)
-        for _ in range(lockstep(self, len(parts)) - len(parts)):  # collectives of other ranks' forwards
+        for _ in range(
+            common_forwards(self, len(parts)) - len(parts)
+        ):  # collectives of other ranks' forwards
             hidden = hidden + 0 * self._hidden_states(parts[0]).sum()
         return hidden
 
