@@ -59,6 +59,7 @@ def test_a_vision_tower_is_left_alone_and_the_summary_says_what_is_adapted():
     [
         (["q_prj", "v_proj"], r"has q_prj; LlamaForCausalLM has no such module.*did you mean q_proj"),
         ("nothing.*", r"has nothing\.\*.*it has .*down_proj"),
+        ("q_proj[", r"has q_proj\["),
         ([], r"has \[\]"),
     ],
 )

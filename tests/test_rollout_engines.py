@@ -261,9 +261,9 @@ def test_few_long_prompts_do_not_widen_the_rows_of_many_short_ones():
     lm = tiny_lm("llama")
     prompts = [[1] * 120, *([1, 3 + index % 60] for index in range(120))]
     engine = attached(BatchedDecoding, lm)
-    slabs = engine._slabs(lm, [len(prompt) for prompt in prompts], n=8)
-    assert [len(slab) for slab in slabs] == [1, 120]
-    assert len(engine._slabs(lm, [len(prompt) for prompt in prompts], n=1)) == 1
+    buckets = engine._length_buckets(lm, [len(prompt) for prompt in prompts], n=8)
+    assert [len(slab) for slab in buckets] == [1, 120]
+    assert len(engine._length_buckets(lm, [len(prompt) for prompt in prompts], n=1)) == 1
     sampling = Sampling(max_new_tokens=2, temperature=0.0)
     together = engine.generate(prompts, sampling, n=8, seed=0)
     apart = [engine.generate([prompt], sampling, n=8, seed=0)[0] for prompt in prompts[:5]]

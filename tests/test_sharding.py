@@ -311,3 +311,30 @@ def test_no_rank_holds_the_whole_model_while_it_loads(tmp_path):
 def test_replicate_must_divide():
     with pytest.raises(AssertionError, match="must divide the data-parallel size"):
         run_ranks(load_and_measure, 2, PolicySettings(), ShardingSettings(replicate=3))
+
+
+def frequencies_apart(rank, world, settings, shapes):
+    """One rank's sequences need two forwards, the other's one: both run the same collectives."""
+    policy = sharded_policy(
+        settings, ShardingSettings(), mesh_of(world), torch.device("cpu"), temperature=0.7
+    )
+    mine = pack_groups(groups_of(shapes[rank]), num_groups=2)
+    (policy.logprobs(mine).logprobs.sum() * world).backward()
+    return {name: full(p.grad) for name, p in policy.lm.named_parameters()}
+
+
+def groups_of(shapes):
+    from test_policy import make_groups as made_of
+
+    return made_of(groups=shapes)
+
+
+def test_ranks_whose_sequences_need_other_frequencies_do_not_wait_for_each_other(model_folder):
+    shapes = [((9, (6, 1)), (3, (2, 12))), ((3, (2, 2)),)]  # longrope's limit is 10 tokens
+    settings = PolicySettings(path=model_folder("phi3_longrope"))
+    policy = Policy(settings, temperature=0.7)
+    for shape in shapes:
+        policy.logprobs(pack_groups(groups_of(shape), num_groups=2)).logprobs.sum().backward()
+    for gradients in run_ranks(frequencies_apart, 2, settings, shapes, timeout=60):
+        for name, parameter in policy.lm.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-4, msg=name)

@@ -15,6 +15,11 @@ class LoraSettings:
     target_modules: list[str] | str = "all-linear"
     """Names of the linear layers that get adapters, or "all-linear" (all but the head)."""
 
+    def __post_init__(self) -> None:
+        for name, value in (("rank", self.rank), ("alpha", self.alpha)):
+            if value < 1:
+                raise ValueError(f"model.policy.lora.{name} is {value}; it must be at least 1")
+
 
 @dataclass(kw_only=True)
 class PolicySettings:

@@ -187,11 +187,10 @@ class Policy(nn.Module):
             return self._hidden_states(batch)
         rows = self.length_classes.parts(batch)
         parts = [batch] if len(rows) == 1 else [select_completions(batch, members) for members in rows]
+        idle = common_forwards(self, len(parts)) - len(parts)
         found = [self._hidden_states(part) for part in parts]
         hidden = found[0] if len(rows) == 1 else joined(found, rows, batch)
-        for _ in range(
-            common_forwards(self, len(parts)) - len(parts)
-        ):  # collectives of other ranks' forwards
+        for _ in range(idle):  # the collectives of other ranks' forwards and backwards
             hidden = hidden + 0 * self._hidden_states(parts[0]).sum()
         return hidden
 

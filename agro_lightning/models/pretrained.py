@@ -190,7 +190,10 @@ def _check_targets(lm: nn.Module, targets: list[str] | str, reached: list[str]) 
     inside = tuple(f"{name}." for name in reached)
     names = [name for name, _ in lm.named_modules() if name in reached or name.startswith(inside)]
     if isinstance(targets, str):
-        wrong = [] if targets == "all-linear" or any(re.fullmatch(targets, n) for n in names) else [targets]
+        with contextlib.suppress(re.error):
+            if targets == "all-linear" or any(re.fullmatch(targets, name) for name in names):
+                return
+        wrong = [targets]
     else:
         wrong = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
         wrong = wrong if targets else ["[]"]
