@@ -56,9 +56,5 @@ class Topr(Objective):
 
     def __call__(self, inputs: LossInputs) -> ObjectiveOutput:
         """See :class:`Topr`."""
-        behavior = inputs.ref_logprobs
-        if inputs.behavior_logprobs is not None:
-            known = inputs.behavior_logprobs
-            behavior = torch.where(known.isnan(), behavior, known)
-        ratios = inputs.log_ratios(behavior).detach().clamp(max=0).exp()
+        ratios = inputs.log_ratios(inputs.behavior_or(inputs.ref_logprobs)).detach().clamp(max=0).exp()
         return _weighted(inputs, self.beta, ratios)

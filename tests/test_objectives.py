@@ -292,6 +292,12 @@ def test_bad_input_names_itself(change: dict, message: str) -> None:
         agro_loss(LossInputs(**arguments | changed), **{"beta": 0.1} | options)
 
 
+@pytest.mark.parametrize("objective", [Agro(0.5, taper=True), Grpo(0.5), RlooFrozenKL(0.5)], ids=repr)
+def test_behavior_log_probs_of_another_length_are_named(objective: Objective) -> None:
+    with pytest.raises(ValueError, match=r"behavior_logprobs \(3,\) and logprobs \(4,\)"):
+        evaluate(objective, [-1.0] * 3)
+
+
 def test_no_completions_need_an_explicit_num_groups() -> None:
     empty = torch.zeros(0, requires_grad=True)
     ids = torch.zeros(0, dtype=torch.long)

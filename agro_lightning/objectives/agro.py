@@ -31,10 +31,8 @@ def agro_loss(
     R_i < Rbar. The idea is the paper's; the estimator is the unbiased sample variance, and its gradient is
     RLOO's with the KL of the *current* policy in the reward.
     """
-    groups, log_ratios, behavior = inputs.groups(), inputs.log_ratios(), None
-    if taper:
-        known = inputs.ref_logprobs if inputs.behavior_logprobs is None else inputs.behavior_logprobs
-        behavior = inputs.log_ratios(torch.where(known.isnan(), inputs.ref_logprobs, known))
+    groups, log_ratios = inputs.groups(), inputs.log_ratios()
+    behavior = inputs.log_ratios(inputs.behavior_or(inputs.ref_logprobs)) if taper else None
     coefficients = agro_coefficients(
         log_ratios,
         inputs.rewards,

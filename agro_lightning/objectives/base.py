@@ -66,6 +66,16 @@ class LossInputs:
         widest = torch.promote_types(torch.promote_types(self.logprobs.dtype, other.dtype), torch.float32)
         return self.per_completion(self.logprobs.to(widest) - other.detach().to(widest))
 
+    def behavior_or(self, default: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """The behaviour log-probs, with `default` for tokens that have none."""
+        known = default if self.behavior_logprobs is None else self.behavior_logprobs
+        if known.shape != default.shape:
+            raise ValueError(
+                f"behavior_logprobs {tuple(known.shape)} and logprobs {tuple(default.shape)} must be of one "
+                "length, an entry per completion token (NaN where unknown)"
+            )
+        return torch.where(known.isnan(), default, known)
+
     def per_completion(self, values: Float[Tensor, " N"]) -> Float[Tensor, " B"]:
         """Sums over each completion's tokens, in at least fp32 (half precision would lose whole nats)."""
         values = values.to(torch.promote_types(values.dtype, torch.float32))

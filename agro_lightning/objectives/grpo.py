@@ -47,10 +47,7 @@ class Grpo(Objective):
         if self.scale_rewards:
             advantages = advantages / (groups.variance(rewards).sqrt()[groups.ids] + 1e-4)
 
-        now = inputs.logprobs.detach()
-        behavior = now if inputs.behavior_logprobs is None else inputs.behavior_logprobs
-        behavior = torch.where(behavior.isnan(), now, behavior)
-        ratios = (inputs.logprobs - behavior).exp()
+        ratios = (inputs.logprobs - inputs.behavior_or(inputs.logprobs.detach())).exp()
         clipped = ratios.clamp(1 - self.clip_low, 1 + self.clip_high)
         per_token = advantages[inputs.sequence_ids]
         surrogate = torch.minimum(ratios * per_token, clipped * per_token)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -43,10 +44,10 @@ class RlooFrozenKL(Objective):
     beta: float
 
     def __call__(self, inputs: LossInputs) -> ObjectiveOutput:
-        behavior = inputs.behavior_logprobs
-        missing = len(inputs.logprobs) if behavior is None else int(behavior.isnan().sum())
-        if behavior is None or missing:
-            came = "none was given" if behavior is None else f"{missing} of {behavior.numel()} are NaN"
+        behavior = inputs.behavior_or(torch.full_like(inputs.ref_logprobs, torch.nan))
+        if missing := int(behavior.isnan().sum()):
+            given = inputs.behavior_logprobs is not None
+            came = f"{missing} of {behavior.numel()} are NaN" if given else "none was given"
             raise ValueError(
                 f"RlooFrozenKL needs the behavior_logprobs of every token, {came}; record "
                 "them at rollout, or use Rloo or Agro, which do not need them"
