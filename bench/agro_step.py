@@ -44,10 +44,12 @@ SIZES: dict[str, dict[str, Any]] = {
                  num_attention_heads=4, num_key_value_heads=2, head_dim=16),
     "small": dict(vocab_size=32000, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
                   num_attention_heads=8, num_key_value_heads=4, head_dim=32),
+    "135M": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                 num_attention_heads=9, num_key_value_heads=3, head_dim=64),
     "0.6B": dict(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
                  num_attention_heads=16, num_key_value_heads=8, head_dim=128),
 }  # fmt: skip
-"""Shapes of the policy; the last one is that of Qwen3-0.6B."""
+"""Shapes of the policy; the last two are those of SmolLM2-135M and Qwen3-0.6B."""
 
 
 @dataclass(frozen=True, kw_only=True)
