@@ -212,3 +212,14 @@ def test_two_real_ranks_hold_and_send_what_was_estimated(tmp_path):
         assert scaling.sent(rank["traffic"]) == pytest.approx(expected, rel=1e-4)
         assert estimate.training_peak == pytest.approx(rank["tensors"], rel=0.02)
         assert estimate.training_peak == pytest.approx(rank["resident"], rel=0.10), json.dumps(rank)
+
+
+@pytest.mark.parametrize("packing", ["plain", "single"])
+@pytest.mark.parametrize("name", ["llama", "phi3_longrope"])
+def test_other_packings_and_positions_by_length_can_be_estimated(tmp_path, name, packing):
+    tiny_lm(name).save_pretrained(tmp_path / name)
+    shared = simulate(module_of(str(tmp_path / name)), load_of(ranks=2))
+    estimate = simulate(module_of(str(tmp_path / name), packing=packing), load_of(ranks=2))
+    assert estimate.state == shared.state
+    # prompts that are repeated take activations of their own
+    assert sum(estimate.phases[FORWARD].values()) > sum(shared.phases[FORWARD].values())

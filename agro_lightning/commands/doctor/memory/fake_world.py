@@ -22,8 +22,9 @@ from agro_lightning.commands.doctor.memory.compat import (
 )
 from agro_lightning.commands.doctor.memory.tracker import MASKS, MemoryTracker
 from agro_lightning.models import packed_attention as attention
-from agro_lightning.models import reference
+from agro_lightning.models import policy, reference
 from agro_lightning.models.batch import TokenBatch
+from agro_lightning.models.positions import LengthClasses
 from agro_lightning.training import module
 
 
@@ -108,7 +109,11 @@ def fake_tensors(tracker: MemoryTracker, tensor_parallel: int) -> Iterator[FakeT
         replace(module, "split_batch", really(module.split_batch))
         replace(reference, "split_batch", really(reference.split_batch))
         replace(module, "batch_metrics", lambda *_, **__: {})
-        replace(reference, "common_forwards", lambda policy, forwards: forwards)
+        for user in (reference, policy):
+            replace(user, "common_forwards", lambda _, forwards: forwards)
+        for name in ("repeat_prompts", "select_completions"):
+            replace(policy, name, really(getattr(policy, name)))
+        replace(LengthClasses, "parts", really(LengthClasses.parts))
         replace(reference, "weights_hash", lambda policy: "simulated")
         replace(kernels, "slice_bounds", slice_bounds)
         replace(DeviceMesh, "__init__", really(DeviceMesh.__init__))
