@@ -34,19 +34,13 @@ def choose_backend(backend: str, hidden: Tensor, weight: Tensor) -> str:
     low = dtype in (torch.bfloat16, torch.float16)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if backend in ("triton", "gluon"):
+        others = "use backend='chunked' or 'auto'"
         if not triton_available():
-            raise ValueError(
-                f"backend='{backend}', but triton is not installed; use backend='chunked' or 'auto'"
-            )
+            raise ValueError(f"backend={backend!r}, but triton is not installed; {others}")
         if dtype == torch.float64:
-            raise ValueError(
-                f"backend='{backend}' takes bfloat16, float16 and float32, not float64; use 'chunked'"
-            )
+            raise ValueError(f"backend={backend!r} takes 16- and 32-bit floats, not float64; {others}")
         if device.type == "cpu" and not (interpreted() and backend == "triton"):
-            raise ValueError(
-                f"backend='{backend}' needs tensors on a GPU, but hidden is on cpu; use backend='chunked' "
-                "or 'auto'"
-            )
+            raise ValueError(f"backend={backend!r} needs tensors on a GPU, but hidden is on cpu; {others}")
     if backend == "gluon" and not (low and capability == (9, 0)):
         warn_once(
             "backend='gluon' takes bfloat16 and float16 on a GPU of compute capability 9.0; for "
@@ -73,10 +67,8 @@ def launchers(backend: str) -> Launchers:
     if backend == "gluon":
         try:
             from agro_kernels._gluon_fused import GLUON
-        except (ImportError, AttributeError) as error:  # Gluon is experimental: names come and go
-            warn_once(
-                f"this triton lacks what backend='gluon' needs ({error}); backend='triton' runs instead"
-            )
-        else:
+
             return GLUON
+        except (ImportError, AttributeError) as error:  # Gluon is experimental: names come and go
+            warn_once(f"this triton lacks what backend='gluon' needs ({error}); backend='triton' runs")
     return FUSED

@@ -42,7 +42,6 @@ from agro_kernels._triton_fused import (
     uses_descriptors,
 )
 
-PLAIN = ["row_count", "column_count", "hidden_size", "group"]
 REGISTERS = gl.constexpr((232, 40))
 """Registers of a thread: two groups of 128 threads at 232 and one at 40 are the 64,512 that 12 warps have."""
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -58,23 +57,23 @@ def slot_of(step, SLOTS: gl.constexpr):
 def open_ring(hidden, weight, SLOTS: gl.constexpr):
     """Slots, each for W's tile and for both halves of X's, and their full and empty barriers."""
     halves = gl.allocate_shared_memory(hidden.dtype, [2 * SLOTS] + hidden.block_type.shape, hidden.layout)
-    weight_slots = gl.allocate_shared_memory(weight.dtype, [SLOTS] + weight.block_type.shape, weight.layout)
+    slots = gl.allocate_shared_memory(weight.dtype, [SLOTS] + weight.block_type.shape, weight.layout)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=2)
-    return halves, weight_slots, full, empty
+    return halves, slots, full, empty
 
 
 @gluon.jit
 def load_tiles(hidden, weight, ring, sizes):
     """The loading warp: for every tile of this program, a slot each step of DEPTH hidden columns."""
-    halves, weight_slots, full, empty = ring
+    halves, slots, full, empty = ring
     row_count, column_count, hidden_size, group, row_blocks, column_blocks = sizes
-    SLOTS: gl.constexpr = weight_slots.shape[0]
-    COLUMNS: gl.constexpr = weight_slots.shape[1]
-    DEPTH: gl.constexpr = weight_slots.shape[2]
+    SLOTS: gl.constexpr = slots.shape[0]
+    COLUMNS: gl.constexpr = slots.shape[1]
+    DEPTH: gl.constexpr = slots.shape[2]
     ROWS: gl.constexpr = halves.shape[1]
     step = 0
     for tile in range(gl.program_id(0), row_blocks * column_blocks, gl.num_programs(0)):
@@ -87,8 +86,7 @@ def load_tiles(hidden, weight, ring, sizes):
             for half in gl.static_range(2):
                 place = [(2 * row_block + half) * ROWS, depth]
                 tma.async_copy_global_to_shared(hidden, place, bar, halves.index(2 * slot + half))
-            place = [column_block * COLUMNS, depth]
-            tma.async_copy_global_to_shared(weight, place, bar, weight_slots.index(slot))
+            tma.async_copy_global_to_shared(weight, [column_block * COLUMNS, depth], bar, slots.index(slot))
             step += 1
 
 
@@ -98,17 +96,17 @@ def products_of(HALF: gl.constexpr, ring, step, hidden_size, LAYOUT: gl.constexp
 
     A slot is handed back one step late, when the products that read it are done and the next are under way.
     """
-    halves, weight_slots, full, empty = ring
-    SLOTS: gl.constexpr = weight_slots.shape[0]
-    COLUMNS: gl.constexpr = weight_slots.shape[1]
-    DEPTH: gl.constexpr = weight_slots.shape[2]
+    halves, slots, full, empty = ring
+    SLOTS: gl.constexpr = slots.shape[0]
+    COLUMNS: gl.constexpr = slots.shape[1]
+    DEPTH: gl.constexpr = slots.shape[2]
     ROWS: gl.constexpr = halves.shape[1]
     total = gl.zeros((ROWS, COLUMNS), gl.float32, LAYOUT)
     before = step % SLOTS
     for depth in range(0, hidden_size, DEPTH):
         slot, parity = slot_of(step, SLOTS)
         mbarrier.wait(full.index(slot), parity)
-        x, w = halves.index(2 * slot + HALF), weight_slots.index(slot)
+        x, w = halves.index(2 * slot + HALF), slots.index(slot)
         total = hopper.warpgroup_mma(x, w.permute((1, 0)), total, is_async=True)
         total = hopper.warpgroup_mma_wait(num_outstanding=1, deps=(total,))
         mbarrier.arrive(empty.index(before), count=1, pred=depth > 0)
@@ -120,53 +118,18 @@ def products_of(HALF: gl.constexpr, ring, step, hidden_size, LAYOUT: gl.constexp
 
 
 @gluon.jit
-def finish_stats(
-    HALF: gl.constexpr, ring, arrays, sizes, factors, BIAS: gl.constexpr, SOFTCAP: gl.constexpr,
-    ENTROPY: gl.constexpr, FLIPPED: gl.constexpr,
+def finish_tiles(
+    HALF: gl.constexpr, ring, out, stages, arrays, sizes, factors, BIAS: gl.constexpr, SOFTCAP: gl.constexpr,
+    ENTROPY: gl.constexpr, FLIPPED: gl.constexpr, BACKWARD: gl.constexpr,
 ):  # fmt: skip
-    """One group of consumers in the forward: products, then the rows' figures."""
-    bias, targets, block_logsumexp, block_entropy, target_logit = arrays
-    row_count, column_count, hidden_size, group, row_blocks, column_blocks = sizes
-    inner, outer = factors
-    ROWS: gl.constexpr = ring[0].shape[1]
-    COLUMNS: gl.constexpr = ring[1].shape[1]
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    places = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
-    step = 0
-    for tile in range(gl.program_id(0), row_blocks * column_blocks, gl.num_programs(0)):
-        row_block, column_block = tile_place(tile, row_blocks, column_blocks, group)
-        total, step = products_of(HALF, ring, step, hidden_size, LAYOUT)
-        column = column_block * COLUMNS
-        rows = (row_block * 2 + HALF) * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-        level = levels(total, bias, column + places, column_count, inner, BIAS, SOFTCAP)
-        if FLIPPED:
-            level = -level
-        if column_block == column_blocks - 1:
-            level = gl.where((column + places < column_count)[None, :], level, -float("inf"))
-        target = own_targets(targets, rows, row_count, column, column_count, COLUMNS)
-        if gl.max(target, 0) >= 0:
-            gl.store(target_logit + rows, chosen_logits(level, target, places, outer), mask=target >= 0)
-        logsumexp, entropy = row_stats(level, outer, ENTROPY)
-        out = gl.cast(column_block, gl.int64) * row_count + rows
-        gl.store(block_logsumexp + out, logsumexp, mask=rows < row_count)
-        if ENTROPY:
-            gl.store(block_entropy + out, entropy, mask=rows < row_count)
-
-
-@gluon.jit
-def finish_dlogits(
-    HALF: gl.constexpr, ring, stages, out, arrays, sizes, factors, BIAS: gl.constexpr, SOFTCAP: gl.constexpr,
-    ENTROPY: gl.constexpr,
-):  # fmt: skip
-    """One group of consumers in the backward: products, dL/du, and out through the copy engine."""
-    bias, targets, logsumexp, coefficient, entropy, entropy_coefficient = arrays
+    """One group of consumers: products, then the rows' figures, or dL/du, out through the copy engine."""
+    bias, targets, logsumexp, entropy, chosen, coefficient, entropy_coefficient = arrays
     row_count, column_count, hidden_size, group, row_blocks, column_blocks = sizes
     inner, outer, factor = factors
     ROWS: gl.constexpr = ring[0].shape[1]
     COLUMNS: gl.constexpr = ring[1].shape[1]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     places = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
-    stage = stages.index(HALF)
     step = 0
     for tile in range(gl.program_id(0), row_blocks * column_blocks, gl.num_programs(0)):
         row_block, column_block = tile_place(tile, row_blocks, column_blocks, group)
@@ -175,54 +138,54 @@ def finish_dlogits(
         rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
         level = levels(total, bias, column + places, column_count, inner, BIAS, SOFTCAP)
         target = own_targets(targets, rows, row_count, column, column_count, COLUMNS)
-        grad = gradient_tile(
-            level, target, places, logsumexp, coefficient, entropy, entropy_coefficient, rows, row_count,
-            outer, factor, SOFTCAP, ENTROPY,
-        )  # fmt: skip
-        tma.store_wait(pendings=0)  # the stage's former tile has left it
-        stage.store(grad.to(out.dtype))
-        hopper.fence_async_shared()
-        tma.async_copy_shared_to_global(out, [row, column], stage)
-    tma.store_wait(pendings=0)
+        if BACKWARD:
+            grad = gradient_tile(
+                level, target, places, logsumexp, coefficient, entropy, entropy_coefficient, rows, row_count,
+                outer, factor, SOFTCAP, ENTROPY,
+            )  # fmt: skip
+            tma.store_wait(pendings=0)  # the stage's former tile has left it
+            stages.index(HALF).store(grad.to(out.dtype))
+            hopper.fence_async_shared()
+            tma.async_copy_shared_to_global(out, [row, column], stages.index(HALF))
+        else:
+            if FLIPPED:
+                level = -level
+            if column_block == column_blocks - 1:
+                level = gl.where((column + places < column_count)[None, :], level, -float("inf"))
+            if gl.max(target, 0) >= 0:
+                gl.store(chosen + rows, chosen_logits(level, target, places, outer), mask=target >= 0)
+            tile_logsumexp, tile_entropy = row_stats(level, outer, ENTROPY)
+            place = gl.cast(column_block, gl.int64) * row_count + rows
+            gl.store(logsumexp + place, tile_logsumexp, mask=rows < row_count)
+            if ENTROPY:
+                gl.store(entropy + place, tile_entropy, mask=rows < row_count)
+    if BACKWARD:
+        tma.store_wait(pendings=0)
 
 
-@gluon.jit(do_not_specialize=PLAIN)
-def gluon_stats_kernel(
-    hidden, weight, bias, targets, block_logsumexp, block_entropy, target_logit, row_count, column_count,
-    hidden_size, group, inner, outer, SLOTS: gl.constexpr, BIAS: gl.constexpr, SOFTCAP: gl.constexpr,
-    ENTROPY: gl.constexpr, FLIPPED: gl.constexpr,
+@gluon.jit(do_not_specialize=["row_count", "column_count", "hidden_size", "group"])
+def gluon_kernel(
+    hidden, weight, out, bias, targets, logsumexp, entropy, chosen, coefficient, entropy_coefficient,
+    row_count, column_count, hidden_size, group, inner, outer, factor,
+    SLOTS: gl.constexpr, BIAS: gl.constexpr, SOFTCAP: gl.constexpr, ENTROPY: gl.constexpr,
+    FLIPPED: gl.constexpr, BACKWARD: gl.constexpr,
 ):  # fmt: skip
-    """As stats_kernel; outer > 0, and FLIPPED where the head's scale is negative."""
+    """Forward, for outer > 0, FLIPPED where the head's scale is negative: writes tiles' logsumexp, entropy
+    (column blocks, N), and targets' logits `chosen`, (N,). Backward: writes gradient_tile to `out`."""
     ring = open_ring(hidden, weight, SLOTS)
-    arrays = (bias, targets, block_logsumexp, block_entropy, target_logit)
-    row_blocks = gl.cdiv(row_count, 2 * hidden.block_type.shape[0])
-    column_blocks = gl.cdiv(column_count, weight.block_type.shape[0])
-    sizes = (row_count, column_count, hidden_size, group, row_blocks, column_blocks)
-    factors = (inner, outer)
-    gl.warp_specialize([
-        (finish_stats, (0, ring, arrays, sizes, factors, BIAS, SOFTCAP, ENTROPY, FLIPPED)),
-        (finish_stats, (1, ring, arrays, sizes, factors, BIAS, SOFTCAP, ENTROPY, FLIPPED)),
-        (load_tiles, (hidden, weight, ring, sizes)),
-    ], [4, 1], REGISTERS)  # fmt: skip
-
-
-@gluon.jit(do_not_specialize=PLAIN)
-def gluon_dlogits_kernel(
-    hidden, weight, out, bias, targets, logsumexp, coefficient, entropy, entropy_coefficient, row_count,
-    column_count, hidden_size, group, inner, outer, factor, SLOTS: gl.constexpr, BIAS: gl.constexpr,
-    SOFTCAP: gl.constexpr, ENTROPY: gl.constexpr,
-):  # fmt: skip
-    """dL/du of gradient_tile in out's dtype; the copy engine clips at out's edges."""
-    ring = open_ring(hidden, weight, SLOTS)
-    stages = gl.allocate_shared_memory(out.dtype, [2] + out.block_type.shape, out.layout)
-    arrays = (bias, targets, logsumexp, coefficient, entropy, entropy_coefficient)
+    stages = ring[0]
+    if BACKWARD:
+        stages = gl.allocate_shared_memory(out.dtype, [2] + out.block_type.shape, out.layout)
+    arrays = (bias, targets, logsumexp, entropy, chosen, coefficient, entropy_coefficient)
     row_blocks = gl.cdiv(row_count, 2 * hidden.block_type.shape[0])
     column_blocks = gl.cdiv(column_count, weight.block_type.shape[0])
     sizes = (row_count, column_count, hidden_size, group, row_blocks, column_blocks)
     factors = (inner, outer, factor)
     gl.warp_specialize([
-        (finish_dlogits, (0, ring, stages, out, arrays, sizes, factors, BIAS, SOFTCAP, ENTROPY)),
-        (finish_dlogits, (1, ring, stages, out, arrays, sizes, factors, BIAS, SOFTCAP, ENTROPY)),
+        (finish_tiles, (0, ring, out, stages, arrays, sizes, factors, BIAS, SOFTCAP, ENTROPY, FLIPPED,
+                        BACKWARD)),
+        (finish_tiles, (1, ring, out, stages, arrays, sizes, factors, BIAS, SOFTCAP, ENTROPY, FLIPPED,
+                        BACKWARD)),
         (load_tiles, (hidden, weight, ring, sizes)),
     ], [4, 1], REGISTERS)  # fmt: skip
 
@@ -239,17 +202,19 @@ def gluon_tile(wide: Tile, bias: Tensor | None, head: Head) -> Tile:
 
 
 def _launch(
-    kernel: Any, hidden: Tensor, weight: Tensor, given: tuple, factors: tuple, head: Head, tile: Tile,
-    **flags: bool,
+    hidden: Tensor, weight: Tensor, out: Tensor | None, bias: Tensor | None, rows: tuple[Tensor, ...],
+    factors: tuple[float, ...], head: Head, tile: Tile, **flags: bool,
 ) -> None:  # fmt: skip
     """One program a multiprocessor, and no more than there are tiles."""
-    rows, columns = hidden.shape[0], weight.shape[0]
+    count, columns = hidden.shape[0], weight.shape[0]
     active: Any = driver.active
-    device = active.utils.get_device_properties(active.get_current_device())
-    tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
-    kernel[(min(tiles, device["multiprocessor_count"]),)](
-        _described(hidden, tile.rows // 2, tile.depth), _described(weight, tile.columns, tile.depth), *given,
-        rows, columns, hidden.shape[1], tile.group, *factors, SLOTS=tile.stages, SOFTCAP=head.softcap != 0,
+    most = active.utils.get_device_properties(active.get_current_device())["multiprocessor_count"]
+    most = min(most, -(-count // tile.rows) * -(-columns // tile.columns))
+    left, right = _described(hidden, tile.rows // 2, tile.depth), _described(weight, tile.columns, tile.depth)
+    gluon_kernel[(most,)](
+        left, right, left if out is None else _described(out, tile.rows // 2, tile.columns),
+        rows[1] if bias is None else bias, *rows, count, columns, hidden.shape[1], tile.group, *factors,
+        SLOTS=tile.stages, BIAS=bias is not None, SOFTCAP=head.softcap != 0, BACKWARD=out is not None,
         num_warps=tile.warps, **flags,
     )  # fmt: skip
 
@@ -263,20 +228,14 @@ def launch_gluon_stats(
     if not uses_descriptors(hidden, weight):
         return launch_stats(hidden, weight, bias, targets, head, entropy, most_columns)
     tile = tile or gluon_tile(GLUON_STATS, bias, head)
-    blocks, rows = -(-weight.shape[0] // tile.columns), hidden.shape[0]
-    logsumexp = hidden.new_empty(blocks, rows, dtype=torch.float32)
-    block_entropy = torch.empty_like(logsumexp) if entropy else None
-    target_logit = hidden.new_zeros(rows, dtype=torch.float32)
+    logsumexp = hidden.new_empty(-(-weight.shape[0] // tile.columns), hidden.shape[0], dtype=torch.float32)
+    own = torch.empty_like(logsumexp) if entropy else None
+    chosen = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
     inner, outer = kernel_factors(head)
-    given = (
-        target_logit if bias is None else bias, targets, logsumexp,
-        logsumexp if block_entropy is None else block_entropy, target_logit,
-    )  # fmt: skip
-    _launch(
-        gluon_stats_kernel, hidden, weight, given, (inner, abs(outer)), head, tile, BIAS=bias is not None,
-        ENTROPY=entropy, FLIPPED=outer < 0,
-    )  # fmt: skip
-    return Parts(logsumexp=logsumexp, entropy=block_entropy, target_logit=target_logit, columns=tile.columns)
+    rows = targets, logsumexp, logsumexp if own is None else own, chosen, chosen, chosen
+    factors = inner, abs(outer), head.factor
+    _launch(hidden, weight, None, bias, rows, factors, head, tile, ENTROPY=entropy, FLIPPED=outer < 0)
+    return Parts(logsumexp=logsumexp, entropy=own, target_logit=chosen, columns=tile.columns)
 
 
 def launch_gluon_dlogits(
@@ -289,15 +248,10 @@ def launch_gluon_dlogits(
         return launch_dlogits(hidden, weight, bias, targets, head, upstream, buffer)
     tile = tile or gluon_tile(GLUON_DLOGITS, bias, head)
     out = fused_slice(buffer, hidden.shape[0], weight.shape[0])[:, : weight.shape[0]]
+    known, c = upstream.logsumexp, upstream.coefficient
     has_entropy, entropy, entropy_coefficient = upstream.entropy_arguments()
-    given = (
-        _described(out, tile.rows // 2, tile.columns), upstream.logsumexp if bias is None else bias, targets,
-        upstream.logsumexp, upstream.coefficient, entropy, entropy_coefficient,
-    )  # fmt: skip
-    _launch(
-        gluon_dlogits_kernel, hidden, weight, given, (*kernel_factors(head), head.factor), head, tile,
-        BIAS=bias is not None, ENTROPY=has_entropy,
-    )  # fmt: skip
+    rows, factors = (targets, known, entropy, c, c, entropy_coefficient), (*kernel_factors(head), head.factor)
+    _launch(hidden, weight, out, bias, rows, factors, head, tile, ENTROPY=has_entropy, FLIPPED=False)
     return out
 
 

@@ -33,8 +33,8 @@ EXACT = Tile(rows=64, columns=64, depth=32, warps=8, stages=2, group=16)
 GLUON_STATS = Tile(rows=128, columns=256, depth=64, warps=4, stages=4, group=16)
 GLUON_DLOGITS = Tile(rows=128, columns=256, depth=64, warps=4, stages=3, group=16)
 GLUON_NARROW = Tile(rows=128, columns=128, depth=64, warps=4, stages=5, group=16)
-"""Of Gluon's kernels: `warps` is one group of consumers, `stages` the ring's slots; the narrow one is for
-bias and softcap, whose epilogues want more registers."""
+"""Of Gluon's kernels: `warps` is one group of consumers, `stages` the ring's slots; bias and softcap want
+the narrow one's registers."""
 INTERPRETED = Tile(rows=32, columns=64, depth=32, warps=1, stages=1, group=2)
 
 FORWARD: tuple[tuple[int, Tile], ...] = ((1536, NARROW), (8192, WIDE))

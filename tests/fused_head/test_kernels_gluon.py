@@ -49,10 +49,10 @@ def flags(head: Head, bias: bool, entropy: bool, tile) -> dict:
     return {"SLOTS": tile["slots"], "BIAS": bias, "SOFTCAP": head.softcap != 0, "ENTROPY": entropy}
 
 
-def run(kernel, given: tuple, constants: dict, *, seed=0, programs=2, edits=None) -> None:
+def run(given: tuple, constants: dict, *, seed=0, programs=2, edits=None) -> None:
     device = Device(seed)
     device.program_count = programs
-    function = emulated(kernel, device, edits)
+    function = emulated(_gluon_fused.gluon_kernel, device, edits)
     for device.program in range(programs):
         function(*given, **constants)
 
@@ -61,23 +61,25 @@ def stats(given, head=HEADS["plain"], bias=True, entropy=True, tile=TILE, **how)
     """Tile logsumexp and entropy, and target logits, of the emulated forward."""
     tiles = torch.full((2, -(-given.weight.shape[0] // tile["columns"]), given.hidden.shape[0]), torch.nan)
     chosen = torch.full(given.hidden.shape[:1], torch.nan)
-    pointers = [Pointer(t) for t in (given.bias, given.targets, tiles[0], tiles[1], chosen)]
+    arrays = [given.bias, given.targets, tiles[0], tiles[1], chosen, chosen, chosen]
     inner, outer = kernel_factors(head)
-    constants = flags(head, bias, entropy, tile) | {"FLIPPED": outer < 0}
-    numbers = (*sizes(given, tile), inner, abs(outer))
-    run(_gluon_fused.gluon_stats_kernel, (*matrices(given, tile), *pointers, *numbers), constants, **how)
+    constants = flags(head, bias, entropy, tile) | {"FLIPPED": outer < 0, "BACKWARD": False}
+    left, right = matrices(given, tile)
+    numbers = (*sizes(given, tile), inner, abs(outer), head.factor)
+    run((left, right, left, *map(Pointer, arrays), *numbers), constants, **how)
     return tiles[0], tiles[1], chosen
 
 
 def dlogits(given, upstream: Upstream, head=HEADS["plain"], bias=True, tile=TILE, **how) -> Tensor:
     """dL/du of the emulated backward."""
     out = padded(given.hidden.new_zeros(given.hidden.shape[0], given.weight.shape[0])).fill_(torch.nan)
-    entropy, *rows = upstream.entropy_arguments()
-    rows = [given.bias, given.targets, upstream.logsumexp, upstream.coefficient, *rows]
-    given_matrices = (*matrices(given, tile), Matrix(out, [tile["rows"] // 2, tile["columns"]]))
+    wanted, entropy, entropy_coefficient = upstream.entropy_arguments()
+    c = upstream.coefficient
+    arrays = [given.bias, given.targets, upstream.logsumexp, entropy, c, c, entropy_coefficient]
+    constants = flags(head, bias, wanted, tile) | {"FLIPPED": False, "BACKWARD": True}
     numbers = (*sizes(given, tile), *kernel_factors(head), head.factor)
-    given_all = (*given_matrices, *map(Pointer, rows), *numbers)
-    run(_gluon_fused.gluon_dlogits_kernel, given_all, flags(head, bias, entropy, tile), **how)
+    boxes = (*matrices(given, tile), Matrix(out, [tile["rows"] // 2, tile["columns"]]))
+    run((*boxes, *map(Pointer, arrays), *numbers), constants, **how)
     return out
 
 
@@ -194,12 +196,12 @@ MISTAKES = {
     "too few bytes are announced": ("load_tiles", "2 * ROWS + COLUMNS", "ROWS + COLUMNS"),
     "too many bytes are announced": ("load_tiles", "2 * ROWS + COLUMNS", "4 * ROWS + COLUMNS"),
     "both halves are the same": ("load_tiles", "(2 * row_block + half)", "(2 * row_block)"),
-    "steps start anew in each tile": ("finish_dlogits", "total, step = products_of(HALF, ring, step,",
+    "steps start anew in each tile": ("finish_tiles", "total, step = products_of(HALF, ring, step,",
                                       "total, _ = products_of(HALF, ring, 0,"),
     "a row block is counted twice": ("tile_place", "first + (tile % in_group) % height",
                                      "(tile % in_group) % height"),
-    "a stage is overwritten": ("finish_dlogits", "tma.store_wait(pendings=0)  #", "#"),
-    "the copy engine sees old data": ("finish_dlogits", "hopper.fence_async_shared()", "pass"),
+    "a stage is overwritten": ("finish_tiles", "tma.store_wait(pendings=0)  #", "#"),
+    "the copy engine sees old data": ("finish_tiles", "hopper.fence_async_shared()", "pass"),
 }  # fmt: skip
 
 
@@ -224,9 +226,8 @@ def test_the_emulator_sees(mistake):
 
 @pytest.fixture
 def on_the_emulator(monkeypatch):
-    """backend="gluon" runs here: its launchers' kernels are emulated, and no check of the device is made."""
-    for name in ("gluon_stats_kernel", "gluon_dlogits_kernel"):
-        monkeypatch.setattr(_gluon_fused, name, EmulatedKernel(getattr(_gluon_fused, name)))
+    """backend="gluon" runs here: its kernel is emulated, and no check of the device is made."""
+    monkeypatch.setattr(_gluon_fused, "gluon_kernel", EmulatedKernel(_gluon_fused.gluon_kernel))
     monkeypatch.setattr(_linear_logprobs, "choose_backend", lambda backend, *_: backend)
     with offline_device():  # whose number of multiprocessors the launchers ask for
         yield
