@@ -216,7 +216,8 @@ def test_what_stands_before_a_prompt_is_said(post, chat, said):
     ids=["loop", "text loop", "product", "doubling", "format"],
 )  # fmt: skip
 def test_a_template_that_loops_or_builds_a_huge_text_is_a_bad_row(tmp_path, monkeypatch, template, message):
-    monkeypatch.setattr("agro_lightning.data.chat.TEMPLATE_SECONDS", 1.0)
+    seconds = 1.0 if "1 s" in message else 60.0  # a busy machine is not what is tried
+    monkeypatch.setattr("agro_lightning.data.chat.TEMPLATE_SECONDS", seconds)
     good = "{% if messages[0].content == 'bad' %}" + template + "{% else %}fine{% endif %}"
     path = write_jsonl(tmp_path / "r.jsonl", [{"prompt": "good"}, {"prompt": "bad"}, {"prompt": "also"}])
     tokenizer = make_tokenizer(chat_template=good)
