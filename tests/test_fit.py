@@ -243,9 +243,9 @@ def test_progress_is_lines_in_a_log_and_a_bar_on_a_terminal(config, tmp_path):
     assert re.search(rb"\rtraining: .*4/4 .*reward=.*tokens/s=", shown)
 
 
-def test_validate_measures_a_checkpoint(config, whole_run):
+def test_validate_measures_a_checkpoint(whole_run):
     ckpt = whole_run[0] / "checkpoints" / "step-00000008.ckpt"
-    output = run("validate", "--config", config, "--ckpt_path", ckpt)
+    output = run("validate", "--ckpt_path", ckpt)
     assert "val/greedy_accuracy" in output and "val/pass_at_2" in output
 
 
