@@ -102,8 +102,9 @@ def take(step: Step, seconds: Seconds, new_tokens: int) -> Seconds:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--steps", type=int, default=3, help="steps that count, after one that warms up")
+    arguments.add_argument("--case", type=Case.parse, metavar="SIZE:GxN:P+C", help="another step")
     options = arguments.parse_args()
-    case = Case.parse(QUICK if options.quick else CASE)
+    case = options.case or Case.parse(QUICK if options.quick else CASE)
     step, seconds = Step(case, "cpu", torch.float32), defaultdict(float)
     for layer in step.policy.layers:
         watch(layer.self_attn, "attention", seconds)

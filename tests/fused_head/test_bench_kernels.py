@@ -145,3 +145,13 @@ def test_a_tile_that_asks_too_much_is_out_and_the_fastest_is_best():
     assert any("shared memory" in item.get("note", "") for item in records if item["metric"] == "fits")
     narrow = replace(WIDE, columns=128)
     assert best({WIDE: 0.8, narrow: 0.9}) == narrow
+
+
+def test_step_profile_tells_where_the_time_goes(tmp_path):
+    path = tmp_path / "r.json"
+    run("bench.step_profile", "--quick", "--steps", "1", "--json", str(path))
+    found = {item["metric"]: item["value"] for item in json.loads(path.read_text())}
+    parts = {"sampling", "reference", "optimizer", "attention", "mlp", "head", "rest"}
+    assert set(found) == {f"{kind}/{part}" for kind in ("seconds", "share") for part in parts}
+    assert sum(found[f"share/{part}"] for part in parts) == pytest.approx(1.0)
+    assert all(found[f"seconds/{part}"] > 0 for part in parts)
