@@ -185,7 +185,7 @@ def test_a_policy_with_an_adapter_and_checkpointing_computes_in_its_type():
 def test_the_start_up_check_passes_in_mixed_precision():
     policy = Policy(TYPES["mixed"], lm=tiny(TYPES["mixed"]))
     assert 0 < check_logprobs(policy) < 0.03
-    assert policy.shared_prompts and {p.dtype for p in policy.parameters()} == {torch.float32}
+    assert policy.packing == "shared" and {p.dtype for p in policy.parameters()} == {torch.float32}
 
 
 def test_the_reference_id_names_the_type():
