@@ -297,6 +297,15 @@ class AgroDataModule(L.LightningDataModule):
 
     def _check_lengths(self) -> None:
         limit, new = self.policy.max_positions, self.sampling.max_new_tokens
+        rows = self.policy.base.get_input_embeddings().weight.shape[0]
+        for prompt in (*(self.train_prompts or ()), *(self.val_prompts or ())):
+            if (last := max(prompt.prompt_ids)) >= rows:
+                token = self.tokenizer.convert_ids_to_tokens(last)
+                raise ValueError(
+                    f"prompt {prompt.prompt_id} has token {last} ({token}), "
+                    f"and the model's embedding has rows 0 to {rows - 1}: give the model's own tokenizer, or "
+                    "resize its embedding"
+                )
         for prompts in (self.train_prompts, self.val_prompts):
             if prompts is not None and self.on_bad_row == "drop":
                 prompts.drop_longer_than(limit - new)
