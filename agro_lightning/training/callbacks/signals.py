@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import shlex
 import signal
@@ -83,6 +84,8 @@ class StopOnSignal(StepCallback):
             now = time.monotonic()
             if self._interrupted_at and now - self._interrupted_at > BOUNCE_SECONDS:
                 _say("stopped at once; --ckpt_path last goes on from the last complete checkpoint")
+                for child in multiprocessing.active_children():  # reward workers, which may hang
+                    child.terminate()
                 os._exit(128 + number)
             self._interrupted_at = self._interrupted_at or now
         name = signal.Signals(number).name
