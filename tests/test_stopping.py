@@ -109,7 +109,8 @@ def test_changed_data_is_refused_and_accepted_when_told(config, tmp_path):
         *go, 1, "--ckpt_path", "last"
     )
     with (tmp_path / "offline.jsonl").open("a") as handle:
-        handle.write(json.dumps({"prompt": "9+9=", "completion": "18", "reward": 1}) + "\n")
+        for text in ("1", "18"):
+            handle.write(json.dumps({"prompt": "9+9=", "completion": text, "reward": len(text)}) + "\n")
     refused = run(*go, 2, "--ckpt_path", "last", code=2)
     assert "the files of source offline changed since the checkpoint was made" in refused
     assert "--allow_changed_data true" in refused and "Traceback" not in refused

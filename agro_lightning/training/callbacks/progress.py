@@ -13,6 +13,8 @@ from tqdm import tqdm
 SECONDS_BETWEEN_LINES = 10.0
 
 NOT_FOR_USERS = (
+    r"You're resuming from a checkpoint that ended before the epoch ended",  # the data module goes on exactly
+    r"Checkpoint directory .* exists and is not empty",  # as that of a run that goes on is
     r"Found \d+ module\(s\) in eval mode",  # the policy is meant to be: dropout would change its log-probs
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own affair with torch
 )
