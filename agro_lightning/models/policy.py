@@ -124,7 +124,7 @@ class Policy(nn.Module):
 
     def use_packing(self, packing: Packing) -> None:
         """Chooses how a batch is laid out; see PolicySettings.packing."""
-        self.packing = packing
+        self.packing: Packing = packing
         # set for good and not around each call: a checkpointed layer recomputes with the same attention
         set_attention(self.decoder, attention.NAME if packing == "shared" else self.plain_attention)
 

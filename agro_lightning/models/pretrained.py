@@ -109,7 +109,7 @@ def load_lm(settings: PolicySettings) -> PreTrainedModel:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted).eval()
         require_safetensors(settings.path)
-        lm, about = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             use_safetensors=True,
@@ -117,6 +117,7 @@ def load_lm(settings: PolicySettings) -> PreTrainedModel:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with their shapes
         )
+    lm, about = loaded
     for name, held, wanted in sorted(about["mismatched_keys"]):
         raise ValueError(
             f"model folder {settings.path}: {name} has shape {tuple(held)}; the config makes it "

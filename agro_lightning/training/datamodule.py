@@ -297,7 +297,8 @@ class AgroDataModule(L.LightningDataModule):
 
     def _check_lengths(self) -> None:
         limit, new = self.policy.max_positions, self.sampling.max_new_tokens
-        rows = self.policy.base.get_input_embeddings().weight.shape[0]
+        embedding: Any = self.policy.base.get_input_embeddings()
+        rows = embedding.weight.shape[0]
         for prompt in (*(self.train_prompts or ()), *(self.val_prompts or ())):
             if (last := max(prompt.prompt_ids)) >= rows:
                 token = self.tokenizer.convert_ids_to_tokens(last)
