@@ -1,6 +1,7 @@
 """Tiny real models and the shipped tokenizer, shared by all tests."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +10,7 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, tiny_lm
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start the tests with it ignored
 torch.set_num_threads(1)
 
 

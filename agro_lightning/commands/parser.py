@@ -35,7 +35,10 @@ class AgroParser(LightningArgumentParser):
                 if wrong := unknown_section(self, given):
                     self.error(wrong)
                 replace_whole_values(self)
-            return expand_home(super().parse_args(given, *rest, **options))
+            try:
+                return expand_home(super().parse_args(given, *rest, **options))
+            except UnicodeDecodeError as error:
+                self.error(f"{_undecodable(given)} is not UTF-8 text ({error.reason}); give a YAML file")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if (
@@ -44,6 +47,19 @@ class AgroParser(LightningArgumentParser):
             super().error(message, ex)
         sys.stderr.write(f"error: {explain(message, getattr(ex, 'subcommand_parser', None) or self)}\n")
         raise SystemExit(2)
+
+
+def _undecodable(args: Sequence[str]) -> str:
+    """The first file among the arguments that cannot be read as text."""
+    for word in args:
+        path = os.path.expanduser(word.partition("=")[2] if word.startswith("-") else word)
+        try:
+            if os.path.isfile(path):
+                with open(path, encoding="utf-8") as handle:
+                    handle.read()
+        except UnicodeDecodeError:
+            return path
+    return "a configuration file"
 
 
 def expand_home(value: Any, key: str = "") -> Any:
