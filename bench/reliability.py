@@ -15,8 +15,7 @@ A try holds where the promise of its case was kept:
 - `fuzz, buffers`, `fuzz, settings`: any rows, columns and YAML; rows, named errors or counted drops.
 
 The harness is the tests' (`tests/forked.py` and the modules named below); it needs the checkout. `--quick`
-ends within 4 minutes on 2 quiet cores; the rest differs in the number of tries. Exit status 1 where a try did
-not hold.
+makes fewer tries of each. Exit status 1 where a try did not hold.
 """
 
 import contextlib
