@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import agro_kernels
+import agro_lightning
 from agro_lightning.commands.main import main
 from agro_lightning.models.pretrained import load_tokenizer
 
@@ -85,13 +87,16 @@ def test_the_objective_of_the_recipe_is_reinforce(mine):
 def test_every_file_that_the_page_names_exists(page):
     named = set(re.findall(r"`([\w/]+(?:\.py|/))`", page))
     assert len(named) > 20
-    package = ROOT / "agro_lightning"
+    package = Path(agro_lightning.__file__).parent  # of the checkout, or of the installed wheel
     roots = [
         ROOT,
+        package.parent,
         package,
         *(package / name for name in ("commands", "rollout", "models", "data", "training")),
     ]
-    missing = [name for name in named if not any((root / name).exists() for root in roots)]
+    names = {name.removeprefix("kernels/") for name in named}
+    roots.append(Path(agro_kernels.__file__).parents[1])
+    missing = [name for name in names if not any((root / name).exists() for root in roots)]
     assert missing == []
 
 
