@@ -46,18 +46,17 @@ class _DigestingWriter:
         self._handle, self._hash, self._held = handle, hashlib.sha256(), b""
 
     def write(self, data: Any) -> int:
-        data = memoryview(data).cast("B")
-        self._handle.write(data)
-        tail = data[-2:].tobytes()
-        self._hash.update(self._held if len(tail) == 2 else b"")
-        if len(tail) == 2:
-            self._hash.update(data[:-2])
-            self._held = tail
-        else:
-            joined = self._held + tail
+        written = memoryview(data).cast("B")
+        self._handle.write(written)
+        if len(written) < 2:
+            joined = self._held + bytes(written)
             self._hash.update(joined[:-2])
             self._held = joined[-2:]
-        return len(data)
+        else:
+            self._hash.update(self._held)
+            self._hash.update(written[:-2])
+            self._held = bytes(written[-2:])
+        return len(written)
 
     def flush(self) -> None:
         self._handle.flush()
