@@ -62,6 +62,7 @@ class Plan:
     measure_at: tuple[int, ...] = (50, 100)
     long_steps: int | None = 400
     """A second comparison of so many steps, with the settings chosen for the first."""
+    long_seeds: int = 2
     prompts: int = 8
 
     def grid(self, provider: str) -> list[Settings]:
@@ -82,7 +83,8 @@ class Plan:
         """The runs of one provider on one kind of data, seed by seed."""
         steps = self.long_steps if long and self.long_steps else self.steps
         points = (steps,) if long else self.measure_at
-        return [self._run(provider, data, settings, seed, steps, points) for seed in range(1, self.seeds + 1)]
+        seeds = range(1, (self.long_seeds if long else self.seeds) + 1)
+        return [self._run(provider, data, settings, seed, steps, points) for seed in seeds]
 
     def _run(
         self, provider: str, data: str, settings: Settings, seed: int, steps: int,

@@ -2,7 +2,10 @@
 
 import math
 import os
+import subprocess
+import sys
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -306,6 +309,27 @@ def test_a_text_beyond_every_context_is_a_bad_row(quickstart_tokenizer, tmp_path
         open_buffer(path, quickstart_tokenizer, tmp_path)
     buffer = open_buffer(path, quickstart_tokenizer, tmp_path, on_bad_row="drop")
     assert buffer.counts.dropped == {"text_too_long": 1} and buffer.num_rows == 4
+
+
+def test_a_list_beyond_every_context_is_a_bad_row_or_file(quickstart_tokenizer, tmp_path):
+    size, path = 50_000_000, tmp_path / "r.parquet"
+    ids = pa.ListArray.from_arrays([0, 2, size, size + 2], np.full(size + 2, 5, np.int8))
+    columns = {"prompt": "1=", "completion": "1", "reward": 0.5}
+    table = pa.table({"completion_ids": ids, **{name: [value] * 3 for name, value in columns.items()}})
+    pq.write_table(table, path, compression="zstd")
+    assert path.stat().st_size < 20_000
+    with pytest.raises(BadRowError, match="row 1: completion_ids has 49,999,998 values; at most 16,777,216"):
+        open_buffer(path, quickstart_tokenizer, tmp_path)
+    buffer = open_buffer(path, quickstart_tokenizer, tmp_path, on_bad_row="drop")
+    assert buffer.counts.dropped == {"list_too_long": 1} and buffer.num_rows == 2
+    program = """if True:
+        import sys
+        from agro_lightning.data.buffer import row_files
+        row_files.MAX_BATCH_MEMORY = 32 << 20
+        with row_files.open_parquet(row_files.Path(sys.argv[1])) as file:
+            list(row_files.parquet_batches(file, None, None))"""
+    done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, timeout=120)
+    assert "BadFileError" in done.stderr and "rows that take more than 0 GiB" in done.stderr, done.stderr
 
 
 def test_a_file_of_huge_rows_is_refused_before_it_is_decoded(quickstart_tokenizer, tmp_path):

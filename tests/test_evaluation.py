@@ -5,6 +5,7 @@ import math
 import pytest
 
 from agro_lightning.rewards import ExactMatch, RewardSet
+from agro_lightning.rewards.base import Score
 from agro_lightning.rollout import RolloutEngine, Sampling
 from agro_lightning.rollout.engines.base import Generation
 from agro_lightning.training.evaluation import (
@@ -96,7 +97,15 @@ class Scripted(RolloutEngine):
         )
 
 
-def answers(tokenizer, by_prompt):
+class Abstains(ExactMatch):
+    """Says nothing of the answer "12"."""
+
+    def __call__(self, prompts, completions):
+        scores = super().__call__(prompts, completions)
+        return [Score(reward=None) if c == "12" else s for s, c in zip(scores, completions, strict=True)]
+
+
+def answers(tokenizer, by_prompt, reward=ExactMatch):
     engine = Scripted(by_prompt)
     engine.attach(None, tokenizer)
     prompts = [
@@ -109,7 +118,7 @@ def answers(tokenizer, by_prompt):
         sampling=sampling,
         samples=3,
         seed=11,
-        rewards=RewardSet([ExactMatch()]),
+        rewards=RewardSet([reward()]),
         correct_reward=1.0,
         tokenizer=tokenizer,
     )
@@ -129,3 +138,9 @@ def test_what_the_engine_failed_to_generate_is_no_wrong_answer(quickstart_tokeni
     assert found == [("1", None, 2, 1, 2), ("2", True, 0, 0, 3), ("3", None, 0, 0, 4)]
     failed = summarize([result(None, 0, 0, 4)] * 2)
     assert math.isnan(failed["greedy_accuracy"]) and failed["failed"] == 8
+
+
+def test_an_answer_of_which_every_reward_abstains_is_neither_wrong_nor_failed(quickstart_tokenizer):
+    by_prompt = {1: ["12", "11", None, "12"], 2: ["12", "12", "12", "12"]}
+    found = answers(quickstart_tokenizer, by_prompt, Abstains)
+    assert found == [("1", None, 1, 1, 1), ("2", None, 0, 0, 0)]

@@ -182,6 +182,8 @@ def test_a_finished_run_goes_on_with_more_steps(config, whole_run, tmp_path):
     run("fit", "--config", config, "--run_dir", folder, "--ckpt_path", "last", "--trainer.max_steps", "10")
     assert json.loads((folder / "summary.json").read_text())["steps"] == 10
     assert [row["step"] for row in metrics(folder)] == [str(step) for step in range(10)]
+    left = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+    assert left == ["step-00000009.ckpt", "step-00000010.ckpt"]  # also of a folder that was moved
 
 
 def test_a_run_that_goes_on_shows_each_step_once(config, whole_run, tmp_path):
@@ -342,9 +344,14 @@ def test_a_random_qwen3_trains_on_a_local_gsm8k_file(quickstart_tokenizer, tmp_p
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = tmp_path / "run.yaml"
     config.write_text(GSM8K.replace("MODEL", str(tmp_path / "model")).replace("DATA", str(data)))
-    run("fit", "--config", config, "--run_dir", tmp_path / "run")
+    output = run("fit", "--config", config, "--run_dir", tmp_path / "run")
+    assert "no validation: data.validation is null, or trainer.limit_val_batches 0" in output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["before"] is None and summary["after"] is None
+    for noise in ("Loading weights", "GPU available", "TPU available", "Tip:"):
+        assert noise not in output
     rows = metrics(tmp_path / "run")
-    assert len(rows) >= 3
+    assert len(rows) >= 3 and not any(key.startswith("val/") for row in rows for key in row)
     assert all(float(row["train/logprob_gap_max"]) < 1e-3 for row in rows if "train/logprob_gap_max" in row)
     assert float(rows[0]["train/entropy"]) > 1.0 and "train/objective" in rows[0]
 

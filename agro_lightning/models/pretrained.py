@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_log
 from agro_lightning import quickstart
 from agro_lightning.models.compat import decoder_of
 from agro_lightning.models.config import LoraSettings, PolicySettings
+from agro_lightning.primitives.quiet import without_progress_bars
 
 _LINEAR = nn.Linear.forward
 
@@ -61,7 +62,8 @@ def explained(path: str, part: str) -> Iterator[None]:
     resolved, shown = resolve_path(path), transformers_log.get_verbosity()
     transformers_log.set_verbosity(logging.CRITICAL)
     try:
-        yield
+        with without_progress_bars(in_logs=True):
+            yield
     except (FileNotFoundError, torch.OutOfMemoryError):
         raise
     except Exception as error:

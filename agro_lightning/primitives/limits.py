@@ -1,16 +1,37 @@
-"""A limit on the seconds and the memory of Python code that is not ours, such as chat templates."""
+"""A limit on the seconds and the memory of code that is not ours, such as chat templates."""
 
+import contextlib
 import ctypes
 import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self, TypeVar
 
 T = TypeVar("T")
 _STATM = Path("/proc/self/statm")
+
+
+@contextlib.contextmanager
+def memory_limit(memory: int) -> Iterator[None]:
+    """Lets the process grow by at most `memory` bytes; more raises MemoryError. No limit but on Linux."""
+    if not _STATM.exists():
+        yield
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = int(_STATM.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + memory
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 class CallLimits:
@@ -43,14 +64,14 @@ class CallLimits:
 
     def call(self, function: Callable[[], T]) -> T:
         """Calls the function; raises TimeoutError, MemoryError, or whatever it raises."""
-        unlimited = self._limit_memory()
-        self._since = self._now()
-        try:
-            return function()
-        finally:
-            with self._lock:
-                self._since = math.inf
-            unlimited()  # a Python call: an interruption that is due arrives here, not in the caller's code
+        with memory_limit(self.memory):
+            self._since = self._now()
+            try:
+                return function()
+            finally:
+                with self._lock:
+                    self._since = math.inf
+                time.time()  # a call: an interruption that is due arrives here, not in the caller
 
     def _watch(self) -> None:
         while not self._done.wait(0.1):
@@ -59,15 +80,3 @@ class CallLimits:
                     self._since = math.inf
                     interrupt = ctypes.pythonapi.PyThreadState_SetAsyncExc
                     interrupt(ctypes.c_ulong(self._caller), ctypes.py_object(TimeoutError))
-
-    def _limit_memory(self) -> Callable[[], None]:
-        if not _STATM.exists():
-            return lambda: None
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        limit = int(_STATM.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + self.memory
-        if soft != resource.RLIM_INFINITY and soft < limit:
-            return lambda: None
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-        return lambda: resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

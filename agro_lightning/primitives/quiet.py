@@ -2,15 +2,20 @@
 
 import contextlib
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Hides transformers' bars of loading and saving weights."""
+def without_progress_bars(*, in_logs: bool = False) -> Iterator[None]:
+    """Hides transformers' bars of loading and saving weights; with `in_logs` only where no terminal draws
+    them."""
     from transformers.utils import logging as bars
 
+    if in_logs and sys.stderr.isatty():
+        yield
+        return
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
     try:

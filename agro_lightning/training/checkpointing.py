@@ -94,6 +94,22 @@ class RunCheckpoint(LinkedCheckpoint):
         ):  # within a step the gradient of its first micro-batches would be lost
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what is kept, under the folder's present name: a run that was moved keeps two, too."""
+        assert self.dirpath is not None
+        folder = Path(self.dirpath)
+
+        def here(path: str) -> str:
+            moved = folder / Path(path).name
+            return str(moved) if path and moved.exists() else ""
+
+        kept = {here(path): step for path, step in state_dict["best_k_models"].items() if here(path)}
+        paths = {
+            name: here(state_dict[name])
+            for name in ("best_model_path", "last_model_path", "kth_best_model_path")
+        }
+        super().load_state_dict({**state_dict, **paths, "best_k_models": kept, "dirpath": self.dirpath})
+
     def link_last(self, trainer: L.Trainer, link: Path, target: Path) -> None:
         """Lets the link point to the checkpoint once that is complete."""
         move = partial(_move_link, link, target)

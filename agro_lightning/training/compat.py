@@ -34,6 +34,10 @@ class LinkedCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, candidates)
         return self._last_checkpoint_saved
 
+    def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
+        """Also the checkpoint that the run goes on from, which Lightning would keep: one more each time."""
+        return previous != current
+
     def _link_checkpoint(self, trainer: L.Trainer, filepath: str, linkpath: str) -> None:  # type: ignore[override]
         self.link_last(trainer, Path(linkpath), Path(filepath))
 

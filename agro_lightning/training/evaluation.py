@@ -19,12 +19,13 @@ class PromptResult:
 
     prompt: Prompt
     greedy_correct: bool | None
-    """None where the greedy answer could not be generated or scored."""
+    """None where the greedy answer has no reward."""
     sampled: int
-    """Samples that were generated and scored."""
+    """Samples that have a reward."""
     sampled_correct: int
     failed: int
-    """Answers, greedy and sampled, that could not be generated or scored."""
+    """Answers, greedy and sampled, that could not be generated or scored. One of which every reward abstains
+    counts neither here nor in an accuracy."""
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -89,7 +90,8 @@ def answer_prompts(
     scores = iter(rewards.score_quietly([prompt for prompt, _ in made], texts))
     results = []
     for prompt, row in zip(prompts, rows, strict=True):
-        first, *rest = [next(scores).reward if _is_answer(generation) else None for generation in row]
+        outcomes = [next(scores) if _is_answer(generation) else None for generation in row]
+        first, *rest = [outcome.reward if outcome else None for outcome in outcomes]
         known = [reward for reward in rest if reward is not None]
         results.append(
             PromptResult(
@@ -97,7 +99,7 @@ def answer_prompts(
                 greedy_correct=None if first is None else first >= correct_reward,
                 sampled=len(known),
                 sampled_correct=sum(reward >= correct_reward for reward in known),
-                failed=len(rest) - len(known) + (first is None),
+                failed=sum(outcome is None or outcome.failure is not None for outcome in outcomes),
             )
         )
     return results

@@ -15,11 +15,14 @@ import pyarrow.parquet as pq
 
 from agro_lightning.data.buffer.schema import FIX_FILE, BadFileError, Rejections
 from agro_lightning.data.chat import MAX_TEXT_BYTES
+from agro_lightning.primitives.limits import memory_limit
 
 BATCH_ROWS = 1024
 BATCH_BYTES = 4 << 20
 MAX_LINE_BYTES = 64 << 20
 MAX_ROW_BYTES = 64 << 20
+MAX_LIST = 1 << 24
+MAX_BATCH_MEMORY = 4 << 30
 BOM = b"\xef\xbb\xbf"
 
 _KINDS = {
@@ -116,7 +119,12 @@ def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
             yield file
     except FileNotFoundError:
         raise
-    except (pa.ArrowException, OSError, OverflowError, MemoryError, UnicodeDecodeError) as error:
+    except MemoryError:
+        raise BadFileError(
+            f"{path} has rows that take more than {MAX_BATCH_MEMORY >> 30} GiB once they are decoded, or the "
+            f"machine has less. {FIX_FILE}"
+        ) from None
+    except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
         raise BadFileError(
             f"{path} is not a readable Parquet file, torn perhaps: {one_line(error)}. {FIX_FILE}"
         ) from None
@@ -128,28 +136,33 @@ def parquet_batches(
     """(row numbers, rows) in batches of at most BATCH_ROWS rows and about BATCH_BYTES.
 
     A file's own sizes are those of encoded values, which may be far smaller, so the first rows are looked at
-    as they decode. Rows with a text beyond MAX_TEXT_BYTES are rejected before it is decoded.
+    as they decode. Rows with a text beyond MAX_TEXT_BYTES are rejected before it is decoded, those with a
+    list of more than MAX_LIST values after.
     """
     metadata, first = file.metadata, 0
     size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
     average = size / max(1, metadata.num_rows)
-    for probe in file.iter_batches(8, columns=columns, use_threads=False):
+    for probe in _batches(file, 8, columns):
         texts = sum(int(_text_lengths(column).sum()) for column in probe.columns)
         others = sum(column.nbytes for column in probe.columns if not pa.types.is_dictionary(column.type))
         average = max(average, (texts + others) / max(1, probe.num_rows))
         break
     rows = int(min(BATCH_ROWS, max(1, BATCH_BYTES // max(1, average))))
-    for batch in file.iter_batches(rows, columns=columns, use_threads=False):
+    for batch in _batches(file, rows, columns):
         numbers = np.arange(first, first + batch.num_rows)
         first += batch.num_rows
         total = np.zeros(batch.num_rows, np.int64)
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
             lengths = _text_lengths(column)
-            long = np.flatnonzero(lengths > MAX_TEXT_BYTES)
-            if len(long):
-                said = f"{name} has {lengths[long[0]]:,} bytes; at most {MAX_TEXT_BYTES:,} are read"
-                rejections.add("text_too_long", numbers[long], said)
-                total[long] = -1
+            for reason, sizes, most, unit in (
+                ("text_too_long", lengths, MAX_TEXT_BYTES, "bytes"),
+                ("list_too_long", _list_lengths(column), MAX_LIST, "values"),
+            ):
+                long = np.flatnonzero((sizes > most) & (total >= 0))
+                if len(long):
+                    said = f"{name} has {sizes[long[0]]:,} {unit}; at most {most:,} are read"
+                    rejections.add(reason, numbers[long], said)
+                    total[long] = -1
             total = np.where(total < 0, total, total + lengths)
         kept = total >= 0
         numbers, batch = numbers[kept], batch.filter(pa.array(kept)) if not kept.all() else batch
@@ -158,6 +171,25 @@ def parquet_batches(
         for start, end in zip(starts, starts[1:], strict=False):
             if end > start:
                 yield numbers[start:end], batch.slice(start, end - start)
+
+
+def _batches(file: pq.ParquetFile, rows: int, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+    """The file's batches; a few bytes of it may claim more than the machine's memory."""
+    batches = file.iter_batches(rows, columns=columns, use_threads=False)
+    while True:
+        with memory_limit(MAX_BATCH_MEMORY):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def _list_lengths(column: pa.Array) -> np.ndarray:
+    """Values of each row's list; 0 where it is null, or the column holds no lists."""
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        return np.zeros(len(column), np.int64)
+    lengths = pc.call_function("list_value_length", [column]).fill_null(0)
+    return lengths.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _text_lengths(column: pa.Array) -> np.ndarray:

@@ -20,12 +20,16 @@ NOT_FOR_USERS = (
 )
 
 
+NO_NEWS = ("litlogger", "TPU available: False", "GPU available: False")
+"""Of Lightning's lines: an advertisement, and devices that are not there."""
+
+
 def hide_advice() -> None:
-    """Hides two warnings of Lightning that a user can do nothing about, and its advertisement."""
+    """Hides what Lightning says that a user can do nothing about."""
     for message in NOT_FOR_USERS:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda entry: "litlogger" not in entry.getMessage()
+        lambda entry: not any(words in entry.getMessage() for words in NO_NEWS)
     )
 
 
