@@ -48,7 +48,10 @@ class Completion:
     """The name of the source that it came from, in metrics and files."""
     policy_version: int = -1
     """Optimiser steps the policy had taken when it was sampled; -1 when not sampled from this run's
-    policy."""
+    policy. Of several versions, the oldest."""
+    policy_versions: tuple[tuple[int, int], ...] | None = None
+    """Runs of (version, tokens) that say which version drew each token, where weights changed while it was
+    being sampled; None: all tokens are of policy_version."""
     temperature: float = 1.0
     """Sampling temperature."""
     top_p: float = 1.0

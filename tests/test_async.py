@@ -12,10 +12,10 @@ from forked import Side, run_both
 from agro_lightning.data.buffer.buffer import RolloutBuffer
 from agro_lightning.data.stream import UseCounts
 
-GROUPS_PER_STEP, N, MAX_USES, PER_FILE = 4, 3, 2, 4
+GROUPS_PER_STEP, N, MAX_USES = 4, 3, 2
 
 
-def sides(run_dir: Path, *, steps: int, kills: int, seed: int) -> list[Side]:
+def sides(run_dir: Path, *, steps: int, kills: int, per_file: int, seed: int) -> list[Side]:
     rng = random.Random(seed)
     fit = [
         "fit",
@@ -35,7 +35,8 @@ def sides(run_dir: Path, *, steps: int, kills: int, seed: int) -> list[Side]:
         "rollout",
         *("--follow", str(run_dir)),
         *("--groups", str(steps * GROUPS_PER_STEP // MAX_USES)),
-        *("--groups_per_file", str(PER_FILE), "--timeout_s", "300"),
+        *("--groups_per_file", str(per_file), "--timeout_s", "300"),
+        *("--engine", "unhurried_engine.UnhurriedEngine"),
     ]
     return [
         Side(fit, run_dir.with_name("fit.log"), run_dir / "stream" / "_progress.json", kills, rng),
@@ -43,12 +44,12 @@ def sides(run_dir: Path, *, steps: int, kills: int, seed: int) -> list[Side]:
     ]
 
 
-def check_accounts(run_dir: Path, steps: int, tokenizer) -> None:
+def check_accounts(run_dir: Path, steps: int, per_file: int, tokenizer) -> None:
     """Every committed row was used MAX_USES times, by the steps that led to the last checkpoint's weights."""
     groups = steps * GROUPS_PER_STEP // MAX_USES
     files = sorted((run_dir / "stream").glob("part-*"))
-    assert [file.name for file in files] == [f"part-{i:08d}.parquet" for i in range(groups // PER_FILE)]
-    assert all(pq.read_table(file).num_rows == PER_FILE * N for file in files)
+    assert [file.name for file in files] == [f"part-{i:08d}.parquet" for i in range(groups // per_file)]
+    assert all(pq.read_table(file).num_rows == per_file * N for file in files)
     visible = {file.name for file in (run_dir / "stream").iterdir() if not file.name.startswith((".", "_"))}
     assert visible == {file.name for file in files}
 
@@ -59,8 +60,17 @@ def check_accounts(run_dir: Path, steps: int, tokenizer) -> None:
     buffer = RolloutBuffer(run_dir / "stream", tokenizer=tokenizer, vocab_size=64)
     assert buffer.num_rows == groups * N
     assert {file.label: counts.uses(file.label).tolist() for file in buffer.files} == {
-        file.name: [MAX_USES] * (PER_FILE * N) for file in files
+        file.name: [MAX_USES] * (per_file * N) for file in files
     }
+
+    mixed = 0
+    for row in (row for file in files for row in pq.read_table(file).to_pylist()):
+        runs = row.get("policy_versions") or [row["policy_version"], len(row["completion_ids"])]
+        versions, tokens = runs[::2], runs[1::2]
+        assert sum(tokens) == len(row["completion_ids"]) == len(row["behavior_logprobs"])
+        assert row["policy_version"] == min(versions) and versions == sorted(set(versions))
+        mixed += len(versions) > 1
+    assert mixed  # weights were swapped in amid completions
 
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["steps"], summary["completions"]) == (steps, groups * N * MAX_USES)
@@ -74,14 +84,20 @@ def _find(value, key):
 
 
 @pytest.mark.parametrize(
-    ("steps", "kills"), [(24, 2), pytest.param(240, 20, marks=pytest.mark.slow)], ids=["2 kills", "20 kills"]
+    ("steps", "kills", "per_file"),
+    [
+        (24, 2, 4),
+        pytest.param(240, 20, 4, marks=pytest.mark.slow),
+        pytest.param(120, 10, 1, marks=pytest.mark.slow),
+    ],
+    ids=["2 kills", "20 kills", "10 kills, a file a group"],
 )
 def test_both_sides_are_killed_and_every_row_is_used_exactly_as_often_as_configured(
-    tmp_path, quickstart_tokenizer, steps, kills
+    tmp_path, quickstart_tokenizer, steps, kills, per_file
 ):
-    both = sides(tmp_path / "run", steps=steps, kills=kills, seed=kills)
+    both = sides(tmp_path / "run", steps=steps, kills=kills, per_file=per_file, seed=kills)
     run_both(both)
     assert [side.killed for side in both] == [kills, kills]
-    check_accounts(tmp_path / "run", steps, quickstart_tokenizer)
+    check_accounts(tmp_path / "run", steps, per_file, quickstart_tokenizer)
     assert not list((tmp_path / "run" / "weights").glob(".version-*"))
     assert len(list((tmp_path / "run" / "weights").glob("version-*"))) == 2

@@ -144,7 +144,7 @@ def test_values_by_hand():
         "advantage_spread": math.sqrt(5 / 3),
         "negative_share": 1 / 4,
         "staleness_min": 0,
-        "staleness_mean": 2,
+        "staleness_mean": (5 * 0 + 2 * 6) / 7,
         "staleness_max": 6,
     }
     for name, value in expected.items():

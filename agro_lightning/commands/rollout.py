@@ -23,6 +23,7 @@ from agro_lightning.primitives.device import choose_device
 from agro_lightning.rewards import ExactMatch, Reward, RewardSet
 from agro_lightning.rollout import AutoEngine, RolloutEngine, Sampling
 from agro_lightning.rollout.collect import RolloutReport, rollout_groups
+from agro_lightning.rollout.flow import GroupFlow, InFlight
 from agro_lightning.rollout.follow_run import FollowedRun
 from agro_lightning.rollout.output_files import OutputFiles, WorkerShare, claim_folder
 from agro_lightning.types import PromptGroup
@@ -37,6 +38,7 @@ def rollout(
     sampling: Sampling = Sampling(max_new_tokens=5),  # noqa: B008
     temperature: float | None = None,
     engine: RolloutEngine = AutoEngine(),  # noqa: B008
+    in_flight: InFlight = InFlight(),  # noqa: B008
     follow: str | None = None,
     groups: int | None = None,
     groups_per_file: int | None = None,
@@ -63,13 +65,17 @@ def rollout(
         sampling: how completions are sampled.
         temperature: overrides sampling.temperature.
         engine: what generates.
+        in_flight: with follow: how many completions are made at the same time, and what new weights do to
+            them.
         follow: the folder of a run that trains on what is made here: `fit` with a Stream source and the
-            callback PublishWeights. The newest weights are used for each file, until the run ends.
+            callback PublishWeights. Completions that are being made go on under the newest weights, until the
+            run ends.
         groups: prompts to answer in all; default every prompt once, with follow until the run ends.
-        groups_per_file: prompts of one file; default 64, with follow 8.
+        groups_per_file: prompts of one file; default 64. With follow a file is written when its last group is
+            whole, so that the default is 1, or a 64th of the run's step.
         shard: i/k: this is process i of k that fill one folder; each makes every k-th file.
-        max_ahead: with follow: most groups that may wait for the run; default twice what it uses in a step,
-            and one file of every process.
+        max_ahead: with follow: most groups that are being made or wait for the run; default twice what it
+            uses in a step, and those that every process is making.
         timeout_s: with follow: how long to wait for weights, or for the run to use groups.
         source: the name that rows give as their source.
         max_failure_fraction: stop when more than this fraction of the latest rewards failed.
@@ -91,17 +97,19 @@ def rollout(
         sampling = replace(sampling, temperature=temperature)
     mine = WorkerShare.parse(shard)
     folder = Path(out) if out is not None else Path(str(follow)) / "stream"
-    size = groups_per_file or (64 if follow is None else 8)
     run = None
     if follow is not None:
         run = FollowedRun(
             Path(follow),
             folder,
             max_ahead=max_ahead,
-            per_file=size,
+            per_file=groups_per_file,
+            requests=in_flight.requests,
+            n=n,
             shards=mine.count,
             timeout_s=timeout_s,
         )
+    size = run.per_file if run else groups_per_file or 64
     model, tokenizer = _policy(policy, run, sampling)
     model.to(placed := choose_device(device))
     data = PromptDataset(prompts, tokenizer=tokenizer, on_bad_row=on_bad_row, vocab_size=model.vocab_size)
@@ -128,7 +136,10 @@ def rollout(
     engine.attach(model, tokenizer)
     maker = _Maker(model, tokenizer, engine, scorer, sampling, completions, source)
     try:
-        _fill(parts, mine, maker, run)
+        if run is None:
+            _fill(parts, mine, maker)
+        else:
+            _flow(parts, mine, maker, run, in_flight)
     finally:
         engine.close()
         scorer.close()
@@ -161,48 +172,75 @@ class _Maker:
     n: int
     source: str
 
-    def make(
-        self, parts: OutputFiles, part: int, policy_version: int
-    ) -> tuple[list[PromptGroup], RolloutReport]:
-        return rollout_groups(
-            self.engine,
-            parts.prompts_of(part),
-            self.sampling,
-            self.rewards,
-            self.tokenizer,
-            n=self.n,
-            seed=parts.sampling_seed(part),
-            source=self.source,
-            policy_version=policy_version,
-        )
+    def write(self, parts: OutputFiles, part: int, groups: list[PromptGroup]) -> None:
+        """Puts a file's groups where they belong; there is no file of none."""
+        if not groups:
+            return
+        path = parts.path(part)
+        try:
+            append_rollouts(parts.folder, groups, name=path.stem, tokenizer_id=tokenizer_id(self.tokenizer))
+        except FileExistsError:
+            raise FileExistsError(
+                f"{path} was made by another process meanwhile; is one running with the same --shard?"
+            ) from None
 
 
-def _fill(parts: OutputFiles, shard: WorkerShare, maker: _Maker, run: FollowedRun | None) -> None:
+def _fill(parts: OutputFiles, shard: WorkerShare, maker: _Maker) -> None:
     """Makes this shard's missing files, one after another."""
     remove_temporaries(parts.folder)
-    names = tokenizer_id(maker.tokenizer)
     tally = _Tally(total=parts.count(shard))
-    version = -1 if run is None else run.weights.policy_version
-    maker.engine.update_weights(version)
+    maker.engine.update_weights(-1)
     for part in parts.missing(shard):
-        if run is not None:
-            if not run.wait_for_room():
-                break
-            if run.update(maker.policy):
-                version = run.weights.policy_version
-                maker.engine.update_weights(version)
-        groups, report = maker.make(parts, part, version)
-        if groups:
-            path = parts.path(part)
-            try:
-                append_rollouts(parts.folder, groups, name=path.stem, tokenizer_id=names)
-            except FileExistsError:
-                raise FileExistsError(
-                    f"{path} was made by another process meanwhile; is one running with the same --shard?"
-                ) from None
+        groups, report = rollout_groups(
+            maker.engine,
+            parts.prompts_of(part),
+            maker.sampling,
+            maker.rewards,
+            maker.tokenizer,
+            n=maker.n,
+            seed=parts.sampling_seed(part),
+            source=maker.source,
+            policy_version=-1,
+        )
+        maker.write(parts, part, groups)
         tally.add(groups, report)
-        tally.show(part, version)
-    tally.finish(parts.folder, 0.0 if run is None else run.waited)
+        tally.show(part, -1)
+    tally.finish(parts.folder, 0.0)
+
+
+def _flow(
+    parts: OutputFiles, shard: WorkerShare, maker: _Maker, run: FollowedRun, settings: InFlight
+) -> None:
+    """Makes this shard's missing files, many groups at a time, under the run's newest weights."""
+    remove_temporaries(parts.folder)
+    tally = _Tally(total=parts.count(shard))
+    version = run.weights.policy_version
+    maker.engine.update_weights(version)
+    decoding = maker.engine.in_flight(maker.sampling, policy_version=version, caches=settings.caches)
+
+    def take_weights() -> None:
+        if run.update(maker.policy):
+            decoding.update_weights(run.weights.policy_version)
+
+    def made(part: int, groups: list[PromptGroup], report: RolloutReport) -> None:
+        maker.write(parts, part, groups)
+        run.forget_counts()
+        tally.add(groups, report)
+        tally.show(part, run.weights.policy_version)
+
+    flow = GroupFlow(
+        decoding,
+        maker.rewards,
+        maker.tokenizer,
+        maker.sampling,
+        parts,
+        n=maker.n,
+        source=maker.source,
+        settings=settings,
+        made=made,
+    )
+    flow.run(shard, run, take_weights)
+    tally.finish(parts.folder, run.waited)
 
 
 @dataclass

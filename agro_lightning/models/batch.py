@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from agro_lightning.types import PromptGroup
+from agro_lightning.types import Completion, PromptGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,8 @@ class TokenBatch:
     """NaN where a completion has none; None when no completion has any."""
     truncated: Bool[Tensor, " B"]
     policy_versions: Int[Tensor, " B"]
+    token_versions: Int[Tensor, " N"]
+    """The version that drew each target; policy_versions are the oldest of each completion."""
     sources: tuple[str, ...]
     """The source of each completion, B entries."""
     prompt_ids: tuple[str, ...]
@@ -49,7 +51,7 @@ class TokenBatch:
     num_groups: float
     """Groups of the whole optimiser step, over all micro-batches and ranks: what the loss is divided by."""
     policy_version: int
-    """Optimiser steps taken when the batch was drawn; staleness is this minus policy_versions."""
+    """Optimiser steps taken when the batch was drawn; staleness is this minus token_versions."""
 
     @property
     def num_tokens(self) -> int:
@@ -140,6 +142,7 @@ def pack_groups(
         behavior_logprobs=_tokens([c.behavior_logprobs for c in completions], lengths),
         truncated=torch.tensor([c.finish_reason == "length" for c in completions]),
         policy_versions=torch.tensor([c.policy_version for c in completions]),
+        token_versions=torch.from_numpy(_versions(completions, lengths)),
         sources=tuple(c.source for c in completions),
         prompt_ids=tuple(group.prompt.prompt_id for group in groups),
         num_groups=float(num_groups),
@@ -176,6 +179,13 @@ def _tokens(values: Sequence[Sequence[float] | None], lengths: np.ndarray) -> Te
         for value, length in zip(values, lengths, strict=True)
     ]
     return torch.from_numpy(np.concatenate(parts))
+
+
+def _versions(completions: Sequence[Completion], lengths: np.ndarray) -> Int[np.ndarray, " N"]:
+    """The policy version of each token of all completions, end to end."""
+    runs = [c.policy_versions or ((c.policy_version, n),) for c, n in zip(completions, lengths, strict=True)]
+    versions, tokens = np.array([run for each in runs for run in each], dtype=np.int64).T
+    return np.repeat(versions, tokens)
 
 
 def split_batch(batch: TokenBatch, max_tokens: int) -> list[TokenBatch]:
@@ -239,6 +249,7 @@ def select_completions(batch: TokenBatch, rows: Sequence[int]) -> TokenBatch:
         behavior_logprobs=tokens(batch.behavior_logprobs),
         truncated=batch.truncated[on_device],
         policy_versions=batch.policy_versions[on_device],
+        token_versions=batch.token_versions[kept_targets],
         sources=tuple(source for source, kept in zip(batch.sources, keep.tolist(), strict=True) if kept),
         prompt_ids=tuple(
             name for name, kept in zip(batch.prompt_ids, keep_group.tolist(), strict=True) if kept

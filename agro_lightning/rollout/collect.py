@@ -90,32 +90,23 @@ def rollout_groups(
     failures: Counter[str] = Counter()
     kept: list[tuple[int, Generation]] = []
     for index, row in enumerate(generations):
-        usable = [g for g in row if g.finish_reason != "error" and g.completion_ids]
+        usable = [g for g in row if is_usable(g)]
         failures["generation"] += n - len(usable)
         kept += [(index, generation) for generation in usable]
-    # one by one: batch_decode gives [""] for no completions
-    texts = [str(tokenizer.decode(list(g.completion_ids), skip_special_tokens=True)) for _, g in kept]
-    scores = rewards([prompts[index] for index, _ in kept], texts)
+    scored = score(
+        [(prompts[index], generation) for index, generation in kept],
+        rewards,
+        tokenizer,
+        sampling,
+        source=source,
+        policy_version=policy_version,
+    )
     completions: list[list[Completion]] = [[] for _ in prompts]
-    for (index, generation), text, score in zip(kept, texts, scores, strict=True):
-        if score.reward is None:
-            failures[score.failure or "abstained"] += 1
-            continue
-        completions[index].append(
-            Completion(
-                completion=text,
-                completion_ids=generation.completion_ids,
-                reward=score.reward,
-                reward_parts=dict(score.parts),
-                finish_reason=generation.finish_reason,
-                source=source,
-                policy_version=policy_version,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                behavior_logprobs=generation.behavior_logprobs,
-            )
-        )
+    for (index, _), found in zip(kept, scored, strict=True):
+        if isinstance(found, Completion):
+            completions[index].append(found)
+        else:
+            failures[found] += 1
     groups = [
         PromptGroup(prompt=prompt, completions=tuple(rows))
         for prompt, rows in zip(prompts, completions, strict=True)
@@ -131,3 +122,55 @@ def rollout_groups(
         score_seconds=time.perf_counter() - generated,
     )
     return groups, report
+
+
+def is_usable(generation: Generation) -> bool:
+    """Whether a completion came out that can be scored."""
+    return generation.finish_reason != "error" and bool(generation.completion_ids)
+
+
+def score(
+    kept: Sequence[tuple[Prompt, Generation]],
+    rewards: RewardSet,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+    *,
+    source: str,
+    policy_version: int,
+) -> list[Completion | str]:
+    """The scored completion of each usable generation, or the reason that its reward is missing.
+
+    Args:
+        kept: generations with their prompts.
+        rewards, tokenizer, sampling, source: see `rollout_groups`.
+        policy_version: of generations that do not name the versions that drew them.
+
+    Raises:
+        RewardFailureError: the rewards' alarms.
+    """
+    # one by one: batch_decode gives [""] for no completions
+    texts = [str(tokenizer.decode(list(g.completion_ids), skip_special_tokens=True)) for _, g in kept]
+    scored: list[Completion | str] = []
+    results = rewards([prompt for prompt, _ in kept], texts)
+    for (_, generation), text, result in zip(kept, texts, results, strict=True):
+        if result.reward is None:
+            scored.append(result.failure or "abstained")
+            continue
+        runs = generation.policy_versions or ((policy_version, len(generation.completion_ids)),)
+        scored.append(
+            Completion(
+                completion=text,
+                completion_ids=generation.completion_ids,
+                reward=result.reward,
+                reward_parts=dict(result.parts),
+                finish_reason=generation.finish_reason,
+                source=source,
+                policy_version=min(version for version, _ in runs),
+                policy_versions=runs if len(runs) > 1 else None,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                behavior_logprobs=generation.behavior_logprobs,
+            )
+        )
+    return scored

@@ -5,17 +5,21 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from agro_lightning.data.stream import read_progress
+from agro_lightning.data.stream import StreamProgress, read_progress
 from agro_lightning.models.config import PolicySettings
 from agro_lightning.models.policy import Policy
 from agro_lightning.rollout.output_files import CommittedGroups
 from agro_lightning.rollout.weight_sync import (
     POLL_SECONDS,
+    WeightsVersion,
     load_policy,
     load_weights,
     newest_weights,
     wait_for_weights,
 )
+
+LOOK_SECONDS = 0.05
+"""Between two looks at the run's folder, while tokens are being decoded."""
 
 
 class FollowedRun:
@@ -24,9 +28,11 @@ class FollowedRun:
     Args:
         run_dir: the run's folder, where it publishes weights.
         folder: where groups are appended.
-        max_ahead: most groups that may wait there for the run; None: twice what the run uses in a step, and
-            one file of every worker.
-        per_file: groups that one file may hold.
+        max_ahead: most groups that are being made or wait there for the run; None: twice what the run uses in
+            a step, and what every worker would like to be making.
+        per_file: groups of one file; None: one, or more where a step of the run would be more than 64 files.
+        requests: completions that a worker would like to be making at the same time; None: 8 groups.
+        n: completions of a group; None: the run's group_size.
         shards: workers that fill the folder.
         timeout_s: longest wait for weights, and for the run to use groups.
     """
@@ -37,23 +43,31 @@ class FollowedRun:
         folder: Path,
         *,
         max_ahead: int | None,
-        per_file: int,
+        per_file: int | None,
+        requests: int | None,
+        n: int | None,
         shards: int,
         timeout_s: float,
     ) -> None:
         self.run_dir, self.folder, self.timeout_s = run_dir, folder, timeout_s
         self.weights = wait_for_weights(run_dir, timeout_s)
-        in_flight = per_file * shards
         step = self.weights.facts.groups_per_step
-        self.max_ahead = 2 * step + in_flight if max_ahead is None else max_ahead
-        if self.max_ahead < step - 1 + in_flight:
+        self.per_file = per_file or max(1, step // 64)
+        self._shards = shards
+        wanted = 8 if requests is None else -(-requests // (n or self.weights.facts.group_size))
+        least, files = self.per_file * shards, max(1, wanted // self.per_file)
+        self.max_ahead = 2 * step + files * least if max_ahead is None else max_ahead
+        if self.max_ahead < step - 1 + least:
             raise ValueError(
                 f"max_ahead is {max_ahead}; the run uses {step} groups a step and {shards} processes make "
-                f"{per_file} a file, so both would wait for each other below {step - 1 + in_flight}"
+                f"{self.per_file} a file, so both would wait for each other below {step - 1 + least}"
             )
-        # every other process may be making a file already, when this one looks
-        self._most_before = self.max_ahead - in_flight
+        self.most_making = min(files, (self.max_ahead - step + 1) // least) * self.per_file
+        """Groups that a worker makes at the same time: as many as leave no step of the run short."""
+        self._newest: WeightsVersion | None = None
         self._committed = CommittedGroups(folder)
+        self._progress, self._waiting, self._counted_at = StreamProgress(), 0, -LOOK_SECONDS
+        self._step_seen, self._last_wait, self._looked_at = (-1, 0.0), 0.0, -LOOK_SECONDS
         self.waited = 0.0
         """Seconds spent waiting for the run to use groups."""
 
@@ -67,41 +81,60 @@ class FollowedRun:
 
     def update(self, policy: Policy) -> bool:
         """Loads the newest weights where they are not those that the policy has; says whether they were."""
-        while (found := newest_weights(self.run_dir)) not in (None, self.weights):
-            assert found is not None
-            try:
-                load_weights(found, policy)
-            except FileNotFoundError:
-                continue
-            self.weights = found
-            return True
-        return False
+        found = self._look()
+        if found is None or found == self.weights:
+            return False
+        try:
+            load_weights(found, policy)
+        except FileNotFoundError:  # newer weights took the place of these
+            self._looked_at = -LOOK_SECONDS
+            return False
+        self.weights = found
+        return True
 
-    def wait_for_room(self) -> bool:
-        """Waits until another file would not run too far ahead of the run; False when the run has ended.
+    def has_ended(self) -> bool:
+        """Whether the run has published its last weights."""
+        return (newest := self._look()) is not None and newest.final
+
+    def _look(self) -> WeightsVersion | None:
+        """The newest weights, looked for every LOOK_SECONDS."""
+        if time.monotonic() - self._looked_at >= LOOK_SECONDS:
+            self._newest, self._looked_at = newest_weights(self.run_dir), time.monotonic()
+        return self._newest
+
+    def has_room(self, making: int) -> bool:
+        """Whether another file may be begun beside `making` groups that this process is making.
+
+        Every other process may be making as many as it ever does.
+        """
+        if making and making + self.per_file > self.most_making:
+            return False
+        if time.monotonic() - self._counted_at >= LOOK_SECONDS:
+            self._progress = read_progress(self.folder)
+            self._waiting = self._committed.count() - self._progress.finished_groups
+            self._counted_at = time.monotonic()
+        others = (self._shards - 1) * self.most_making
+        return self._waiting + making + self.per_file + others <= self.max_ahead
+
+    def forget_counts(self) -> None:
+        """Has the next look count anew: this process has added to the folder."""
+        self._counted_at = -LOOK_SECONDS
+
+    def wait(self) -> None:
+        """Waits a moment for the run to use groups.
 
         Raises:
-            TimeoutError: the run has not used groups for so long.
+            TimeoutError: it has used none for so long.
         """
-        started = time.monotonic()
-        before, since = -1, started
-        while not self._has_ended():
-            progress = read_progress(self.folder)
-            waiting = self._committed.count() - progress.finished_groups
-            if waiting <= self._most_before:
-                self.waited += time.monotonic() - started
-                return True
-            if progress.step != before:
-                before, since = progress.step, time.monotonic()
-            if time.monotonic() - since >= self.timeout_s:
-                raise TimeoutError(
-                    f"{waiting} groups wait in {self.folder}, and the run {self.run_dir} has stayed at step "
-                    f"{progress.step} for {self.timeout_s:g} s. Has it stopped? Start this command again "
-                    "once it goes on; nothing is lost"
-                )
-            time.sleep(POLL_SECONDS)
-        return False
-
-    def _has_ended(self) -> bool:
-        newest = newest_weights(self.run_dir)
-        return newest is not None and newest.final
+        now = time.monotonic()
+        if self._progress.step != self._step_seen[0] or now - self._last_wait > 2 * POLL_SECONDS:
+            self._step_seen = (self._progress.step, now)
+        if now - self._step_seen[1] >= self.timeout_s:
+            raise TimeoutError(
+                f"{self._waiting} groups wait in {self.folder}, and the run {self.run_dir} has stayed at "
+                f"step {self._progress.step} for {self.timeout_s:g} s. Has it stopped? Start this command "
+                "again once it goes on; nothing is lost"
+            )
+        time.sleep(POLL_SECONDS)
+        self._last_wait = time.monotonic()
+        self.waited += self._last_wait - now

@@ -81,6 +81,10 @@ class OutputFiles:
         epoch, index = divmod(group, len(self.prompts))
         return self.prompts[int(self.prompts.order(self.seed, epoch)[index]) if self.shuffle else index]
 
+    def request_seed(self, group: int, member: int, attempt: int) -> int:
+        """The seed of one attempt at one completion of a group."""
+        return int(np.random.default_rng([self.seed, group, member, attempt]).integers(2**63))
+
     def sampling_seed(self, part: int) -> int:
         """The seed that a part is sampled with."""
         return int(np.random.default_rng([self.seed, part]).integers(2**31))

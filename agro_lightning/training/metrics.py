@@ -141,10 +141,10 @@ def batch_metrics(
     return metrics
 
 
-def _ages(batch: TokenBatch) -> Float[Tensor, " B"]:
-    """Optimiser steps since each completion was sampled; NaN where this run's policy did not sample it."""
-    ages = (batch.policy_version - batch.policy_versions).float()
-    return torch.where(batch.policy_versions >= 0, ages, torch.nan)
+def _ages(batch: TokenBatch) -> Float[Tensor, " N"]:
+    """Optimiser steps since each token was drawn; NaN where this run's policy did not draw it."""
+    ages = (batch.policy_version - batch.token_versions).float()
+    return torch.where(batch.token_versions >= 0, ages, torch.nan)
 
 
 def _of_own_completions(batch: TokenBatch, result: StepResult) -> dict[str, MetricSum]:
@@ -199,7 +199,7 @@ def _of_source(
         f"share/{source}": MetricSum(len(mine), mine.sum()),
         f"reward/{source}": _mean(batch.rewards[mine]),
         f"log_ratio/{source}": _mean(result.log_ratios[mine]),
-        f"staleness/{source}": _mean(_ages(batch)[mine]),
+        f"staleness/{source}": _mean(_ages(batch)[mine[batch.sequence_ids]]),
         f"effective_sample_size/{source}": _effective_sample_size(weights[~weights.isnan()]),
         f"regularized_reward_spread/{source}": _mean(spread),
     }

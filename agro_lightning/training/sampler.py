@@ -356,7 +356,7 @@ class TrainFeed:
             buffer = self.streams[source.name].buffer
         else:
             buffer = self.offline[source.name]
-            changes["policy_version"] = -1
+            changes |= {"policy_version": -1, "policy_versions": None}
         assert buffer is not None
         (group,) = buffer.groups([row_ids])
         return replace(group, completions=tuple(replace(c, **changes) for c in group.completions))

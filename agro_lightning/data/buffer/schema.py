@@ -50,10 +50,14 @@ FILE_SCHEMA = pa.schema(
 )
 """What `append_rollouts` writes."""
 
+VERSIONS_FIELD = pa.field("policy_versions", _TOKENS)
+"""A column that a file has only where weights changed amid a completion: a version, the number of tokens that
+it drew, the next version, its number of tokens, and so on."""
+
 READ_SCHEMA = pa.schema(
     [
         (field.name, pa.list_(pa.int64()) if field.type == _TOKENS else field.type)
-        for field in FILE_SCHEMA
+        for field in (*FILE_SCHEMA, VERSIONS_FIELD)
         if field.name != "created_at"
     ]
 )

@@ -33,7 +33,7 @@ from agro_lightning.primitives.atomic_files import DiskFullError, is_disk_full
 from agro_lightning.primitives.ragged import Ragged
 from agro_lightning.types import Completion, Prompt, answer_from_text
 
-FORMAT = 2
+FORMAT = 3
 """Version of records and index; part of every cache key."""
 LARGE_FILE_BYTES = 8 << 20
 """Files from this size on are packed once and cached; every process packs smaller ones anew."""
@@ -44,6 +44,7 @@ UNUSED_DAYS = 30
 """Cache entries that nobody opened for this long are removed when a new one is made."""
 
 _ARRAYS = {"prompt_ids": "<i4", "completion_ids": "<i4", "behavior_logprobs": "<f4", "ref_logprobs": "<f4"}
+_ARRAYS["policy_versions"] = "<i4"
 _LENGTHS = struct.Struct(f"<{len(_ARRAYS)}I")
 """A record: the arrays' sizes in bytes, the arrays, and a JSON list of the row's other values."""
 _VALUES = (
@@ -154,8 +155,10 @@ class Record:
         values["reward_parts"] = dict(values["reward_parts"] or ())
         if source is not None:
             values["source"] = source
+        runs = self._tuple("policy_versions")
         return Completion(
             **values,
+            policy_versions=tuple(zip(runs[::2], runs[1::2], strict=True)) or None,
             completion_ids=self._tuple("completion_ids"),
             behavior_logprobs=self._tuple("behavior_logprobs") or None,
             ref_logprobs=self._tuple("ref_logprobs") or None,

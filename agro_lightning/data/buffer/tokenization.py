@@ -128,7 +128,7 @@ class RowTokens:
                 self._warn(batch.column("tokenizer_id").filter(pa.array(chosen & foreign))[0].as_py())
         columns["finish_reason"] = self._finish_reasons(columns["finish_reason"], columns["completion_ids"])
         if encoded.any():
-            for name in ("behavior_logprobs", "ref_logprobs"):
+            for name in ("behavior_logprobs", "ref_logprobs", "policy_versions"):
                 nothing = pa.nulls(batch.num_rows, columns[name].type)
                 columns[name] = pc.call_function("if_else", [pa.array(encoded), nothing, columns[name]])
         return _batch(columns)

@@ -75,6 +75,7 @@ class RowChecker:
         completion = Ragged.of(batch.column("completion_ids"))
         yield from _logprob_problems(batch, "behavior_logprobs", completion, finite=False)
         yield from _logprob_problems(batch, "ref_logprobs", completion, finite=True)
+        yield from _version_problems(batch, completion.lengths)
 
     def _token_problems(self, batch: pa.RecordBatch, side: str) -> Iterator[BadRows]:
         column, limit = f"{side}_ids", self.limits[f"max_{side}_tokens"]
@@ -140,6 +141,25 @@ def _logprob_problems(
         unusable = logprobs.rows_with(~np.isfinite(logprobs.values))
         said = f"{column} has a value that is not finite; leave the column out"
         yield "bad_logprobs", unusable, lambda _: said
+
+
+def _version_problems(batch: pa.RecordBatch, drawn: np.ndarray) -> Iterator[BadRows]:
+    runs = Ragged.of(batch.column("policy_versions"))
+    yield "wrong_type", runs.nulls, lambda _: "policy_versions has a null in it; give integers, or no list"
+    place = np.arange(len(runs.values)) - np.repeat(runs.offsets[:-1], runs.lengths)
+    counts, limit = place % 2 == 1, np.iinfo(np.int32).max
+    outside = (runs.values < np.where(counts, 1, -1)) | (runs.values > limit)
+    sums = np.concatenate([[0], np.cumsum(np.where(counts, runs.values, 0))])
+    covered = sums[runs.offsets[1:]] - sums[runs.offsets[:-1]]
+    wrong = runs.rows_with(outside) | (runs.lengths % 2 == 1) | (covered != drawn)
+
+    def describe(row: int) -> str:
+        return (
+            f"policy_versions is {runs[row].tolist()[:20]} for {drawn[row]} tokens; it must be version, "
+            "tokens, version, tokens, ... with as many tokens in all"
+        )
+
+    yield "bad_policy_version", runs.present & wrong, describe
 
 
 def _fill_defaults(batch: pa.RecordBatch) -> pa.RecordBatch:

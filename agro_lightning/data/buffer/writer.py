@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from agro_lightning.data.buffer.schema import FILE_SCHEMA, FINISH_REASONS
+from agro_lightning.data.buffer.schema import FILE_SCHEMA, FINISH_REASONS, VERSIONS_FIELD
 from agro_lightning.primitives.atomic_files import sync_directory, write_once
 from agro_lightning.types import Completion, Prompt, PromptGroup, answer_to_text
 
@@ -53,7 +53,9 @@ def append_rollouts(
     if not rows:
         raise ValueError(f"no completions to append as {name!r}; pass at least one")
     moment = created_at or datetime.now(UTC)
-    table = pa.Table.from_pylist([{**row, "created_at": moment} for row in rows], schema=FILE_SCHEMA)
+    mixed = any(row[VERSIONS_FIELD.name] for row in rows)
+    schema = FILE_SCHEMA.append(VERSIONS_FIELD) if mixed else FILE_SCHEMA
+    table = pa.Table.from_pylist([{**row, "created_at": moment} for row in rows], schema=schema)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     folder = Path(directory)
@@ -96,9 +98,13 @@ def _row(prompt: Prompt, completion: Completion, tokenizer: str) -> dict[str, An
             )
     if completion.ref_logprobs is not None and not np.isfinite(completion.ref_logprobs).all():
         raise ValueError(f"{where} has ref_logprobs that are not finite; leave them out (None)")
+    runs = completion.policy_versions or ()
+    if runs and sum(tokens for _, tokens in runs) != count:
+        raise ValueError(f"{where} has policy_versions {runs} for {count} tokens; they must add up to them")
     row = {name: getattr(prompt, name) for name in ("prompt_id", "prompt", "prompt_ids")}
     row |= {name: getattr(completion, name) for name in FILE_SCHEMA.names if hasattr(completion, name)}
     row["reward_parts"] = list(completion.reward_parts.items())
+    row[VERSIONS_FIELD.name] = [number for run in runs for number in run] or None
     return {**row, "tokenizer_id": tokenizer, "answer": answer_to_text(prompt.answer)}
 
 

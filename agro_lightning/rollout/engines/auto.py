@@ -4,7 +4,13 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from agro_lightning.rollout.engines.base import Generation, RolloutEngine, Sampling
+from agro_lightning.rollout.engines.base import (
+    Caches,
+    Generation,
+    InFlightEngine,
+    RolloutEngine,
+    Sampling,
+)
 from agro_lightning.rollout.engines.batched import BatchedDecoding
 from agro_lightning.rollout.engines.hf_generate import HFGenerate
 
@@ -57,6 +63,10 @@ class AutoEngine(RolloutEngine):
     ) -> list[list[Generation]]:
         """Generates with the chosen engine."""
         return self.engine.generate(prompts, sampling, n=n, seed=seed)
+
+    def in_flight(self, sampling: Sampling, *, policy_version: int, caches: Caches) -> InFlightEngine:
+        """That of the chosen engine."""
+        return self.engine.in_flight(sampling, policy_version=policy_version, caches=caches)
 
     def close(self) -> None:
         """Closes the chosen engine, if there is one."""

@@ -2,10 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, Literal
 
 from agro_lightning.types import FinishReason
+
+Caches = Literal["keep", "drop"]
 
 
 @dataclass(frozen=True, kw_only=True)  # without slots: the command line reads defaults from __dict__
@@ -42,6 +45,49 @@ class Generation:
     """"error" when the engine failed on this request: it is counted and dropped, never scored."""
     behavior_logprobs: tuple[float, ...] | None
     """Log-prob of each token under the engine's distribution at the sampling temperature; None if unknown."""
+    policy_versions: tuple[tuple[int, int], ...] | None = None
+    """Runs of (version, tokens) where the policy's version is known token by token; None: that of the last
+    update_weights before it was generated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One completion that is wanted."""
+
+    number: int
+    """Names the request in what `step` returns; no two requests have the same."""
+    prompt_ids: tuple[int, ...]
+    seed: int
+    """Of its draws: 0 or more. Requests of equal seed, prompt and weights get equal tokens."""
+
+
+class InFlightEngine(ABC):
+    """Decodes requests that come and go while others are being decoded.
+
+    New weights may come between any two steps: requests in flight go on under them, and each token's version
+    is recorded in its Generation.
+    """
+
+    @abstractmethod
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Takes requests in; they wait for room where there is none. Those of one prompt, next to each other,
+        share its computation.
+
+        Raises:
+            ValueError: a prompt is empty, too long, or has ids outside the vocabulary.
+        """
+
+    @abstractmethod
+    def step(self) -> list[tuple[int, Generation]]:
+        """Decodes on for a while, a token of each request at the least; returns those that have ended."""
+
+    @abstractmethod
+    def update_weights(self, policy_version: int) -> None:
+        """Takes the policy's present weights for every token from now on."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Drops what is in flight; the engine that it came from stays usable."""
 
 
 class RolloutEngine(ABC):
@@ -83,6 +129,59 @@ class RolloutEngine(ABC):
     ) -> list[list[Generation]]:
         """Returns n generations of each prompt, in order; equal seed, weights, prompts: equal tokens."""
 
+    def in_flight(self, sampling: Sampling, *, policy_version: int, caches: Caches) -> InFlightEngine:
+        """The engine as one whose requests come and go.
+
+        By default whole batches, between which weights change; engines that can change them between tokens
+        override it.
+
+        Args:
+            sampling: of every request.
+            policy_version: of the weights that the last `update_weights` brought.
+            caches: what becomes of the keys and values of requests in flight when weights change: "keep"
+                them, as the old weights made them, or "drop" them and compute them anew.
+        """
+        return WholeBatches(self, sampling, policy_version)
+
     @abstractmethod
     def close(self) -> None:
         """Frees processes and memory; the engine cannot be used afterwards."""
+
+
+class WholeBatches(InFlightEngine):
+    """An engine that takes whole batches: one step answers everything that waits.
+
+    Args:
+        engine: attached, and up to date.
+        sampling: of every request.
+        policy_version: of its weights.
+    """
+
+    def __init__(self, engine: RolloutEngine, sampling: Sampling, policy_version: int) -> None:
+        self.engine, self.sampling, self.version = engine, sampling, policy_version
+        self._waiting: list[Request] = []
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        self._waiting += requests
+
+    def step(self) -> list[tuple[int, Generation]]:
+        """Groups of equal size share a call: an engine makes equally many completions of each prompt."""
+        groups = [list(group) for _, group in groupby(self._waiting, key=lambda one: one.prompt_ids)]
+        self._waiting = []
+        ended: list[tuple[int, Generation]] = []
+        for size in sorted({len(group) for group in groups}):
+            some = [group for group in groups if len(group) == size]
+            prompts, seed = [group[0].prompt_ids for group in some], some[0][0].seed
+            answers = self.engine.generate(prompts, self.sampling, n=size, seed=seed)
+            for group, row in zip(some, answers, strict=True):
+                for request, answer in zip(group, row, strict=True):
+                    runs = answer.policy_versions or ((self.version, len(answer.completion_ids)),)
+                    ended.append((request.number, replace(answer, policy_versions=runs)))
+        return ended
+
+    def update_weights(self, policy_version: int) -> None:
+        served = self.engine.update_weights(policy_version)
+        self.version = policy_version if served is None else served
+
+    def close(self) -> None:
+        self._waiting = []

@@ -1,36 +1,26 @@
 """Batched decoding: each prompt computed once, ended rows make room for waiting ones, in a memory budget."""
 
 import inspect
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from transformers import DynamicCache
 
-from agro_lightning.rollout.engines.base import Generation, Sampling
+from agro_lightning.models.positions import LengthClasses
+from agro_lightning.rollout.engines.base import Caches, Generation, InFlightEngine, Request, Sampling
 from agro_lightning.rollout.engines.hf_generate import HFGenerate
-from agro_lightning.rollout.engines.kv_cache import Prefilled, RowsCache, unsupported
-from agro_lightning.rollout.engines.sampling import draw, uniforms
+from agro_lightning.rollout.engines.kv_cache import unsupported
+from agro_lightning.rollout.engines.rows_in_flight import RowsInFlight
 from agro_lightning.rollout.engines.transformers_engine import (
     TransformersEngine,
-    generation,
+    check_prompts,
     positions_differ,
 )
 
-_PREFILL_TOKENS = 8192
-_PREFILL_LOGITS = 1 << 26
-"""Most tokens, and most logits, of one prefill pass."""
-_REFILL_BELOW = 0.75
-"""Share of rows still running at which ended ones are dropped and waiting ones taken in."""
 _STEP_BYTES = {"cpu": 16 << 20, "cuda": 32 << 30}
 """Bytes of memory that could be read in the time that a decoding step takes apart from computing."""
-_PADDING_FREE = 256
-_PADDING_SHARE = 0.125
-"""Padding tokens that a prefill pass may have: up to the first, and above it a share of its real tokens."""
 
 
 class BatchedDecoding(TransformersEngine):
@@ -74,19 +64,35 @@ class BatchedDecoding(TransformersEngine):
     ) -> list[list[Generation]]:
         if positions_differ(lm, prompts, sampling):
             return HFGenerate.instead_of(self)._generate(lm, prompts, sampling, n, seed)
-        run = _Run(
+        rows = self._rows(lm, sampling, seed)
+        lines = rows.reserve(np.arange(len(prompts) * n)).reshape(len(prompts), n)
+        for bucket in self._length_buckets(lm, [len(prompt) for prompt in prompts], n):
+            for index in bucket:
+                rows.wait(prompts[index], lines[index])
+            while not rows.idle:
+                rows.step()
+        return [[rows.record(line) for line in row] for row in lines.tolist()]
+
+    def _rows(self, lm: Any, sampling: Sampling, seed: int, **options: Any) -> RowsInFlight:
+        return RowsInFlight(
             lm=lm,
-            prompts=prompts,
             sampling=sampling,
-            n=n,
             seed=seed,
             eos=self._eos,
             memory=self.memory_budget(lm),
             kv_bytes=self.kv_bytes_per_token(lm),
+            **options,
         )
-        for bucket in self._length_buckets(lm, [len(prompt) for prompt in prompts], n):
-            run.decode(bucket)
-        return run.generations()
+
+    def in_flight(self, sampling: Sampling, *, policy_version: int, caches: Caches) -> InFlightEngine:
+        """Requests that come and go, under weights that change between tokens."""
+        if self._policy is None:
+            raise RuntimeError("BatchedDecoding has no policy; call attach(policy, tokenizer) first")
+        if LengthClasses.of(self._policy.base.config) is not None:  # rows' positions depend on each other
+            return super().in_flight(sampling, policy_version=policy_version, caches=caches)
+        with self._policy.generating():
+            rows = self._rows(self._policy.base, sampling, 0, flowing=True, version=policy_version)
+        return _DecodedInFlight(self._policy, rows, caches)
 
     def _length_buckets(self, lm: Any, lengths: Sequence[int], n: int) -> list[list[int]]:
         """Prompts in buckets of like length, so that short ones are not padded to the longest of all.
@@ -113,163 +119,42 @@ class BatchedDecoding(TransformersEngine):
         return buckets
 
 
-@dataclass(slots=True)
-class _Waiting:
-    """A prompt of which some completions have not begun."""
+class _DecodedInFlight(InFlightEngine):
+    """RowsInFlight, entered and left with every step, so that weights may change in between."""
 
-    prompt: int
-    begun: int = 0
+    def __init__(self, policy: Any, rows: RowsInFlight, caches: Caches) -> None:
+        self.policy, self.rows, self.caches = policy, rows, caches
+        self._numbers: dict[int, int] = {}
+        """Of each line, the request that has it."""
+        self._prompts: dict[int, Sequence[int]] = {}
 
+    def submit(self, requests: Sequence[Request]) -> None:
+        check_prompts(self.policy.base, [request.prompt_ids for request in requests], self.rows.sampling)
+        for prompt, same in groupby(requests, key=lambda request: request.prompt_ids):
+            some = list(same)
+            lines = self.rows.reserve(np.array([request.seed for request in some]))
+            for line, request in zip(lines.tolist(), some, strict=True):
+                self._numbers[line], self._prompts[line] = request.number, prompt
+            self.rows.wait(prompt, lines)
 
-class _Run:
-    """One call of generate: what waits, the rows in flight, and what came out so far."""
+    def step(self) -> list[tuple[int, Generation]]:
+        if self.rows.idle:
+            return []
+        with self.policy.generating():
+            lines = self.rows.step().tolist()
+        ended = []
+        for line in lines:
+            answer, number = self.rows.record(line), self._numbers.pop(line)
+            runs = self.rows.release(line)
+            del self._prompts[line]
+            ended.append((number, replace(answer, policy_versions=runs if answer.completion_ids else None)))
+        return ended
 
-    def __init__(
-        self,
-        *,
-        lm: Any,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        n: int,
-        seed: int,
-        eos: Sequence[int],
-        memory: int,
-        kv_bytes: int,
-    ) -> None:
-        self.lm, self.prompts, self.sampling, self.n, self.seed = lm, prompts, sampling, n, seed
-        self.eos, self.memory, self.kv_bytes = eos, memory, kv_bytes
-        self.vocabulary = lm.get_input_embeddings().weight.shape[0]
-        self.logits_bytes = 20 * self.vocabulary  # logits, their fp32 copy and log-probs, the fp64 sums
-        self.waiting: deque[_Waiting] = deque()
-        self.cache = RowsCache()
-        self.eos_tensor = torch.tensor(eos, dtype=torch.long, device=lm.device)
-        # one line a completion; row r of the batch writes into line rows[r]
-        self.rows = np.zeros(0, dtype=np.int64)
-        self.running = np.zeros(0, dtype=bool)
-        self.tokens = np.zeros((len(prompts) * n, sampling.max_new_tokens), dtype=np.int32)
-        self.logprobs = None if sampling.temperature == 0 else np.zeros(self.tokens.shape, dtype=np.float32)
-        self.counts = np.zeros(len(prompts) * n, dtype=np.int64)
+    def update_weights(self, policy_version: int) -> None:
+        with self.policy.generating():
+            self.rows.change_version(policy_version)
+            if self.caches == "drop":
+                self.rows.compute_caches_anew(self._prompts)
 
-    def decode(self, prompts: Sequence[int]) -> None:
-        """Makes the completions of some prompts, longest first."""
-        self.waiting.extend(_Waiting(index) for index in prompts)
-        self._keep(torch.zeros(0, dtype=torch.long))
-        logits = self._admit(None)
-        while True:
-            assert logits is not None  # there are rows in flight
-            tokens = self._sample(logits)
-            alive = torch.from_numpy(self.running.nonzero()[0])
-            if not len(alive) and not self.waiting:
-                return
-            emptier = len(alive) <= _REFILL_BELOW * len(self.rows)
-            if emptier or self.cache.full:
-                self._keep(alive)
-                tokens = tokens[alive.to(tokens.device)]
-            logits = self.cache.forward(self.lm, tokens) if len(alive) else None
-            if emptier and self.waiting:
-                logits = self._admit(logits)
-
-    def _sample(self, logits: Tensor) -> Tensor:
-        """Draws a token for each row and records it; an ended row draws on, unrecorded, until dropped."""
-        steps = self.counts[self.rows]
-        tokens, logprobs = draw(logits, uniforms(self.seed, self.rows, steps), self.sampling)
-        on, lines = self.running, self.rows[self.running]
-        self.tokens[lines, steps[on]] = tokens.cpu().numpy()[on]
-        if self.logprobs is not None and logprobs is not None:
-            self.logprobs[lines, steps[on]] = logprobs.cpu().numpy()[on]
-        self.counts[lines] += 1
-        ended = torch.isin(tokens, self.eos_tensor).cpu().numpy()
-        self.running = on & ~ended & (self.counts[self.rows] < self.sampling.max_new_tokens)
-        return tokens
-
-    def _keep(self, alive: Tensor) -> None:
-        """Drops the rows that have ended and makes room for the next tokens of the others."""
-        self.rows, self.running = self.rows[alive.numpy()], self.running[alive.numpy()]
-        if len(self.rows):
-            self.cache.rebuild(alive, [], self.sampling.max_new_tokens - int(self.counts[self.rows].min()))
-        else:
-            self.cache = RowsCache()
-
-    def _admit(self, logits: Tensor | None) -> Tensor:
-        """Computes as many waiting prompts as fit and adds their rows; returns the logits of all rows."""
-        prompts, counts, lines = [], [], [self.rows]
-        longest = len(self.prompts[self.waiting[0].prompt])
-        columns = max(self.cache.width, longest) + self.sampling.max_new_tokens
-        most = self.memory // (columns * self.kv_bytes + self.logits_bytes)
-        room = max(most - len(self.rows), 0 if len(self.rows) else 1)
-        while self.waiting and room > 0:
-            head = self.waiting[0]
-            count = min(self.n - head.begun, room)
-            prompts.append(self.prompts[head.prompt])
-            counts.append(count)
-            lines.append(np.arange(count) + head.prompt * self.n + head.begun)
-            head.begun, room = head.begun + count, room - count
-            if head.begun == self.n:
-                self.waiting.popleft()
-        if not prompts:
-            assert logits is not None
-            return logits
-        prefilled, new_logits = self._prefill(prompts, counts)
-        self.cache.rebuild(torch.arange(len(self.rows)), prefilled, self.sampling.max_new_tokens)
-        self.rows = np.concatenate(lines)
-        self.running = np.concatenate([self.running, np.ones(sum(counts), dtype=bool)])
-        return new_logits if logits is None else torch.cat([logits, new_logits])
-
-    def _prefill(
-        self, prompts: Sequence[Sequence[int]], counts: Sequence[int]
-    ) -> tuple[list[Prefilled], Tensor]:
-        """Keys, values and next-token logits of prompts. Padding is on the right, where no token sees it."""
-        prefilled, logits, device = [], [], self.lm.device
-        for part in self._passes([len(prompt) for prompt in prompts]):
-            chunk = prompts[part]
-            ids = torch.zeros((len(chunk), len(chunk[0])), dtype=torch.long)
-            for row, prompt in enumerate(chunk):
-                ids[row, : len(prompt)] = torch.as_tensor(prompt)
-            last, place = torch.tensor([len(prompt) - 1 for prompt in chunk]).unique(return_inverse=True)
-            cache = DynamicCache()
-            out = self.lm(
-                input_ids=ids.to(device),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=last.to(device),
-            )
-            copies = torch.tensor(counts[part])
-            logits.append(
-                out.logits[torch.arange(len(chunk)), place.to(device)].repeat_interleave(
-                    copies.to(device), 0, output_size=int(copies.sum())
-                )
-            )
-            pairs = [(keys, values) for keys, values, *_ in cache if keys is not None and values is not None]
-            for row, (prompt, count) in enumerate(zip(chunk, counts[part], strict=True)):
-                end = len(prompt)
-                layers = [(keys[row, :, :end], values[row, :, :end]) for keys, values in pairs]
-                prefilled.append(Prefilled(layers=layers, rows=count))
-        return prefilled, torch.cat(logits)
-
-    def _passes(self, lengths: Sequence[int]) -> Iterator[slice]:
-        """Cuts prompts, longest first, into passes that fit the limits and hold little padding."""
-        start = 0
-        while start < len(lengths):
-            end, longest = start + 1, lengths[start]
-            while end < len(lengths):
-                size, real = end + 1 - start, sum(lengths[start : end + 1])
-                different = len(set(lengths[start : end + 1]))
-                if (
-                    size * longest > _PREFILL_TOKENS
-                    or size * different * self.vocabulary > _PREFILL_LOGITS
-                    or size * longest - real > max(_PADDING_FREE, _PADDING_SHARE * real)
-                ):
-                    break
-                end += 1
-            yield slice(start, end)
-            start = end
-
-    def generations(self) -> list[list[Generation]]:
-        """The records, n for each prompt, in the order of the prompts."""
-
-        def record(line: int, count: int) -> Generation:
-            logprobs = None if self.logprobs is None else self.logprobs[line, :count].tolist()
-            return generation(self.tokens[line, :count].tolist(), logprobs, self.eos)
-
-        records = [record(line, count) for line, count in enumerate(self.counts.tolist())]
-        return [records[start : start + self.n] for start in range(0, len(records), self.n)]
+    def close(self) -> None:
+        self._numbers, self._prompts = {}, {}
