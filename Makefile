@@ -4,7 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: fit test lint types wheel-test clean
+DOCS := $(VENV)/.docs-installed
+
+.PHONY: fit test lint types docs wheel-test clean
 
 # torch goes first and alone: an open range could pull several GB of GPU packages in
 $(STAMP): constraints.txt pyproject.toml
@@ -28,5 +30,13 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
+
+# the site in site/; a dead link or anchor, or a page outside the navigation, is an error
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) site build dist *.egg-info

@@ -121,7 +121,7 @@ def main() -> None:
     lines = [
         "# Which packing an architecture gets",
         "",
-        "Made by `python -m bench.packings`; see README.",
+        "Made by `python -m bench.packings`; see [Models](models.md#packing).",
         "",
     ]
     for packing, said in (

@@ -1,4 +1,4 @@
-"""What README says exists: its metrics are those of a run, its files and modules are there."""
+"""What README and the page of metrics say exists: a run has those metrics, the files and modules are there."""
 
 import csv
 import importlib.util
@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+METRICS = (ROOT / "docs" / "metrics.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def columns(tmp_path_factory):
 
 def documented():
     """Names in the first column of the metrics' table."""
-    table = README.split("| metric (`train/...`) | meaning |")[1].split("\n\n")[0]
+    table = METRICS.split("| metric (`train/...`) | meaning |")[1].split("\n\n")[0]
     cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
 
@@ -46,8 +48,8 @@ def test_every_metric_of_a_run_has_its_line(columns):
     assert len(measured) > 30
     for name in measured:
         base, _, last = name.partition("/")
-        fine = name in known or (base in by_source and last) or f"{base}/SOURCE" in README
-        assert fine and (base not in phases or name in known), f"{name} has no line in README"
+        fine = name in known or (base in by_source and last) or f"{base}/SOURCE" in METRICS
+        assert fine and (base not in phases or name in known), f"{name} has no line in docs/metrics.md"
 
 
 def test_every_line_is_a_metric(columns):
@@ -65,10 +67,15 @@ def test_its_python_runs(tmp_path):
     assert all(name in done.stdout for name in ("train/reward", "train/logprob_gap_mean", "val/pass_at_4"))
 
 
-def test_files_and_modules_that_it_names_are_there():
-    paths = set(re.findall(r"\b(?:configs|bench|tests|kernels)/[\w./-]+\.\w+", README))
-    assert len(paths) > 5
+def test_it_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_and_modules_that_a_page_names_are_there(page):
+    text = page.read_text()
+    paths = set(re.findall(r"(?<![\w/])(?:configs|bench|tests|kernels|docs|notebooks)/[\w./-]+\.\w+", text))
     for path in paths:
-        assert (ROOT / path).exists() or path.startswith("kernels/"), path
-    for module in set(re.findall(r"python -m (bench\.\w+)", README)):
+        assert (ROOT / path).exists(), path
+    for module in set(re.findall(r"python -m (bench\.\w+)", text)):
         assert importlib.util.find_spec(module) is not None, module

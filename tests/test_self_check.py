@@ -59,8 +59,8 @@ def test_a_packing_that_does_not_part_sequences_is_refused_by_name(name):
     assert isinstance(said.value, PackingMismatchError) or "attention" in str(said.value)
 
 
-def test_the_readme_says_which_models_get_which_packing():
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+def test_the_documentation_says_which_models_get_which_packing():
+    text = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
     for packing in ("shared", "plain", "single"):
         (line,) = [line for line in text.splitlines() if line.startswith(f"| `{packing}` |")]
         named = {word.strip("` ") for word in line.split("|")[3].split(",")}

@@ -106,7 +106,7 @@ class Agro(Objective):
         taper: also weight those completions by min(1, pi/mu), with mu from behaviour log-probs; a token
             without one takes the reference's.
 
-    Example:
+    Examples:
         >>> import torch
         >>> inputs = LossInputs(  # a right completion of two tokens, a wrong one of one token
         ...     logprobs=torch.tensor([-1.0, -2.0, -3.0], requires_grad=True),

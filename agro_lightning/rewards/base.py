@@ -31,7 +31,7 @@ class Reward(Protocol):
     `place(local_rank, local_ranks, device)`, called first, with this process's place among the processes of
     its machine and the device that it trains on.
 
-    Example:
+    Examples:
         >>> class Brevity:
         ...     name, weight = "brevity", 0.1
         ...     def __call__(self, prompts, completions):

@@ -74,7 +74,7 @@ class NumericMatch:
     listed at `agro_lightning.rewards.answer_parsing.numbers`. For symbolic answers use `MathVerify`. Of
     several reference answers, any is right; a number with another known unit than the answer's is wrong.
 
-    Example:
+    Examples:
         >>> prompt = Prompt(prompt_id="a", prompt="How long?", prompt_ids=(1,), answer="1500 m")
         >>> texts = ["It is 1,500 m.", r"\\boxed{1.5 \\times 10^3}", "1500 km", "15"]
         >>> [score.reward for score in NumericMatch()([prompt] * 4, texts)]

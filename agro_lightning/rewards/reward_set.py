@@ -34,7 +34,7 @@ class RewardSet:
     abstains (a Score of None without a failure) is left out of the sum on purpose; where all abstain, the
     total abstains, and the completion is dropped and counted as `abstained`, which raises no alarm.
 
-    Example:
+    Examples:
         >>> from agro_lightning.rewards import ExactMatch, NumericMatch
         >>> rewards = RewardSet([ExactMatch(), NumericMatch(weight=0.5)])
         >>> prompt = Prompt(prompt_id="a", prompt="6*7=", prompt_ids=(1,), answer="42")

@@ -27,7 +27,7 @@ _PROSE = re.compile(r"[a-z]{2,}:?\s+([^\s\w]?\d[^a-zA-Z]*[a-zA-Z][\w\s/^*-]*)$")
 def differ(one: str, other: str) -> bool:
     """Whether two texts end in known units that are not the same; a text without any differs from none.
 
-    Example:
+    Examples:
         >>> differ(r"5 \\text{ cm}", "5 m"), differ("9 cm^2", "9 square centimeters"), differ("5", "5 m")
         (True, False, False)
     """

@@ -1,4 +1,4 @@
-"""What is measured of each training batch. Every name here has one line in the README."""
+"""What is measured of each training batch. Every name here has one line in docs/metrics.md."""
 
 import math
 from collections.abc import Iterable, Sequence

@@ -23,7 +23,7 @@ def data_of(trainer: L.Trainer) -> Any:
 class StepCallback(Callback):
     """Knows what a step is: overrides `on_step_end`, and `on_micro_batch_end` where every micro-batch counts.
 
-    Example:
+    Examples:
         >>> class Greeter(StepCallback):
         ...     def on_step_end(self, trainer, module, data):
         ...         print(f"step {trainer.global_step} was skipped: {module.step_skipped}")

@@ -74,7 +74,7 @@ def linear_logprobs(
             vocabulary (on a GPU its log-prob is NaN, and AGRO_KERNELS_CHECK=1 turns on a device-side assert).
         TypeError: a DTensor.
 
-    Example:
+    Examples:
         >>> import torch
         >>> hidden, weight = torch.zeros(3, 8, requires_grad=True), torch.randn(50, 8)
         >>> out = linear_logprobs(hidden, weight, torch.tensor([4, 49, 0]), temperature=0.7)

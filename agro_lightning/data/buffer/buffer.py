@@ -61,7 +61,7 @@ class RolloutBuffer:
     Rows are numbered from 0 in the order in which files are loaded, and keep their numbers. A draw reads only
     the rows that it returns; memory holds about 20 bytes a row.
 
-    Example:
+    Examples:
         >>> from transformers import AutoTokenizer
         >>> from agro_lightning.quickstart import FOLDER
         >>> tokenizer = AutoTokenizer.from_pretrained(FOLDER / "policy")

@@ -37,7 +37,7 @@ class PythonReward(PooledReward):
     harmless; it must be importable there. Unbatched calls that are quick share a trip to a worker, and are
     repeated one by one where one of them hangs or crashes.
 
-    Example:
+    Examples:
         >>> def brevity(completions):
         ...     return [1 / (1 + len(text)) if text else None for text in completions]
         >>> reward = PythonReward(brevity, timeout_s=None)

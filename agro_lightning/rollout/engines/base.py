@@ -96,7 +96,7 @@ class RolloutEngine(ABC):
     One instance serves one rank. Engines leave the model's train/eval mode and every random generator as they
     found them, so that a rollout never disturbs the run's own randomness.
 
-    Example:
+    Examples:
         >>> from agro_lightning.models.config import PolicySettings
         >>> from agro_lightning.models.policy import Policy
         >>> from agro_lightning.models.pretrained import load_tokenizer
