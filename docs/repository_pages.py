@@ -11,7 +11,7 @@ BROUGHT = ("*.md", "bench/README.md", "kernels/README.md", "bench/results/*.png"
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """The site's files with those of BROUGHT, each at its place below the root; index.md stands for README."""
+    """The site's files and those of BROUGHT, each at its place below the root."""
     for pattern in BROUGHT:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
@@ -21,8 +21,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links as the site has them: docs/ is its root, so that `../` from there and `docs/` elsewhere fall away."""
+    """Links as the site has them: docs/ is its root, so `../` from there and `docs/` elsewhere fall away."""
     below = page.file.src_uri.count("/")
     if Path(page.file.abs_src_path).is_relative_to(ROOT / "docs"):
-        return re.sub(r"\]\((?:\.\./){%d}(?=\w)" % (below + 1), "](" + "../" * below, markdown)
+        return re.sub(rf"\]\((?:\.\./){{{below + 1}}}(?=\w)", "](" + "../" * below, markdown)
     return re.sub(r"\]\(((?:\.\./)*)docs/", r"](\1", markdown)

@@ -1,4 +1,4 @@
-"""What README and the page of metrics say exists: a run has those metrics, the files and modules are there."""
+"""What README and the site say exists: a run has those metrics, the files and modules are there."""
 
 import csv
 import importlib.util
