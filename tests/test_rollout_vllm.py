@@ -9,6 +9,7 @@ import time
 import venv
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -16,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from agro_lightning.models.config import PolicySettings
 from agro_lightning.models.policy import Policy
 from agro_lightning.rollout.engines.base import Sampling
+from agro_lightning.rollout.engines.token_engine import TokenEngine
 from agro_lightning.rollout.engines.vllm import VLLMEngine
 from agro_lightning.rollout.engines.vllm_server import ServerProcess
 
@@ -85,7 +87,7 @@ def test_vllm_follows_the_policy(tied, quickstart_tokenizer, tmp_path):
     policy = make_policy(tied)
     engine = VLLMEngine(
         python=vllm_python(),
-        options=["--max-model-len", "64", "--enforce-eager"],
+        options=["--max-model-len", "64", "--enforce-eager", "--enable-scale-out"],
         environment={"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"},
     )
     engine.attach(policy, quickstart_tokenizer)
@@ -119,6 +121,22 @@ def test_vllm_follows_the_policy(tied, quickstart_tokenizer, tmp_path):
         fitting, refused = engine.generate([[1, 5], [1] * 70], Sampling(max_new_tokens=12), n=2, seed=0)
         assert {one.finish_reason for one in fitting} <= {"stop", "length"}
         assert {one.finish_reason for one in refused} == {"error"}  # longer than the server was told to serve
+
+        # the same server by its token route
+        tokens = TokenEngine(engine._server.address)
+        tokens.attach(policy, quickstart_tokenizer)
+        assert tokens.update_weights(1) == -1  # nobody has labelled the weights
+        by_tokens = tokens.generate(PROMPTS, sampling, n=16, seed=3)
+        assert_trainer_agrees(policy, by_tokens)
+        assert [[one.completion_ids for one in group] for group in by_tokens] == [
+            [one.completion_ids for one in group]
+            for group in engine.generate(PROMPTS, sampling, n=16, seed=3)
+        ]
+        (refused,) = tokens.generate([[1] * 70], sampling, n=2, seed=0)
+        assert {one.finish_reason for one in refused} == {"error"}
+        httpx.post(engine._server.address + "/update_weight_version", json={"new_version": "1"})
+        assert tokens.update_weights(2) == 1
+        tokens.close()
 
         # a second trainer's view of the same server: weights through a shared folder
         remote = VLLMEngine(url=engine._server.address + "/", weights_dir=str(tmp_path))

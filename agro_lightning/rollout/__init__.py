@@ -5,7 +5,9 @@ from agro_lightning.rollout.engines.base import Generation, RolloutEngine, Sampl
 from agro_lightning.rollout.engines.batched import BatchedDecoding
 from agro_lightning.rollout.engines.continuous import ContinuousBatching
 from agro_lightning.rollout.engines.hf_generate import HFGenerate
+from agro_lightning.rollout.engines.token_engine import TokenEngine
 from agro_lightning.rollout.logprob_gap import LogprobGap, LogprobGapError, check_logprob_gap, logprob_gap
+from agro_lightning.rollout.token_server import TokenServer
 
 Generate = HFGenerate  # its name in version 0.1, which configs still use
 
@@ -20,6 +22,8 @@ __all__ = [
     "LogprobGapError",
     "RolloutEngine",
     "Sampling",
+    "TokenEngine",
+    "TokenServer",
     "check_logprob_gap",
     "default_engine",
     "logprob_gap",

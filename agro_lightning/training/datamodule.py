@@ -332,7 +332,7 @@ class AgroDataModule(L.LightningDataModule):
             source=name,
             policy_version=self._served_version,
         )
-        self._record(report.metrics())
+        self._record({**report.metrics(), **self.engine.take_counts()})
         return self._place.agree(groups)
 
     def push_weights(self) -> None:

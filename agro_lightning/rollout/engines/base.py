@@ -143,6 +143,10 @@ class RolloutEngine(ABC):
         """
         return WholeBatches(self, sampling, policy_version)
 
+    def take_counts(self) -> dict[str, float]:
+        """What went wrong since the last call, by metric name; empty where the engine counts nothing."""
+        return {}
+
     @abstractmethod
     def close(self) -> None:
         """Frees processes and memory; the engine cannot be used afterwards."""
