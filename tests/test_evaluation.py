@@ -132,6 +132,32 @@ def test_answers_are_scored_by_prompt(quickstart_tokenizer):
     assert answers(quickstart_tokenizer, by_prompt) == [("1", True, 3, 2, 0), ("2", False, 3, 1, 0)]
 
 
+def test_each_rewards_mean_over_the_samples_and_the_answers(quickstart_tokenizer):
+    engine = Scripted({1: ["11", "11", "12", None], 2: ["12", "1", "12", "12"]})
+    engine.attach(None, quickstart_tokenizer)
+    prompts = [Prompt(prompt_id=str(i), prompt=str(i), prompt_ids=(i,), answer=str(10 + i)) for i in (1, 2)]
+    results = answer_prompts(
+        prompts,
+        engine=engine,
+        sampling=Sampling(max_new_tokens=7, temperature=0.5),
+        samples=3,
+        seed=11,
+        rewards=RewardSet([ExactMatch(), ExactMatch(name="half", weight=0.5)]),
+        correct_reward=1.5,
+        policy_version=4,
+        tokenizer=quickstart_tokenizer,
+    )
+    assert results[0].reward_parts == {"exact_match": 1 / 2, "half": 1 / 2}
+    summary = summarize(results)
+    assert summary["reward/exact_match"] == summary["reward/half"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    shown = [(a.completion, a.source, a.reward, a.temperature, a.policy_version) for a in results[0].answers]
+    assert shown == [
+        ("11", "greedy", 1.5, 0, 4),
+        ("11", "sampled", 1.5, 0.5, 4),
+        ("12", "sampled", 0, 0.5, 4),
+    ]
+
+
 def test_what_the_engine_failed_to_generate_is_no_wrong_answer(quickstart_tokenizer):
     by_prompt = {1: [None, "11", None, "12"], 2: ["12", None, "", None], 3: [None] * 4}
     found = answers(quickstart_tokenizer, by_prompt)

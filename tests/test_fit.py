@@ -14,6 +14,7 @@ import termios
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -149,6 +150,52 @@ def test_a_run_leaves_what_the_readme_promises(whole_run):
     assert len(metrics(folder)) >= 8
 
 
+def test_answers_are_shown_from_the_first_validation_on(whole_run):
+    """As a table and as rows of a buffer; each reward has a curve of its own."""
+    folder, _ = whole_run
+    text = (folder / "samples.md").read_text()
+    assert re.findall("^## (.*)", text, re.M) == ["step 0, validation", "step 8, validation"]
+    files = sorted((folder / "samples").iterdir())
+    assert [file.stem for file in files] == ["validation-step-00000000", "validation-step-00000008"]
+    rows = pq.read_table(files[1]).to_pylist()
+    assert len(rows) == 6 * (1 + 2) and {row["policy_version"] for row in rows} == {8}
+    assert [row["source"] for row in rows[:3]] == ["greedy", "sampled", "sampled"]
+    assert rows[0]["temperature"] == 0.0 and rows[1]["temperature"] == 1.0
+    assert dict(rows[0]["reward_parts"]) == {"exact_match": rows[0]["reward"]}
+    for row in metrics(folder):
+        assert row["train/reward/exact_match"] == row["train/reward"]
+
+
+def test_training_samples_and_each_rewards_mean(config, tmp_path):
+    reward = "{class_path: agro_lightning.rewards.%s, init_args: {weight: %s}}"
+    rewards = f"[{reward % ('ExactMatch', 1.0)}, {reward % ('NumericMatch', 0.5)}]"
+    table = "{class_path: agro_lightning.training.callbacks.samples.SampleTable, init_args: {every: 2}}"
+    options = [
+        "--trainer.max_steps",
+        4,
+        "--trainer.val_check_interval",
+        4,
+        "--trainer.callbacks",
+        f"[{table}]",
+    ]
+    run("fit", "--config", config, "--run_dir", tmp_path, *options, "--data.rewards", rewards)
+    kinds = [
+        f"step {s}" for s in ("0, validation", "2, training", "2, validation", "4, training", "4, validation")
+    ]
+    assert sorted(re.findall("^## (.*)", (tmp_path / "samples.md").read_text(), re.M)) == kinds
+    assert pq.read_table(tmp_path / "samples" / "training-step-00000004.parquet").num_rows == 2 * 4
+    validated = [row for row in metrics(tmp_path) if "val/reward/exact_match" in row]
+    assert [row["step"] for row in validated] == ["1", "3"]
+    for row in validated:  # one reward, of 0 or 1
+        assert float(row["val/reward/exact_match"]) == pytest.approx(float(row["val/sampled_accuracy"]))
+        assert float(row["val/reward/numeric_match"]) >= float(row["val/reward/exact_match"])
+
+
+def test_a_reward_and_a_source_of_one_name_are_refused(tmp_path):
+    reward = "[{class_path: agro_lightning.rewards.ExactMatch, init_args: {name: live}}]"
+    assert "both named live" in run("fit", "--run_dir", tmp_path, "--data.rewards", reward, code=2)
+
+
 def test_export_gives_equal_logits(whole_run, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -195,7 +242,8 @@ def test_a_run_that_goes_on_shows_each_step_once(config, whole_run, tmp_path):
     run("fit", "--config", config, "--run_dir", folder, "--ckpt_path", third)
     events = EventAccumulator(str(folder), purge_orphaned_data=True).Reload()
     assert [event.step for event in events.Scalars("train/reward")] == list(range(8))
-    assert (folder / "samples.md").read_text() == "## step 6\n\n| a |\n\n"
+    text = (folder / "samples.md").read_text()
+    assert text.startswith("## step 6\n\n| a |\n\n## step 8, validation\n") and text.count("## step") == 2
 
 
 def test_a_run_goes_on_with_the_optimiser_settings_of_now(config, whole_run, tmp_path):

@@ -5,14 +5,15 @@ import math
 import pytest
 import torch
 
-from agro_lightning.models.batch import pack_groups
+from agro_lightning.models.batch import pack_groups, select_completions
 from agro_lightning.training.callbacks.step_metrics import over_ranks
 from agro_lightning.training.metrics import StepResult, batch_metrics, combined, plain_sums
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
 
-def completion(reward: float, source: str, version: int, behavior: float | None) -> Completion:
+def completion(reward: float, source: str, version: int, behavior: float | None, **parts) -> Completion:
     return Completion(
+        reward_parts=parts,
         completion="1",
         completion_ids=(5, 2),
         reward=reward,
@@ -103,6 +104,37 @@ def test_means_and_shares_by_source(metrics):
     assert metrics["log_ratio/stream"] == pytest.approx((0 + 1 + 5 + 6) / 4)
     assert metrics["share/stream"] == pytest.approx(4 / 7) and metrics["share/live"] == 0
     assert math.isnan(metrics["reward/live"])
+
+
+def test_mean_of_each_reward_over_what_it_scored():
+    groups = [
+        group(
+            "a", completion(2, "live", 9, None, exact=1, brevity=-2), completion(0, "live", 9, None, exact=0)
+        ),
+        group("b", completion(1, "old", 9, None, exact=1, foreign=5), completion(1, "old", 9, None)),
+    ]
+    batch = pack_groups(groups, num_groups=2, policy_version=10)
+    names = ("exact", "brevity", "silent")
+    sums = plain_sums(batch_metrics(batch, result_of(batch), rewards=names))
+    found = {name: combined(f"reward/{name}", [sums[f"reward/{name}"]]) for name in names}
+    assert found["exact"] == pytest.approx(2 / 3) and found["brevity"] == -2 and math.isnan(found["silent"])
+    assert "reward/foreign" not in sums
+    part = select_completions(batch, [1, 2])
+    halves = [plain_sums(batch_metrics(p, result_of(p), rewards=names)) for p in (part, part)]
+    assert combined("reward/exact", [half["reward/exact"] for half in halves]) == 0.5
+
+
+def result_of(batch):
+    tokens, rows = torch.zeros(len(batch.targets)), torch.zeros(batch.num_completions)
+    return StepResult(
+        loss=torch.tensor(0.0),
+        objective=torch.tensor(0.0),
+        logprobs=tokens,
+        ref_logprobs=tokens,
+        log_ratios=rows,
+        regularized_rewards=rows,
+        advantages=rows,
+    )
 
 
 def test_values_by_hand():

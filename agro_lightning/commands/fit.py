@@ -119,7 +119,7 @@ class AgroCLI(LightningCLI):
         config["default_root_dir"] = str(folder)
         fitting = self.subcommand == "fit"
         config["logger"] = loggers(config.get("logger"), folder, fitting=fitting)
-        mine = [StepMetrics(), NonFiniteGuard(), SampleTable(), Summary(), StopOnSignal(), NameLostRank()]
+        mine = [StepMetrics(), NonFiniteGuard(), Summary(), SampleTable(), StopOnSignal(), NameLostRank()]
         mine.append(TensorBoardErrors(self._get(self.config_init, "on_tensorboard_error")))
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]

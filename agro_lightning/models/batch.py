@@ -1,7 +1,7 @@
 """TokenBatch: whole prompt groups packed into one row of tokens, and how one is cut to a bounded size."""
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -48,6 +48,8 @@ class TokenBatch:
     """The source of each completion, B entries."""
     prompt_ids: tuple[str, ...]
     """The prompt_id of each group, G entries."""
+    reward_parts: tuple[Mapping[str, float], ...]
+    """Each completion's rewards by name, before weights, B entries."""
     num_groups: float
     """Groups of the whole optimiser step, over all micro-batches and ranks: what the loss is divided by."""
     policy_version: int
@@ -145,6 +147,7 @@ def pack_groups(
         token_versions=torch.from_numpy(_versions(completions, lengths)),
         sources=tuple(c.source for c in completions),
         prompt_ids=tuple(group.prompt.prompt_id for group in groups),
+        reward_parts=tuple(c.reward_parts for c in completions),
         num_groups=float(num_groups),
         policy_version=policy_version,
     )
@@ -251,6 +254,9 @@ def select_completions(batch: TokenBatch, rows: Sequence[int]) -> TokenBatch:
         policy_versions=batch.policy_versions[on_device],
         token_versions=batch.token_versions[kept_targets],
         sources=tuple(source for source, kept in zip(batch.sources, keep.tolist(), strict=True) if kept),
+        reward_parts=tuple(
+            parts for parts, kept in zip(batch.reward_parts, keep.tolist(), strict=True) if kept
+        ),
         prompt_ids=tuple(
             name for name, kept in zip(batch.prompt_ids, keep_group.tolist(), strict=True) if kept
         ),

@@ -5,6 +5,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +43,9 @@ from agro_lightning.training.evaluation import PromptResult, answer_prompts, sum
 from agro_lightning.training.sampler import FeedSettings, TrainFeed, check_position
 from agro_lightning.training.strategy import check_steps
 from agro_lightning.types import Prompt, PromptGroup
+
+KEPT_ANSWERS = 8
+"""Validation prompts whose answers are kept to be shown."""
 
 
 class AgroDataModule(L.LightningDataModule):
@@ -120,6 +124,11 @@ class AgroDataModule(L.LightningDataModule):
                 "data.sampling.temperature is 0 (greedy); a group of equal completions teaches nothing. "
                 "Give a positive temperature, 1.0 say"
             )
+        if both := {reward.name for reward in rewards} & {source.name for source in sources}:
+            raise ValueError(
+                f"a reward and a source are both named {', '.join(sorted(both))}, and the metric reward/NAME "
+                "would mean either; give one of them another name"
+            )
         self.train_settings, self.validation_settings = train, validation
         self.sources = list(sources)
         self.rewards = RewardSet(
@@ -139,6 +148,7 @@ class AgroDataModule(L.LightningDataModule):
         self.allow_changed_data = allow_changed_data
         self._rollout_metrics: dict[str, float] = {}
         self.last_groups: list[PromptGroup] = []
+        self._shown_answers: list[PromptGroup] = []
         self.completions_used = 0
         self.feed: TrainFeed | None = None
         self._restored: dict[str, Any] | None = None
@@ -151,6 +161,10 @@ class AgroDataModule(L.LightningDataModule):
     @property
     def source_names(self) -> tuple[str, ...]:
         return tuple(source.name for source in self.sources)
+
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        return tuple(reward.name for reward in self.rewards.rewards)
 
     @property
     def policy(self) -> Policy:
@@ -440,7 +454,7 @@ class AgroDataModule(L.LightningDataModule):
         """Answers validation prompts greedily and by sampling; the samples are the same at every call."""
         if not prompts:
             return []
-        return answer_prompts(
+        results = answer_prompts(
             prompts,
             engine=self.engine,
             sampling=self.sampling,
@@ -448,8 +462,17 @@ class AgroDataModule(L.LightningDataModule):
             seed=self.seed,
             rewards=self.rewards,
             correct_reward=self.correct_reward,
+            policy_version=self._served_version,
             tokenizer=self.tokenizer,
         )
+        groups = [PromptGroup(prompt=r.prompt, completions=r.answers) for r in results if r.answers]
+        self._shown_answers += groups[: KEPT_ANSWERS - len(self._shown_answers)]
+        return [replace(result, answers=()) for result in results]  # ranks need not send them
+
+    def take_answers(self) -> list[PromptGroup]:
+        """The first scored answers of this rank since the last call, greedy and sampled, by prompt."""
+        taken, self._shown_answers = self._shown_answers, []
+        return taken
 
     def evaluate(self) -> dict[str, float]:
         """Accuracies over the validation prompts of all ranks, as many as trainer.limit_val_batches lets;

@@ -1,8 +1,8 @@
 """Validation: greedy accuracy, sampled accuracy and the unbiased pass@k with its confidence interval."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from agro_lightning.rewards import RewardSet
 from agro_lightning.rollout import RolloutEngine, Sampling
 from agro_lightning.rollout.engines.base import Generation
-from agro_lightning.types import Prompt
+from agro_lightning.types import Completion, Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +26,10 @@ class PromptResult:
     failed: int
     """Answers, greedy and sampled, that could not be generated or scored. One of which every reward abstains
     counts neither here nor in an accuracy."""
+    answers: tuple[Completion, ...] = ()
+    """Those that have a reward, the greedy one first; their source says which."""
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
+    """Each reward's mean over the samples that it scored, by name, before weights."""
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -63,6 +67,7 @@ def answer_prompts(
     seed: int,
     rewards: RewardSet,
     correct_reward: float,
+    policy_version: int = -1,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[PromptResult]:
     """Answers prompts greedily and by sampling, and scores the answers; what failed is counted, never scored.
@@ -74,6 +79,7 @@ def answer_prompts(
         samples: of each prompt.
         seed: of the samples; equal seeds give equal samples.
         correct_reward: a completion counts as correct from this total reward on.
+        policy_version: optimiser steps that the policy has taken.
     """
     ids = [prompt.prompt_ids for prompt in prompts]
     greedy = engine.generate(ids, replace(sampling, temperature=0.0, top_p=1.0, top_k=0), n=1, seed=0)
@@ -87,22 +93,53 @@ def answer_prompts(
     ]
     # one by one: batch_decode gives [""] for no completions
     texts = [str(tokenizer.decode(list(g.completion_ids), skip_special_tokens=True)) for _, g in made]
-    scores = iter(rewards.score_quietly([prompt for prompt, _ in made], texts))
+    scored = iter(zip(texts, rewards.score_quietly([prompt for prompt, _ in made], texts), strict=True))
     results = []
     for prompt, row in zip(prompts, rows, strict=True):
-        outcomes = [next(scores) if _is_answer(generation) else None for generation in row]
-        first, *rest = [outcome.reward if outcome else None for outcome in outcomes]
-        known = [reward for reward in rest if reward is not None]
-        results.append(
-            PromptResult(
-                prompt=prompt,
-                greedy_correct=None if first is None else first >= correct_reward,
-                sampled=len(known),
-                sampled_correct=sum(reward >= correct_reward for reward in known),
-                failed=sum(outcome is None or outcome.failure is not None for outcome in outcomes),
-            )
-        )
+        answers, failed = [], 0
+        for i, generation in enumerate(row):
+            text, score = next(scored) if _is_answer(generation) else ("", None)
+            failed += score is None or score.failure is not None
+            if score is not None and score.reward is not None:
+                drawn = (
+                    Sampling(max_new_tokens=sampling.max_new_tokens, temperature=0.0) if i == 0 else sampling
+                )
+                answers.append(
+                    Completion(
+                        completion=text,
+                        completion_ids=generation.completion_ids,
+                        reward=score.reward,
+                        reward_parts=dict(score.parts),
+                        finish_reason=generation.finish_reason,
+                        source="sampled" if i else "greedy",
+                        policy_version=policy_version,
+                        temperature=drawn.temperature,
+                        top_p=drawn.top_p,
+                        top_k=drawn.top_k,
+                    )
+                )
+        results.append(_result(prompt, answers, failed=failed, correct_reward=correct_reward))
     return results
+
+
+def _result(
+    prompt: Prompt, answers: Sequence[Completion], *, failed: int, correct_reward: float
+) -> PromptResult:
+    greedy = [answer.reward for answer in answers if answer.source == "greedy"]
+    samples = [answer for answer in answers if answer.source == "sampled"]
+    names = dict.fromkeys(name for answer in samples for name in answer.reward_parts)
+    return PromptResult(
+        prompt=prompt,
+        greedy_correct=greedy[0] >= correct_reward if greedy else None,
+        sampled=len(samples),
+        sampled_correct=sum(answer.reward >= correct_reward for answer in samples),
+        failed=failed,
+        answers=tuple(answers),
+        reward_parts={
+            name: float(np.mean([a.reward_parts[name] for a in samples if name in a.reward_parts]))
+            for name in names
+        },
+    )
 
 
 def _is_answer(generation: Generation) -> bool:
@@ -111,7 +148,8 @@ def _is_answer(generation: Generation) -> bool:
 
 
 def summarize(results: Sequence[PromptResult], *, ks: Sequence[int] = ()) -> dict[str, float]:
-    """Accuracies over prompts: greedy, sampled, and pass@k with half the width of its 95% interval.
+    """Accuracies over prompts: greedy, sampled, and pass@k with half the width of its 95% interval; and
+    `reward/NAME`, the mean over prompts of a reward's mean over the samples.
 
     Answers that could not be generated or scored count in none of the means; `failed` counts them.
     """
@@ -127,4 +165,7 @@ def summarize(results: Sequence[PromptResult], *, ks: Sequence[int] = ()) -> dic
     for k in ks:
         estimates = [pass_at_k(r.sampled, r.sampled_correct, k) for r in results if r.sampled >= k]
         summary[f"pass_at_{k}"], summary[f"pass_at_{k}_interval"] = mean_and_interval(estimates)
+    for name in dict.fromkeys(name for r in results for name in r.reward_parts):
+        means = [r.reward_parts[name] for r in results if name in r.reward_parts]
+        summary[f"reward/{name}"] = mean_and_interval(means)[0]
     return summary

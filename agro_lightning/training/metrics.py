@@ -104,7 +104,7 @@ def _effective_sample_size(log_weights: Tensor) -> MetricSum:
 
 @torch.no_grad()
 def batch_metrics(
-    batch: TokenBatch, result: StepResult, sources: tuple[str, ...] = ()
+    batch: TokenBatch, result: StepResult, sources: tuple[str, ...] = (), rewards: tuple[str, ...] = ()
 ) -> dict[str, MetricSum]:
     """Metrics of one micro-batch, over its completions, groups or tokens.
 
@@ -113,6 +113,8 @@ def batch_metrics(
         result: what the step computed.
         sources: names of the run's sources; a source without a completion in the batch counts nothing, so
             that every rank has the same names.
+        rewards: names of the run's rewards; one that scored none of the batch (the rows of a file without
+            parts, say) counts nothing.
     """
     groups, completions = len(batch.prompt_ids), batch.num_completions
     lengths = torch.bincount(batch.sequence_ids, minlength=completions).float()
@@ -138,6 +140,9 @@ def batch_metrics(
     metrics |= _of_own_completions(batch, result)
     for source in sources:
         metrics |= _of_source(source, batch, result, log_weights)
+    for name in rewards:
+        scores = [parts[name] for parts in batch.reward_parts if name in parts]
+        metrics[f"reward/{name}"] = MetricSum(len(scores), sum(scores))
     return metrics
 
 

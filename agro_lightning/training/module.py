@@ -205,7 +205,7 @@ class AgroModule(L.LightningModule):
             result = self._whole(batch, ref_logprobs)
         else:
             result = self._in_slices(batch, ref_logprobs)
-        self.last_metrics = batch_metrics(batch, result, self.sources)
+        self.last_metrics = batch_metrics(batch, result, self.sources, self.reward_names)
         self.last_log_ratios = result.log_ratios
         self.timer.end("forward", self.device)
         # the loss is divided by the whole step's groups already: undo the averages of Lightning and strategy
@@ -436,3 +436,8 @@ class AgroModule(L.LightningModule):
     def sources(self) -> tuple[str, ...]:
         """Names of the data module's sources, for metrics by source."""
         return tuple(getattr(data_of(self.trainer), "source_names", ()))
+
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        """Names of the data module's rewards, for metrics by reward."""
+        return tuple(getattr(data_of(self.trainer), "reward_names", ()))
