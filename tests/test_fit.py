@@ -183,7 +183,9 @@ def test_training_samples_and_each_rewards_mean(config, tmp_path):
         f"step {s}" for s in ("0, validation", "2, training", "2, validation", "4, training", "4, validation")
     ]
     assert sorted(re.findall("^## (.*)", (tmp_path / "samples.md").read_text(), re.M)) == kinds
-    assert pq.read_table(tmp_path / "samples" / "training-step-00000004.parquet").num_rows == 4 * 4  # the whole step
+    assert (
+        pq.read_table(tmp_path / "samples" / "training-step-00000004.parquet").num_rows == 4 * 4
+    )  # the whole step
     validated = [row for row in metrics(tmp_path) if "val/reward/exact_match" in row]
     assert [row["step"] for row in validated] == ["1", "3"]
     for row in validated:  # one reward, of 0 or 1

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from agro_lightning.checkpoints.files import check_checkpoint, is_sharded, read_plain
+from agro_lightning.checkpoints.files import check_checkpoint, is_sharded, read_marker, read_plain
 from agro_lightning.checkpoints.safe_dcp import read_everything
 from agro_lightning.checkpoints.sharded import read_rank
 from agro_lightning.checkpoints.single_file import CHECKPOINT_KEY
@@ -29,6 +30,7 @@ def export(
     max_shard_size: str = "5GB",
     tokenizer: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    card: Callable[[dict[str, Any]], str] | None = None,
 ) -> None:
     """Writes the trained policy as safetensors with config and tokenizer, without a GPU.
 
@@ -41,6 +43,7 @@ def export(
         max_shard_size: largest safetensors file.
         tokenizer: where the tokenizer comes from, when the model that the run started from has moved.
         dtype: type of the written weights; by default the one they were trained in.
+        card: makes README.md of what the checkpoint says of itself.
 
     Raises:
         FileNotFoundError: no such checkpoint.
@@ -74,11 +77,14 @@ def export(
                 model.generation_config = GenerationConfig.from_dict(about["generation_config"])
             model.save_pretrained(aside, max_shard_size=max_shard_size)
         tokens.save_pretrained(aside)
+        if card is not None:
+            (aside / "README.md").write_text(card(about), encoding="utf-8")
     print(f"{ckpt} -> {target} ({'adapter' if adapter_only else 'model'} and tokenizer)")
 
 
 def read_policy(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The policy in a checkpoint: what it says of settings and model, and the weights by transformers' names.
+    """The policy in a checkpoint: what it says of settings, model and global_step, and the weights by
+    transformers' names.
 
     Nothing but tensors and plain values is read, and no code from the checkpoint is run.
 
@@ -96,7 +102,8 @@ def read_policy(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if CHECKPOINT_KEY not in loaded:
         raise ValueError(f"{path} was not written by agro-lightning (it has no {CHECKPOINT_KEY!r} entry)")
     weights = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
-    return loaded[CHECKPOINT_KEY], weights
+    step = read_marker(path)["global_step"] if is_sharded(path) else loaded.get("global_step")
+    return {**loaded[CHECKPOINT_KEY], "global_step": step}, weights
 
 
 @torch.no_grad()

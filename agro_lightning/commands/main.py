@@ -16,11 +16,16 @@ COMMANDS = {
     "rollout": ("commands.rollout:rollout", "Sample and score completions into a buffer, or for a run."),
     "annotate": ("commands.annotate:annotate", "Cache a reference's log-probs in a copy of a buffer."),
     "inspect": ("commands.inspect:inspect", "Show what is in a buffer."),
-    "export": ("checkpoints.export:export", "Turn a checkpoint into a folder that from_pretrained loads."),
+    "chat": ("commands.chat:chat", "Type prompts, and see the policy's answers as they come."),
+    "view": ("commands.view.command:view", "Write a run's curves and completions as one HTML file."),
+    "export": (
+        "checkpoints.export:export",
+        "Turn a checkpoint into a folder that from_pretrained loads; push it.",
+    ),
 }
 """Name -> (module and function below agro_lightning, what it does). A function of `args` reads the rest of
 the command line itself; another one gets its parameters from there."""
-POSITIONAL = {"inspect": "buffer", "export": "ckpt"}
+POSITIONAL = {"inspect": "buffer", "export": "ckpt", "chat": "ckpt", "view": "run"}
 """The option that words without a name are the values of."""
 OF_RUN = {
     "annotate": {
@@ -35,6 +40,8 @@ OF_RUN = {
     },
 }
 """Commands that take --run_dir: which options default to which settings of that run."""
+OF_CHECKPOINT = {"chat": {"prompts": "data.train", "sampling": "data.sampling"}}
+"""Commands of a run's folder or checkpoint: which options default to which settings in its config.yaml."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -60,7 +67,7 @@ def _call(name: str, function: Callable[..., Any], args: list[str]) -> None:
     from agro_lightning.commands.cli_errors import explained
     from agro_lightning.commands.defaults import DATA_DEFAULTS
     from agro_lightning.commands.parser import AgroParser
-    from agro_lightning.commands.run_settings import run_defaults, values_of
+    from agro_lightning.commands.run_settings import run_defaults, run_folder_of, values_of
 
     summary = (getdoc(function) or "").partition("\n\nArgs:")[0]
     parser = AgroParser(prog=f"{PROGRAM} {name}", description=" ".join(summary.split()))
@@ -78,6 +85,11 @@ def _call(name: str, function: Callable[..., Any], args: list[str]) -> None:
                 found = run_defaults(run_dir, OF_RUN[name])
                 found.get("policy", {}).pop("lora", None)  # the model that the run started from
                 parser.set_defaults(found)
+    if name in OF_CHECKPOINT and not values_of(args, "--config", "-c"):
+        for ckpt in values_of(args, f"--{POSITIONAL[name]}")[-1:]:
+            if folder := run_folder_of(ckpt):
+                with explained(building=True):
+                    parser.set_defaults(run_defaults(str(folder), OF_CHECKPOINT[name]))
     config = parser.parse_args(args)
     with explained(building=True):
         arguments = parser.instantiate_classes(config)

@@ -19,7 +19,7 @@ set_parsing_settings(docstring_parse_style=DocstringStyle.GOOGLE, docstring_pars
 PROGRAM = "python -m agro_lightning"
 PATH_KEYS = {
     "path", "paths", "run_dir", "ckpt_path", "out", "ckpt", "buffer", "follow", "weights_dir", "tokenizer",
-    "python", "model_config", "default_root_dir", "dirpath", "save_dir", "file", "source",
+    "python", "model_config", "default_root_dir", "dirpath", "save_dir", "file", "source", "run",
 }  # fmt: skip
 """Last words of the keys whose values are files or folders."""
 

@@ -14,11 +14,15 @@ def config_of_checkpoint(args: list[str]) -> list[str]:
     if values_of(args, "--config", "-c"):
         return []
     for value in values_of(args, "--ckpt_path", "--run_dir"):
-        path = Path(value).expanduser()
-        for folder in (path, *path.absolute().parents[:2]):
-            if (folder / CONFIG_FILE).is_file():
-                return ["--config", str(folder / CONFIG_FILE)]
+        if folder := run_folder_of(value):
+            return ["--config", str(folder / CONFIG_FILE)]
     return []
+
+
+def run_folder_of(path: str) -> Path | None:
+    """The run's folder, of itself or of a checkpoint in it; None where there is no config.yaml."""
+    place = Path(path).expanduser()
+    return next((f for f in (place, *place.absolute().parents[:2]) if (f / CONFIG_FILE).is_file()), None)
 
 
 def run_defaults(run_dir: str, keys: dict[str, str]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def _identify(weights: nn.Module, policy: Policy) -> str:
     return f"{weights_hash(weights)}{suffix}@{policy.temperature:g}"
 
 
-def _in_pieces(policy: Policy, batch: TokenBatch, max_tokens: int | None) -> Tensor:
+def logprobs_in_pieces(policy: Policy, batch: TokenBatch, max_tokens: int | None) -> Tensor:
     """Log-probs in pieces of at most max_tokens; ranks with fewer pieces repeat one, so that all run the same
     collectives."""
     pieces = [batch] if max_tokens is None else split_batch(batch, max_tokens)
@@ -96,7 +96,7 @@ class FrozenReference:
 
     @torch.no_grad()
     def logprobs(self, batch: TokenBatch, *, max_tokens: int | None = None) -> Tensor:
-        return _in_pieces(self.policy, batch, max_tokens)
+        return logprobs_in_pieces(self.policy, batch, max_tokens)
 
     def reset_to(self, policy: Policy) -> None:
         copy_shards(policy, self.policy)
@@ -145,7 +145,7 @@ class AdapterOffReference:
     @torch.no_grad()
     def logprobs(self, batch: TokenBatch, *, max_tokens: int | None = None) -> Tensor:
         with self.policy.adapters_off():
-            return _in_pieces(self.policy, batch, max_tokens)
+            return logprobs_in_pieces(self.policy, batch, max_tokens)
 
     def reset_to(self, policy: Policy) -> None:
         raise ValueError(

@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
 
 from agro_lightning.rollout.engines.base import Generation, Sampling
 from agro_lightning.rollout.engines.kv_cache import unsupported
 from agro_lightning.rollout.engines.sampling import draw, uniforms
 from agro_lightning.rollout.engines.transformers_engine import (
     TransformersEngine,
+    check_prompts,
     generation,
     positions_differ,
 )
@@ -67,6 +69,19 @@ class HFGenerate(TransformersEngine):
         made._policy, made._eos = engine._policy, engine._eos
         return made
 
+    def stream(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, seed: int, streamer: BaseStreamer
+    ) -> Generation:
+        """One completion of one prompt; the streamer gets its tokens as they are drawn, after the prompt's.
+
+        Raises:
+            ValueError: the prompt is empty, too long, or has ids outside the vocabulary.
+        """
+        with self._policy.generating():
+            check_prompts(self._policy.base, [prompt_ids], sampling)
+            lines = np.zeros(1, dtype=np.int64)
+            return self._decode(self._policy.base, [prompt_ids], lines, sampling, seed, streamer)[0]
+
     def _generate(
         self, lm: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, seed: int
     ) -> list[list[Generation]]:
@@ -85,7 +100,13 @@ class HFGenerate(TransformersEngine):
         return [[records[index * n + j] for j in range(n)] for index in range(len(prompts))]
 
     def _decode(
-        self, lm: Any, rows: Sequence[Sequence[int]], lines: np.ndarray, sampling: Sampling, seed: int
+        self,
+        lm: Any,
+        rows: Sequence[Sequence[int]],
+        lines: np.ndarray,
+        sampling: Sampling,
+        seed: int,
+        streamer: BaseStreamer | None = None,
     ) -> list[Generation]:
         width = max(map(len, rows))
         ids = torch.zeros((len(rows), width), dtype=torch.long)
@@ -107,6 +128,7 @@ class HFGenerate(TransformersEngine):
                 attention_mask=mask.to(lm.device),
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([chooser]),
+                streamer=streamer,
             )
         tokens = torch.stack(chooser.tokens, 1).tolist()
         logprobs = torch.stack(chooser.logprobs, 1).tolist() if chooser.logprobs else None

@@ -39,7 +39,7 @@ class SampleTable(StepCallback):
         path, step = run_dir(trainer) / "samples.md", trainer.global_step
         if path.exists():
             text = path.read_text(encoding="utf-8", errors="replace")
-            tables = re.findall(r"^(## step (\d+).*\n.*?)(?=^## step \d+|\Z)", text, re.M | re.S)
+            tables = re.findall(r"^(## step (\d+)[^\n]*\n.*?)(?=^## step \d+|\Z)", text, re.M | re.S)
             kept = [table for table, at in tables if int(at) <= step]
             if len(kept) < len(tables):
                 replace_text(path, "".join(kept))

@@ -1,0 +1,1 @@
+"""The command `view`: a run, or a buffer, as one HTML file."""
