@@ -140,7 +140,7 @@ function insideOf(group, rows) {
 }
 const visible = (text) => text.replaceAll("\n", "⏎\n").replaceAll("\t", "⇥\t");
 function colour(d) {
-  const strength = Math.min(1, Math.abs(d) / 2);
+  const strength = Math.sqrt(Math.min(1, Math.abs(d) / 2));
   return d >= 0 ? `rgba(49, 130, 206, ${0.75 * strength})` : `rgba(221, 107, 32, ${0.75 * strength})`;
 }
 
