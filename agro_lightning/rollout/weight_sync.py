@@ -8,9 +8,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +24,8 @@ from agro_lightning.models.pretrained import load_lm, load_tokenizer
 from agro_lightning.primitives.atomic_files import atomic_path
 from agro_lightning.primitives.quiet import without_progress_bars
 
+ADAPTER_FILE = "adapter_model.safetensors"
+MEMORY_STORAGE = Path("/dev/shm")
 ABOUT_FILE = "publication.json"
 POLL_SECONDS = 0.2
 
@@ -128,14 +132,20 @@ def _reading(found: WeightsVersion) -> Iterator[None]:
         raise FileNotFoundError(f"{found.folder} was withdrawn while it was being read") from error
 
 
-def whole_weights(policy: Policy) -> dict[str, Tensor]:
+def whole_weights(policy: Policy, *, adapters_alone: bool = False) -> dict[str, Tensor]:
     """The policy's weights on the CPU of rank 0, gathered one at a time; empty on the other ranks.
 
     Every rank of a sharded policy must call this.
+
+    Args:
+        policy: whose.
+        adapters_alone: only the matrices of its LoRA adapters.
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
     out: dict[str, Tensor] = {}
     for name, value in policy.lm.state_dict().items():
+        if adapters_alone and ".lora_" not in name:
+            continue
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         if first:
             out[name] = whole.detach().cpu()
@@ -149,8 +159,10 @@ def write_policy(
     tokenizer: PreTrainedTokenizerBase,
     *,
     untie: bool = False,
+    adapters: Literal["merged", "left out"] = "merged",
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes a folder that from_pretrained loads, adapters merged.
+    """Writes a folder that from_pretrained loads.
 
     Args:
         folder: where to.
@@ -158,13 +170,17 @@ def write_policy(
         weights: see `whole_weights`.
         tokenizer: the policy's.
         untie: write the head as a tensor of its own, also where it is the embedding.
+        adapters: what becomes of LoRA adapters.
+        dtype: of the tensors that are written; None: that of the weights.
     """
     config, lora = policy.base.config, policy.settings.lora
     if lora is not None:
         weights = {name: value.clone() for name, value in weights.items()}
     model = build_model(weights, {**config.to_dict(), "model_type": config.model_type}, lora)
     if lora is not None:
-        model = model.merge_and_unload()
+        model = model.merge_and_unload() if adapters == "merged" else model.unload()
+    if dtype is not None:
+        model = model.to(dtype)
     model.generation_config = policy.base.generation_config
     if untie and config.tie_word_embeddings:
         head = model.get_output_embeddings()
@@ -173,6 +189,37 @@ def write_policy(
     with without_progress_bars():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def write_adapter(folder: Path, policy: Policy, weights: dict[str, Tensor]) -> None:
+    """Writes the LoRA adapter alone, as PEFT and vLLM load it.
+
+    Args:
+        folder: where to; made.
+        policy: has the adapter.
+        weights: see `whole_weights`, with or without those of the base.
+    """
+    from peft import get_peft_model_state_dict
+
+    lm: Any = policy.lm
+    folder.mkdir(parents=True)
+    tensors = get_peft_model_state_dict(lm, state_dict=weights)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / ADAPTER_FILE)
+    lm.peft_config["default"].save_pretrained(folder)
+
+
+def bytes_in(folder: Path) -> int:
+    """Size of the tensors in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def memory_folder(needed: int) -> Path | None:
+    """Storage kept in memory that has room for two copies of so many bytes; None where there is none."""
+    try:
+        room = shutil.disk_usage(MEMORY_STORAGE).free
+    except OSError:
+        return None
+    return MEMORY_STORAGE if room > 2 * needed and os.access(MEMORY_STORAGE, os.W_OK) else None
 
 
 def publish_weights(

@@ -359,8 +359,15 @@ class AgroDataModule(L.LightningDataModule):
         if self._pushed_version == self._module.global_step:
             return
         self._pushed_version = self._module.global_step
+        started = time.perf_counter()
         served = self.engine.update_weights(self._pushed_version)
+        if self.engine.pushed_bytes:
+            self.record_sync(time.perf_counter() - started, self.engine.pushed_bytes)
         self._served_version = self._pushed_version if served is None else served
+
+    def record_sync(self, seconds: float, size: int) -> None:
+        """Counts weights that were handed to another process."""
+        self._record({"seconds/weight_sync": seconds, "weight_sync_bytes": float(size)})
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:

@@ -42,6 +42,10 @@ class AutoEngine(RolloutEngine):
         self._engine: RolloutEngine | None = None
 
     @property
+    def pushed_bytes(self) -> int:  # type: ignore[override]
+        return self.engine.pushed_bytes
+
+    @property
     def engine(self) -> RolloutEngine:
         """The engine in use. Raises RuntimeError before `attach`."""
         if self._engine is None:

@@ -110,6 +110,9 @@ class RolloutEngine(ABC):
         >>> engine.close()
     """
 
+    pushed_bytes: int = 0
+    """Bytes of the weights that the last `update_weights` wrote for another process."""
+
     @abstractmethod
     def attach(self, policy: Any, tokenizer: Any) -> None:
         """Binds the engine to the policy (models.policy.Policy) and its tokenizer; called once."""

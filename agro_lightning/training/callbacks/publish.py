@@ -1,12 +1,19 @@
 """The callback that publishes a run's weights for `rollout --follow` processes."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from agro_lightning.rollout.weight_sync import RunFacts, publish_weights, remove_leftovers, whole_weights
+from agro_lightning.rollout.weight_sync import (
+    RunFacts,
+    bytes_in,
+    publish_weights,
+    remove_leftovers,
+    whole_weights,
+)
 
 if TYPE_CHECKING:
     from agro_lightning.training.module import AgroModule
@@ -48,10 +55,11 @@ class PublishWeights(Callback):
     def _publish(self, trainer: L.Trainer, module: "AgroModule", *, final: bool = False) -> None:
         assert module.policy is not None
         data = trainer.datamodule  # type: ignore[attr-defined]
+        started = time.perf_counter()
         weights = whole_weights(module.policy)
         if trainer.is_global_zero:
             parts = module.world_size * trainer.accumulate_grad_batches
-            publish_weights(
+            folder = publish_weights(
                 Path(trainer.default_root_dir),
                 module.policy,
                 weights,
@@ -65,3 +73,4 @@ class PublishWeights(Callback):
                 final=final,
                 keep=self.keep,
             )
+            data.record_sync(time.perf_counter() - started, bytes_in(folder))
