@@ -174,7 +174,7 @@ def test_requests_go_on_under_new_weights(quickstart_tokenizer, caches):
         engine.update_weights(0)
         assert Path(engine._folder.name).parent == Path("/dev/shm")
         decoding = engine.in_flight(sampling, policy_version=0, caches=caches)
-        wanted = [Request(number=i, prompt_ids=tuple(PROMPTS[i % 3]), seed=i) for i in range(24)]
+        wanted = [Request(number=i, prompt_ids=tuple(PROMPTS[i % 3]), seed=i) for i in range(96)]
         decoding.submit(wanted)
         ended: dict = {}
         while not ended:
@@ -184,12 +184,12 @@ def test_requests_go_on_under_new_weights(quickstart_tokenizer, caches):
                 mine.copy_(theirs)
         decoding.update_weights(1)
         deadline = time.monotonic() + 300
-        while len(ended) < 24 and time.monotonic() < deadline:
+        while len(ended) < 96 and time.monotonic() < deadline:
             ended |= dict(decoding.step())
         decoding.close()
     finally:
         engine.close()
-    assert sorted(ended) == list(range(24))
+    assert sorted(ended) == list(range(96))
     mixed = 0
     for request in wanted:
         one, start = ended[request.number], 0

@@ -223,10 +223,9 @@ def _flow(
             decoding.update_weights(run.weights.policy_version)
 
     def made(part: int, groups: list[PromptGroup], report: RolloutReport) -> None:
-        maker.write(parts, part, groups)
-        run.forget_counts()
+        run.made(parts.path(part).name, len(groups))
         tally.add(groups, report)
-        tally.show(part, run.weights.policy_version)
+        tally.show(part, run.weights.policy_version, every=1.0)
 
     flow = GroupFlow(
         decoding,
@@ -237,6 +236,7 @@ def _flow(
         n=maker.n,
         source=maker.source,
         settings=settings,
+        write=lambda part, groups: maker.write(parts, part, groups),
         made=made,
     )
     flow.run(shard, run, take_weights)
@@ -257,6 +257,7 @@ class _Tally:
     dropped_groups: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     started: float = field(default_factory=time.monotonic)
+    shown: float = 0.0
 
     def add(self, groups: list[PromptGroup], report: RolloutReport) -> None:
         self.files += bool(groups)
@@ -273,9 +274,12 @@ class _Tally:
         kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(self.failures.items()))
         return f"{self.failures.total()} failed" + (f" ({kinds})" if kinds else "")
 
-    def show(self, part: int, version: int) -> None:
-        """One line a file; on a terminal each takes the place of the last."""
-        seconds = max(time.monotonic() - self.started, 1e-9)
+    def show(self, part: int, version: int, every: float = 0.0) -> None:
+        """One line a file, or one in so many seconds; on a terminal each takes the place of the last."""
+        if time.monotonic() - self.shown < every:
+            return
+        self.shown = time.monotonic()
+        seconds = max(self.shown - self.started, 1e-9)
         of = "" if self.total is None else f" of this process's {self.total}"
         weights = "" if version < 0 else f", policy version {version}"
         line = (

@@ -78,6 +78,8 @@ class _Part:
     failures: Counter[str] = field(default_factory=Counter)
     requests: int = 0
     tokens: int = 0
+    written: Future[None] | None = None
+    """Set once all its groups are whole."""
 
 
 class GroupFlow:
@@ -95,7 +97,8 @@ class GroupFlow:
         n: completions of each prompt.
         source: the name that completions give as theirs.
         settings: how many requests, and what becomes of failures.
-        made: told of each file that is whole: its number, its groups, and what became of the rest.
+        write: makes a file of groups; called beside the decoding.
+        made: told of each file that was written: its number, its groups, and what became of the rest.
     """
 
     def __init__(
@@ -109,11 +112,13 @@ class GroupFlow:
         n: int,
         source: str,
         settings: InFlight,
+        write: Callable[[int, list[PromptGroup]], None],
         made: Callable[[int, list[PromptGroup], RolloutReport], None],
     ) -> None:
         warn_if_cut(sampling)
         self.engine, self.rewards, self.tokenizer, self.sampling = engine, rewards, tokenizer, sampling
-        self.parts, self.n, self.source, self.settings, self.made = parts, n, source, settings, made
+        self.parts, self.n, self.source, self.settings = parts, n, source, settings
+        self.write, self.made = write, made
         self.requests = settings.requests or 8 * n
         self._numbers = itertools.count()
         self._sent: dict[int, tuple[int, _Group, int]] = {}
@@ -134,29 +139,29 @@ class GroupFlow:
             RewardFailureError: the rewards' alarms.
         """
         todo = self.parts.missing(shard)
-        with ThreadPoolExecutor(1, thread_name_prefix="rewards") as self._scorers:
+        with ThreadPoolExecutor(1, thread_name_prefix="groups") as self._beside:
             try:
                 upcoming = next(todo, None)
                 while (self._open or upcoming is not None) and not consumer.has_ended():
                     take_weights()
-                    while upcoming is not None and self._may_begin(upcoming, consumer):
+                    while upcoming is not None and self._may_begin(consumer):
                         self._begin(upcoming)
                         upcoming = next(todo, None)
                     if not self._open:
                         consumer.wait()
                         continue
-                    for number, answer in self.engine.step():
-                        self._arrive(number, answer)
+                    if self._sent:
+                        for number, answer in self.engine.step():
+                            self._arrive(number, answer)
                     self._take_scores(wait=not self._sent)
-                    self._hand_on()
+                    self._hand_on(wait=not self._sent)
             finally:
                 self.engine.close()
 
     # ------------------------------------------------------------------ requests
 
-    def _may_begin(self, part: int, consumer: Consumer) -> bool:
-        size = len(self.parts.prompts_of(part)) * self.n
-        fits = not self._open or len(self._sent) + size <= self.requests
+    def _may_begin(self, consumer: Consumer) -> bool:
+        fits = not self._open or len(self._sent) + self.parts.size * self.n <= self.requests
         return fits and consumer.has_room(sum(len(part.groups) for part in self._open.values()))
 
     def _begin(self, number: int) -> None:
@@ -196,7 +201,7 @@ class GroupFlow:
         kept = [(group.prompt, answer) for _, answer in group.arrived]
         members = [member for member, _ in group.arrived]
         group.arrived = []
-        future = self._scorers.submit(
+        future = self._beside.submit(
             score, kept, self.rewards, self.tokenizer, self.sampling, source=self.source, policy_version=-1
         )
         self._scoring.append((part, group, members, future))
@@ -218,24 +223,33 @@ class GroupFlow:
             else:
                 group.done = True
 
-    def _hand_on(self) -> None:
-        for number in [number for number, part in self._open.items() if all(g.done for g in part.groups)]:
-            part = self._open.pop(number)
-            groups = [
-                PromptGroup(
-                    prompt=group.prompt,
-                    completions=tuple(group.completions[member] for member in sorted(group.completions)),
+    def _hand_on(self, *, wait: bool) -> None:
+        """Has files that are whole written, and tells of those that were."""
+        for number, part in list(self._open.items()):
+            if part.written is None and all(group.done for group in part.groups):
+                part.written = self._beside.submit(self.write, number, _usable(part))
+            if part.written is not None and (wait or part.written.done()):
+                part.written.result()
+                del self._open[number]
+                groups = _usable(part)
+                report = RolloutReport(
+                    prompts=len(part.groups),
+                    completions=part.requests,
+                    tokens=part.tokens,
+                    failures=part.failures,
+                    dropped_groups=len(part.groups) - len(groups),
+                    generate_seconds=0.0,
+                    score_seconds=0.0,
                 )
-                for group in part.groups
-                if len(group.completions) >= 2
-            ]
-            report = RolloutReport(
-                prompts=len(part.groups),
-                completions=part.requests,
-                tokens=part.tokens,
-                failures=part.failures,
-                dropped_groups=len(part.groups) - len(groups),
-                generate_seconds=0.0,
-                score_seconds=0.0,
-            )
-            self.made(number, groups, report)
+                self.made(number, groups, report)
+
+
+def _usable(part: _Part) -> list[PromptGroup]:
+    """The groups that can be trained on, their members in order."""
+    return [
+        PromptGroup(
+            prompt=group.prompt, completions=tuple(one for _, one in sorted(group.completions.items()))
+        )
+        for group in part.groups
+        if len(group.completions) >= 2
+    ]

@@ -66,7 +66,8 @@ class FollowedRun:
         """Groups that a worker makes at the same time: as many as leave no step of the run short."""
         self._newest: WeightsVersion | None = None
         self._committed = CommittedGroups(folder)
-        self._progress, self._waiting, self._counted_at = StreamProgress(), 0, -LOOK_SECONDS
+        self._committed.look()
+        self._progress, self._counted_at = StreamProgress(), -LOOK_SECONDS
         self._step_seen, self._last_wait, self._looked_at = (-1, 0.0), 0.0, -LOOK_SECONDS
         self.waited = 0.0
         """Seconds spent waiting for the run to use groups."""
@@ -111,14 +112,20 @@ class FollowedRun:
             return False
         if time.monotonic() - self._counted_at >= LOOK_SECONDS:
             self._progress = read_progress(self.folder)
-            self._waiting = self._committed.count() - self._progress.finished_groups
+            if self._shards > 1:
+                self._committed.look()
             self._counted_at = time.monotonic()
         others = (self._shards - 1) * self.most_making
         return self._waiting + making + self.per_file + others <= self.max_ahead
 
-    def forget_counts(self) -> None:
-        """Has the next look count anew: this process has added to the folder."""
-        self._counted_at = -LOOK_SECONDS
+    @property
+    def _waiting(self) -> int:
+        """Groups that the run has not finished with."""
+        return self._committed.total - self._progress.finished_groups
+
+    def made(self, name: str, groups: int) -> None:
+        """Counts a file that this process has added."""
+        self._committed.note(name, groups)
 
     def wait(self) -> None:
         """Waits a moment for the run to use groups.

@@ -114,17 +114,24 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], name: str = SETTINGS
 
 
 class CommittedGroups:
-    """Counts the groups in a folder's files; each file is read once."""
+    """Counts the groups in a folder's files; each file is read once, and those made here never."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._groups: dict[str, int] = {}
+        self._known: set[str] = set()
+        self.total = 0
+        """Groups of 2 or more completions in the files that are known."""
 
-    def count(self) -> int:
-        """Groups of 2 or more completions in all files that are there now."""
+    def note(self, name: str, groups: int) -> None:
+        """Counts a file that this process has made."""
+        if name not in self._known:
+            self._known.add(name)
+            self.total += groups
+
+    def look(self) -> None:
+        """Counts the files that have appeared."""
         for path in self._folder.glob("part-*.parquet"):
-            if path.name not in self._groups:
+            if path.name not in self._known:
                 ids = pq.read_table(path, columns=["prompt_id"]).column("prompt_id").to_numpy()
                 sizes = np.diff(runs(ids), append=len(ids))
-                self._groups[path.name] = int((sizes >= 2).sum())
-        return sum(self._groups.values())
+                self.note(path.name, int((sizes >= 2).sum()))
