@@ -14,9 +14,11 @@ from agro_lightning.models.policy import Policy
 from agro_lightning.models.pretrained import load_tokenizer
 from agro_lightning.rollout.weight_sync import (
     RunFacts,
+    bytes_in,
     load_policy,
     load_weights,
     newest_weights,
+    publish_base,
     publish_weights,
     wait_for_weights,
     whole_weights,
@@ -90,6 +92,47 @@ def test_adapters_are_merged_and_the_run_keeps_its_own(tmp_path, folders):
         with policy.adapters_off():
             assert (logits(merged) - logits(lm)).abs().max() > 0.1
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:You have passed exclude_modules")
+def test_an_adapter_is_published_alone_and_its_base_once(tmp_path, folders):
+    run = Policy(PolicySettings(path=str(folders[0]), lora=LoraSettings(rank=2)))
+    tokenizer = load_tokenizer("quickstart")
+
+    def train(seed: int) -> None:
+        with torch.no_grad():
+            for name, parameter in run.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
+
+    def publish(version: int) -> Path:
+        base = publish_base(tmp_path, run, whole_weights(run), tokenizer)
+        weights = whole_weights(run, adapters_alone=True)
+        return publish_weights(
+            tmp_path, run, weights, tokenizer, policy_version=version, facts=FACTS, base=base
+        )
+
+    train(0)
+    first = publish(0)
+    found = newest_weights(tmp_path)
+    policy, _ = load_policy(found, PolicySettings())
+    torch.testing.assert_close(logits(policy), logits(run), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(first)), logits(run), atol=1e-4, rtol=1e-4
+    )
+    train(1)
+    size = bytes_in(publish(1))
+    load_weights(newest_weights(tmp_path), policy)
+    torch.testing.assert_close(logits(policy), logits(run), atol=1e-4, rtol=1e-4)
+    (base,) = (tmp_path / "weights").glob("base-*")
+    assert size < bytes_in(base) / 4
+    other = Policy(PolicySettings(path=str(folders[1]), lora=LoraSettings(rank=2)))
+    name = publish_base(tmp_path, other, whole_weights(other), tokenizer)
+    publish_weights(
+        tmp_path, other, whole_weights(other), tokenizer, policy_version=2, facts=FACTS, base=name
+    )
+    with pytest.raises(ValueError, match="another base model"):
+        load_weights(newest_weights(tmp_path), policy)
 
 
 def test_the_last_two_publications_stay(tmp_path, folders):

@@ -247,6 +247,7 @@ def test_of_a_lora_policy_only_the_adapter_is_sent(quickstart_tokenizer):
     assert drawn[0] != drawn[1] != drawn[2]
 
 
+@pytest.mark.filterwarnings("ignore:You have passed exclude_modules")
 def test_an_adapter_is_written_alone_and_a_base_without_it(quickstart_tokenizer, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -1,6 +1,8 @@
 """Weight sync: a run hands its policy to rollout processes through folders that are whole or absent."""
 
 import contextlib
+import copy
+import hashlib
 import json
 import os
 import shutil
@@ -12,13 +14,13 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.checkpoints.export import build_model
-from agro_lightning.models.config import PolicySettings
+from agro_lightning.models.config import LoraSettings, PolicySettings
 from agro_lightning.models.policy import Policy
 from agro_lightning.models.pretrained import load_lm, load_tokenizer
 from agro_lightning.primitives.atomic_files import atomic_path
@@ -52,6 +54,10 @@ class WeightsVersion:
     published_at: int
     """Nanoseconds since 1970; tells two folders of one version apart (after a restart of the run)."""
     facts: RunFacts
+    base: str = ""
+    """Where only a LoRA adapter was published: the folder beside this one with the model it belongs to."""
+    lora: LoraSettings | None = None
+    """The adapter's settings, where only it was published."""
 
 
 def weights_dir(run_dir: Path) -> Path:
@@ -68,7 +74,10 @@ def newest_weights(run_dir: Path) -> WeightsVersion | None:
     for folder in sorted(weights_dir(run_dir).glob("version-*"), reverse=True):
         try:
             about = json.loads((folder / ABOUT_FILE).read_text())
-            return WeightsVersion(folder=folder, **{**about, "facts": RunFacts(**about["facts"])})
+            about["facts"] = RunFacts(**about["facts"])
+            if about.get("lora"):
+                about["lora"] = LoraSettings(**about["lora"])
+            return WeightsVersion(folder=folder, **about)
         except FileNotFoundError:
             if folder.exists():
                 raise ValueError(f"{folder} has no {ABOUT_FILE}; it was not published by a run") from None
@@ -103,9 +112,13 @@ def load_policy(found: WeightsVersion, settings: PolicySettings) -> tuple[Policy
     Raises:
         FileNotFoundError: the folder was withdrawn meanwhile; take the newest again.
     """
-    merged = replace(settings, path=str(found.folder), weights="pretrained", lora=None)
+    path = found.folder.parent / found.base if found.base else found.folder
+    published = replace(settings, path=str(path), weights="pretrained", lora=found.lora)
     with _reading(found), without_progress_bars():
-        return Policy(merged, temperature=found.facts.temperature), load_tokenizer(merged.path)
+        policy = Policy(published, temperature=found.facts.temperature)
+        if found.lora:
+            load_weights(found, policy)
+        return policy, load_tokenizer(published.path)
 
 
 @torch.no_grad()
@@ -114,11 +127,26 @@ def load_weights(found: WeightsVersion, policy: Policy) -> None:
 
     Raises:
         FileNotFoundError: the folder was withdrawn meanwhile; take the newest again.
+        ValueError: an adapter of another base than the policy's.
     """
+    if found.lora or policy.settings.lora:
+        return _load_adapter(found, policy)
     with _reading(found), without_progress_bars():
         fresh = load_lm(replace(policy.settings, path=str(found.folder)))
     for mine, theirs in zip(policy.base.parameters(), fresh.parameters(), strict=True):
         mine.copy_(theirs)
+
+
+def _load_adapter(found: WeightsVersion, policy: Policy) -> None:
+    from peft import set_peft_model_state_dict
+
+    if Path(policy.settings.path).name != found.base or policy.settings.lora != found.lora:
+        raise ValueError(
+            f"{found.folder} was published by a run with another base model or other adapters than the "
+            "weights before it; start this command again"
+        )
+    with _reading(found):
+        set_peft_model_state_dict(policy.lm, load_file(found.folder / ADAPTER_FILE))
 
 
 @contextlib.contextmanager
@@ -191,21 +219,24 @@ def write_policy(
     tokenizer.save_pretrained(folder)
 
 
-def write_adapter(folder: Path, policy: Policy, weights: dict[str, Tensor]) -> None:
+def write_adapter(folder: Path, policy: Policy, weights: dict[str, Tensor], base: Path | None = None) -> None:
     """Writes the LoRA adapter alone, as PEFT and vLLM load it.
 
     Args:
         folder: where to; made.
         policy: has the adapter.
         weights: see `whole_weights`, with or without those of the base.
+        base: the folder of the model that it belongs to; None: that of the policy.
     """
     from peft import get_peft_model_state_dict
 
     lm: Any = policy.lm
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     tensors = get_peft_model_state_dict(lm, state_dict=weights)
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / ADAPTER_FILE)
-    lm.peft_config["default"].save_pretrained(folder)
+    config = copy.copy(lm.peft_config["default"])
+    config.base_model_name_or_path = str(base.absolute() if base else policy.settings.path)
+    config.save_pretrained(folder)
 
 
 def bytes_in(folder: Path) -> int:
@@ -222,6 +253,34 @@ def memory_folder(needed: int) -> Path | None:
     return MEMORY_STORAGE if room > 2 * needed and os.access(MEMORY_STORAGE, os.W_OK) else None
 
 
+def publish_base(
+    run_dir: Path, policy: Policy, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Writes the model that a run's adapters belong to, unless it is there; returns its folder's name.
+
+    The name is a hash of the weights. Other bases there are withdrawn.
+
+    Args:
+        run_dir: of the run.
+        policy: whose base.
+        weights: see `whole_weights`.
+        tokenizer: the policy's.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    base = {name: value for name, value in weights.items() if ".lora_" not in name}
+    for name, value in sorted(base.items()):
+        digest.update(name.encode())
+        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy())
+    target = weights_dir(run_dir) / f"base-{digest.hexdigest()}"
+    if not target.exists():
+        with atomic_path(target, needed=sum(value.nbytes for value in base.values())) as aside:
+            write_policy(aside, policy, weights, tokenizer, adapters="left out")
+    for folder in target.parent.glob("base-*"):
+        if folder != target:
+            withdraw(folder)
+    return target.name
+
+
 def publish_weights(
     run_dir: Path,
     policy: Policy,
@@ -232,6 +291,7 @@ def publish_weights(
     facts: RunFacts,
     final: bool = False,
     keep: int = 2,
+    base: str = "",
 ) -> Path:
     """Writes a version of the weights, whole or not at all, and withdraws older ones.
 
@@ -246,15 +306,20 @@ def publish_weights(
         facts: about the run.
         final: the run has ended.
         keep: how many versions stay.
+        base: what `publish_base` returned: publish the adapter alone.
 
     Returns:
         The folder.
     """
     target = weights_dir(run_dir) / f"version-{policy_version:08d}"
-    about = {"policy_version": policy_version, "final": final, "published_at": time.time_ns()}
+    about: dict[str, Any] = {"policy_version": policy_version, "final": final, "published_at": time.time_ns()}
     size = sum(value.nbytes for value in weights.values())
     with atomic_path(target, needed=size) as aside:
-        write_policy(aside, policy, weights, tokenizer)
+        if base:
+            write_adapter(aside, policy, weights, target.with_name(base))
+            about |= {"base": base, "lora": asdict(policy.settings.lora)}  # type: ignore[arg-type]
+        else:
+            write_policy(aside, policy, weights, tokenizer)
         (aside / ABOUT_FILE).write_text(json.dumps({**about, "facts": asdict(facts)}))
         present = sorted(target.parent.glob("version-*"))
         for folder in present:
@@ -274,5 +339,6 @@ def withdraw(folder: Path) -> None:
 
 def remove_leftovers(run_dir: Path) -> None:
     """Removes what a run that was killed while publishing left aside. Only the run itself may call this."""
-    for folder in weights_dir(run_dir).glob(".version-*"):
-        shutil.rmtree(folder)
+    for kind in (".version-*", ".base-*"):
+        for folder in weights_dir(run_dir).glob(kind):
+            shutil.rmtree(folder)

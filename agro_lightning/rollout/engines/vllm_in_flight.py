@@ -69,7 +69,8 @@ class ServedInFlight(InFlightEngine):
     """
 
     def __init__(self, server: Server, sampling: Sampling, policy_version: int, caches: Caches) -> None:
-        self.server, self.sampling, self.version, self.caches = server, sampling, policy_version, caches
+        self.server, self.sampling, self.version = server, sampling, policy_version
+        self.caches: Caches = caches
         self._pool = ThreadPoolExecutor(server.parallel_requests, thread_name_prefix="vllm")
         self._streams: dict[int, _Stream] = {}
         self._ended: queue.Queue[tuple[int, Generation]] = queue.Queue()

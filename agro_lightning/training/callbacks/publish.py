@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from agro_lightning.rollout.weight_sync import (
     RunFacts,
     bytes_in,
+    publish_base,
     publish_weights,
     remove_leftovers,
     whole_weights,
@@ -22,24 +23,36 @@ if TYPE_CHECKING:
 class PublishWeights(Callback):
     """Puts the policy into the run's folder `weights/`, for rollout processes on this node or another.
 
-    Each publication is a folder that from_pretrained loads, adapters merged, named by its policy version.
-    It is written aside and renamed, so that a reader finds it whole or not at all.
+    Each publication is a folder that from_pretrained loads, named by its policy version. It is written aside
+    and renamed, so that a reader finds it whole or not at all.
 
     Args:
         every: optimiser steps between publications.
         keep: how many of the newest stay; at least 2, so that a reader may finish the one that it has begun.
+        adapters_alone: publish a LoRA policy's adapter alone, and its base once, at the start. By default the
+            adapter is merged into a whole copy of the weights.
     """
 
-    def __init__(self, every: int = 1, keep: int = 2) -> None:
+    def __init__(self, every: int = 1, keep: int = 2, adapters_alone: bool = False) -> None:
         if every < 1:
             raise ValueError(f"PublishWeights.every is {every}; it must be at least 1")
         if keep < 2:
             raise ValueError(f"PublishWeights.keep is {keep}; it must be at least 2")
-        self.every, self.keep = every, keep
+        self.every, self.keep, self.adapters_alone = every, keep, adapters_alone
+        self._base = ""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: "AgroModule") -> None:
         if trainer.is_global_zero:
             remove_leftovers(Path(trainer.default_root_dir))
+        if self.adapters_alone:
+            policy = pl_module.policy
+            assert policy is not None
+            if policy.settings.lora is None:
+                raise ValueError("PublishWeights.adapters_alone needs adapters: set model.policy.lora")
+            weights = whole_weights(policy)
+            if trainer.is_global_zero:
+                tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+                self._base = publish_base(Path(trainer.default_root_dir), policy, weights, tokenizer)
         self._publish(trainer, pl_module)
 
     def on_train_batch_end(
@@ -56,7 +69,7 @@ class PublishWeights(Callback):
         assert module.policy is not None
         data = trainer.datamodule  # type: ignore[attr-defined]
         started = time.perf_counter()
-        weights = whole_weights(module.policy)
+        weights = whole_weights(module.policy, adapters_alone=self.adapters_alone)
         if trainer.is_global_zero:
             parts = module.world_size * trainer.accumulate_grad_batches
             folder = publish_weights(
@@ -72,5 +85,6 @@ class PublishWeights(Callback):
                 ),
                 final=final,
                 keep=self.keep,
+                base=self._base,
             )
             data.record_sync(time.perf_counter() - started, bytes_in(folder))
