@@ -270,7 +270,7 @@ def publish_base(
     base = {name: value for name, value in weights.items() if ".lora_" not in name}
     for name, value in sorted(base.items()):
         digest.update(name.encode())
-        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
     target = weights_dir(run_dir) / f"base-{digest.hexdigest()}"
     if not target.exists():
         with atomic_path(target, needed=sum(value.nbytes for value in base.values())) as aside:
