@@ -22,10 +22,11 @@ COMMANDS = {
         "checkpoints.export:export",
         "Turn a checkpoint into a folder that from_pretrained loads; push it.",
     ),
+    "from-trl": ("commands.from_trl:from_trl", "Turn a GRPOConfig of TRL into a configuration of fit."),
 }
 """Name -> (module and function below agro_lightning, what it does). A function of `args` reads the rest of
 the command line itself; another one gets its parameters from there."""
-POSITIONAL = {"inspect": "buffer", "export": "ckpt", "chat": "ckpt", "view": "run"}
+POSITIONAL = {"inspect": "buffer", "export": "ckpt", "chat": "ckpt", "view": "run", "from-trl": "file"}
 """The option that words without a name are the values of."""
 OF_RUN = {
     "annotate": {
