@@ -19,7 +19,7 @@ COMMANDS = {
     "chat": ("commands.chat:chat", "Type prompts, and see the policy's answers as they come."),
     "view": ("commands.view.command:view", "Write a run's curves and completions as one HTML file."),
     "export": (
-        "checkpoints.export:export",
+        "commands.export:export",
         "Turn a checkpoint into a folder that from_pretrained loads; push it.",
     ),
     "from-trl": ("commands.from_trl:from_trl", "Turn a GRPOConfig of TRL into a configuration of fit."),

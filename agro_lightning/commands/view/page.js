@@ -3,7 +3,10 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const PAGE = 40;
 const byId = (id) => document.getElementById(id);
-const number = (x) => (x === null || x === undefined ? "–" : String(Number(x.toPrecision(4))));
+function number(x) {
+  if (x === null || x === undefined) return "–";
+  return x !== 0 && Math.abs(x) < 1e-3 ? x.toExponential(2) : String(Number(x.toPrecision(4)));
+}
 
 function make(tag, text, parent, name) {
   const node = document.createElement(tag);
@@ -35,7 +38,7 @@ function prepare() {
       if (row.policy === null) continue;
       row.s = 0;
       row.policy.forEach((p, i) => {
-        if (!row.chosen || row.chosen[i]) row.s += (p - row.reference[i]) / 1000;
+        if (p !== null) row.s += (p - row.reference[i]) / 1000;
       });
     }
   }
@@ -132,7 +135,7 @@ function insideOf(group, rows) {
     row.tokens.forEach((token, i) => {
       const span = make("span", visible(data.vocabulary[token]), tokens);
       if (row.chosen) span.className = row.chosen[i] ? "chosen" : "given";
-      if (row.policy !== null) span.style.backgroundColor = colour((row.policy[i] - row.reference[i]) / 1000);
+      if (row.policy !== null && row.policy[i] !== null) span.style.backgroundColor = colour((row.policy[i] - row.reference[i]) / 1000);
     });
     tokens.row = row;
   }
@@ -150,7 +153,7 @@ function tip(event) {
   if (!row) return;
   const i = Array.prototype.indexOf.call(span.parentElement.children, span);
   const lines = [`token ${i + 1}: ${JSON.stringify(data.vocabulary[row.tokens[i]])}`];
-  if (row.policy !== null) {
+  if (row.policy !== null && row.policy[i] !== null) {
     const [p, q] = [row.policy[i] / 1000, row.reference[i] / 1000];
     lines.push(`log π ${p.toFixed(3)}, log π_ref ${q.toFixed(3)}, difference ${(p - q).toFixed(3)}`);
   }
@@ -183,7 +186,10 @@ function drawCompletions() {
   const legend = byId("legend");
   legend.append("A token's colour is log π − log π_ref in nats: ");
   for (const d of [-2, -1, -0.3, 0.3, 1, 2]) make("span", String(d), legend).style.backgroundColor = colour(d);
-  legend.append(" (s is their sum). A line under a token: chosen by the policy; dots: given to it.");
+  legend.append(" (s is their sum).");
+  if (data.groups.some((group) => group.rows.some((row) => row.chosen))) {
+    legend.append(" A line under a token: the policy chose it; dots: it was given, and is not trained on.");
+  }
   byId("groups").addEventListener("mouseover", tip);
   byId("groups").addEventListener("mouseleave", () => (byId("tip").hidden = true));
   refilter();

@@ -75,8 +75,8 @@ class ShownRows:
             "source": completion.source,
             "version": completion.policy_version,
             "finish": completion.finish_reason,
-            "policy": [round(1000 * p) for p in policy or ()] if known else None,
-            "reference": [round(1000 * p) for p in reference or ()] if known else None,
+            "policy": _by_token(policy, mask) if known else None,
+            "reference": _by_token(reference, mask) if known else None,
             "by": "checkpoint" if own_logprobs(completion) is None else "sampler",
             "chosen": None if mask is None else [int(chosen) for chosen in mask],
         }
@@ -90,6 +90,12 @@ class ShownRows:
             self._places[token] = len(self.texts)
             self.texts.append(text)
         return self._places[token]
+
+
+def _by_token(values: Floats, mask: Sequence[bool] | None) -> list[int | None]:
+    """Thousandths of a nat; None for tokens that the policy did not choose, of which there is no log-prob."""
+    scaled = iter([round(1000 * value) for value in values or ()])
+    return list(scaled) if mask is None else [next(scaled) if chosen else None for chosen in mask]
 
 
 def own_logprobs(completion: Completion) -> Floats:
@@ -163,7 +169,7 @@ def _of_policy(groups: Sequence[PromptGroup], trained: Trained, max_tokens: int)
         batch = pack_groups([groups[i] for i in lacking], num_groups=len(lacking))
         batch = batch.to(trained.policy.head.weight.device)
         values = logprobs_in_pieces(trained.policy, batch, max_tokens).cpu()
-        pieces = iter(values.split((batch.completion_lengths + 1).tolist()))
+        pieces = iter(values.split(torch.bincount(batch.sequence_ids.cpu()).tolist()))
         for i in lacking:
             found[i] = [next(pieces).tolist() for _ in groups[i].completions]
     return found
