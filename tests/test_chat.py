@@ -8,6 +8,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from agro_lightning.checkpoints.trained import load_trained
+from agro_lightning.commands.chat import _Printer
 from agro_lightning.commands.main import main
 from agro_lightning.models.pretrained import load_tokenizer
 from agro_lightning.models.reference import FrozenReference
@@ -121,6 +122,13 @@ def test_a_base_that_has_changed_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         answers(monkeypatch, capsys, ["1+1="], folder, "--reference", "true")
     assert "that model has changed since" in capsys.readouterr().err
+
+
+def test_an_answer_gives_the_terminal_no_orders(capsys):
+    tokenizer = load_tokenizer("quickstart")
+    printer = _Printer(tokenizer)
+    printer.on_finalized_text("a\x1b]0;owned\x07\tb\x9b2J\r\nc", stream_end=True)
+    assert capsys.readouterr().out == "a�]0;owned�\tb�2J�\nc\n"
 
 
 @pytest.mark.parametrize(

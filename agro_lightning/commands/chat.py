@@ -1,5 +1,6 @@
 """The command `chat`: answers typed prompts with a run's policy, as the run's own prompts are answered."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +20,9 @@ from agro_lightning.primitives.device import choose_device
 from agro_lightning.primitives.quiet import without_progress_bars
 from agro_lightning.rollout import Sampling
 from agro_lightning.rollout.engines.hf_generate import HFGenerate
+
+ORDERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Control characters but tab and line feed."""
 
 
 def chat(
@@ -80,6 +84,13 @@ def chat(
         raise ValueError(f"{failed} of {count} prompts could not be answered")
 
 
+class _Printer(TextStreamer):
+    """Prints an answer as it comes, without characters that a terminal would take for orders."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(ORDERS.sub("�", text), stream_end)
+
+
 class _Speaker:
     """Answers with one policy, and prints the answer as it comes."""
 
@@ -94,7 +105,7 @@ class _Speaker:
 
     def answer(self, prompt_ids: Sequence[int], sampling: Sampling, seed: int) -> None:
         tokenizer: Any = self.tokenizer
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = _Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         with self.guard():
             made = self.engine.stream(prompt_ids, sampling, seed=seed, streamer=streamer)
         if made.finish_reason == "error":
