@@ -115,7 +115,7 @@ def test_the_docstrings_examples_are_right(module, tmp_path, monkeypatch):
     monkeypatch.setenv("AGRO_LIGHTNING_CACHE", str(tmp_path / "cache"))
     loaded = importlib.import_module(module)
     documented = getattr(loaded, WITH_EXAMPLES[module])
-    assert "Example:" in (documented.__doc__ or ""), f"{module}.{WITH_EXAMPLES[module]} has no example"
+    assert "Examples:" in (documented.__doc__ or ""), f"{module}.{WITH_EXAMPLES[module]} has no example"
     assert ">>>" in documented.__doc__
     results = doctest.testmod(loaded, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     assert results.attempted >= 2 and results.failed == 0
