@@ -227,6 +227,26 @@ def test_a_group_that_stays_short_is_dropped_and_counted_and_never_padded(tmp_pa
     assert "2 prompts left out" in capsys.readouterr().out
 
 
+class Broken(BatchedDecoding):
+    """Fails on everything."""
+
+    def in_flight(self, sampling, *, policy_version, caches):
+        decoding = super().in_flight(sampling, policy_version=policy_version, caches=caches)
+        inner, failed = (
+            decoding.step,
+            Generation(completion_ids=(), finish_reason="error", behavior_logprobs=None),
+        )
+        decoding.step = lambda: [(number, failed) for number, _ in inner()]
+        return decoding
+
+
+def test_an_engine_that_fails_on_everything_ends_the_command_and_not_the_prompts(tmp_path):
+    publish(tmp_path)
+    with pytest.raises(RuntimeError, match="failed on 64 requests in a row"):
+        follow(tmp_path, engine=Broken(), groups=200)
+    assert not list((tmp_path / "stream").glob("part-*"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

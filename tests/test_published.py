@@ -135,6 +135,25 @@ def test_an_adapter_is_published_alone_and_its_base_once(tmp_path, folders):
         load_weights(newest_weights(tmp_path), policy)
 
 
+def test_weights_may_be_published_in_half_precision_and_through_memory(tmp_path, folders):
+    policy = Policy(PolicySettings(path=str(folders[0])))
+    whole = bytes_in(put(tmp_path / "whole", policy, 1))
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "weights").symlink_to(tmp_path / "memory")
+    for version in range(3):
+        put(tmp_path / "run", policy, version, dtype=torch.bfloat16)
+    found = newest_weights(tmp_path / "run")
+    assert bytes_in(found.folder) < 0.6 * whole
+    assert sorted(folder.name for folder in (tmp_path / "memory").iterdir()) == [
+        "version-00000001",
+        "version-00000002",
+    ]
+    half, _ = load_policy(found, PolicySettings())
+    for mine, theirs in zip(policy.base.parameters(), half.base.parameters(), strict=True):
+        assert torch.equal(mine.bfloat16().float(), theirs)
+
+
 def test_the_last_two_publications_stay(tmp_path, folders):
     policy = Policy(PolicySettings(path=str(folders[0])))
     for version in (0, 5, 10, 100):

@@ -16,6 +16,9 @@ from agro_lightning.rollout.logprob_gap import warn_if_cut
 from agro_lightning.rollout.output_files import OutputFiles, WorkerShare
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
+_FAILURES_IN_ROW = 64
+"""Requests that must fail one after another, at the least, for the engine to count as broken."""
+
 
 @dataclass(frozen=True, kw_only=True)  # without slots: the command line reads defaults from __dict__
 class InFlight:
@@ -120,7 +123,7 @@ class GroupFlow:
         self.parts, self.n, self.source, self.settings = parts, n, source, settings
         self.write, self.made = write, made
         self.requests = settings.requests or 8 * n
-        self._numbers = itertools.count()
+        self._numbers, self._failed_in_row = itertools.count(), 0
         self._sent: dict[int, tuple[int, _Group, int]] = {}
         """Requests in flight: part, group, member."""
         self._open: dict[int, _Part] = {}
@@ -136,6 +139,7 @@ class GroupFlow:
 
         Raises:
             TimeoutError: the consumer uses nothing.
+            RuntimeError: the engine fails on every request.
             RewardFailureError: the rewards' alarms.
         """
         todo = self.parts.missing(shard)
@@ -194,8 +198,15 @@ class GroupFlow:
         if is_usable(answer):
             group.arrived.append((member, answer))
             self._open[part].tokens += len(answer.completion_ids)
+            self._failed_in_row = 0
         else:
             self._open[part].failures["generation"] += 1
+            self._failed_in_row += 1
+            if self._failed_in_row >= max(_FAILURES_IN_ROW, 2 * self.requests):
+                raise RuntimeError(
+                    f"the engine failed on {self._failed_in_row} requests in a row. Start this command again "
+                    "once it is well; nothing is lost"
+                )
         if group.awaited:
             return
         kept = [(group.prompt, answer) for _, answer in group.arrived]

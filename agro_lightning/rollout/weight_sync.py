@@ -292,6 +292,7 @@ def publish_weights(
     final: bool = False,
     keep: int = 2,
     base: str = "",
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Writes a version of the weights, whole or not at all, and withdraws older ones.
 
@@ -307,6 +308,7 @@ def publish_weights(
         final: the run has ended.
         keep: how many versions stay.
         base: what `publish_base` returned: publish the adapter alone.
+        dtype: of the tensors of whole weights; None: that of the policy.
 
     Returns:
         The folder.
@@ -319,7 +321,7 @@ def publish_weights(
             write_adapter(aside, policy, weights, target.with_name(base))
             about |= {"base": base, "lora": asdict(policy.settings.lora)}  # type: ignore[arg-type]
         else:
-            write_policy(aside, policy, weights, tokenizer)
+            write_policy(aside, policy, weights, tokenizer, dtype=dtype)
         (aside / ABOUT_FILE).write_text(json.dumps({**about, "facts": asdict(facts)}))
         present = sorted(target.parent.glob("version-*"))
         for folder in present:

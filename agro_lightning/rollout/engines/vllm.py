@@ -373,6 +373,10 @@ class _Streaming:
                 if line.startswith("data: {"):
                     yield from json.loads(line[len("data: ") :])["choices"]
 
+    def check(self) -> None:
+        if self.engine._server is not None:
+            self.engine._server.check()
+
     def pause(self) -> None:
         self.engine._call("/pause?mode=keep", {})
 

@@ -27,6 +27,10 @@ class Server(Protocol):
 
     def record(self, tokens: list[int], logprobs: list[float | None], sampling: Sampling) -> Generation: ...
 
+    def check(self) -> None:
+        """Raises RuntimeError where the server has ended."""
+        ...
+
     def pause(self) -> None: ...
 
     def resume(self) -> None: ...
@@ -107,6 +111,7 @@ class ServedInFlight(InFlightEngine):
 
     def step(self) -> list[tuple[int, Generation]]:
         ended = []
+        self.server.check()
         try:
             ended.append(self._ended.get(timeout=_WAIT_SECONDS))
             while True:

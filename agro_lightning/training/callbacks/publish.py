@@ -2,9 +2,10 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from agro_lightning.rollout.weight_sync import (
@@ -31,14 +32,23 @@ class PublishWeights(Callback):
         keep: how many of the newest stay; at least 2, so that a reader may finish the one that it has begun.
         adapters_alone: publish a LoRA policy's adapter alone, and its base once, at the start. By default the
             adapter is merged into a whole copy of the weights.
+        dtype: type of the tensors that are published, such as the one that the rollouts compute in: bfloat16
+            halves what float32 takes. By default the type that the policy holds them in.
     """
 
-    def __init__(self, every: int = 1, keep: int = 2, adapters_alone: bool = False) -> None:
+    def __init__(
+        self,
+        every: int = 1,
+        keep: int = 2,
+        adapters_alone: bool = False,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    ) -> None:
         if every < 1:
             raise ValueError(f"PublishWeights.every is {every}; it must be at least 1")
         if keep < 2:
             raise ValueError(f"PublishWeights.keep is {keep}; it must be at least 2")
         self.every, self.keep, self.adapters_alone = every, keep, adapters_alone
+        self.dtype = None if dtype is None else getattr(torch, dtype)
         self._base = ""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: "AgroModule") -> None:
@@ -86,5 +96,6 @@ class PublishWeights(Callback):
                 final=final,
                 keep=self.keep,
                 base=self._base,
+                dtype=self.dtype,
             )
             data.record_sync(time.perf_counter() - started, bytes_in(folder))
