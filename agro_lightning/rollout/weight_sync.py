@@ -131,10 +131,15 @@ def load_weights(found: WeightsVersion, policy: Policy) -> None:
     """
     if found.lora or policy.settings.lora:
         return _load_adapter(found, policy)
+    mine: dict[str, Tensor] = dict(policy.base.named_parameters())
     with _reading(found), without_progress_bars():
-        fresh = load_lm(replace(policy.settings, path=str(found.folder)))
-    for mine, theirs in zip(policy.base.parameters(), fresh.parameters(), strict=True):
-        mine.copy_(theirs)
+        files = sorted(found.folder.glob("*.safetensors"))
+        theirs = {name: value for file in files for name, value in load_file(file).items()}
+        if any(name not in theirs or theirs[name].shape != value.shape for name, value in mine.items()):
+            # files that transformers names or cuts in another way than the model
+            theirs = dict(load_lm(replace(policy.settings, path=str(found.folder))).named_parameters())
+    for name, value in mine.items():
+        value.copy_(theirs[name])
 
 
 def _load_adapter(found: WeightsVersion, policy: Policy) -> None:
