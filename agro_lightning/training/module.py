@@ -12,7 +12,8 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import AdamW
 
 from agro_lightning.checkpoints.single_file import CHECKPOINT_KEY
 from agro_lightning.distributed.fsdp import (
@@ -45,10 +46,14 @@ from agro_lightning.primitives.stopwatch import StepTimer
 from agro_lightning.training.compat import convert_loops
 from agro_lightning.training.evaluation import PromptResult
 from agro_lightning.training.metrics import StepResult, batch_metrics
-from agro_lightning.training.optimizer import OptimizerSettings
+from agro_lightning.training.optimizer import Bucket, OptimizerSettings, check_same, describe, in_words
+from agro_lightning.training.optimizer_class import check_sharded, optimizer_class
 from agro_lightning.training.step_callback import data_of
 from agro_lightning.training.strategy import check_precision, check_trainer, refuse_unsharded
 from agro_lightning.types import Prompt
+
+PREFIX = "policy.lm."
+"""How the module's names of parameters begin; transformers' follow."""
 
 
 class AgroModule(L.LightningModule):
@@ -57,7 +62,7 @@ class AgroModule(L.LightningModule):
     Args:
         policy: which causal LM is trained, and how.
         objective: the loss over groups; AGRO unless a baseline is asked for.
-        optimizer: AdamW and its schedule.
+        optimizer: which optimiser steps the weights, and its schedule.
         reference: "frozen" (a second copy), "adapter_off" (the LoRA policy's own base), "cached" (log-probs
             that `annotate` put into the data), or "auto": adapter_off with LoRA, else frozen.
         reference_id: with "cached": the id that `annotate` printed.
@@ -130,6 +135,8 @@ class AgroModule(L.LightningModule):
         if self.policy is not None:
             return
         mesh = self.device_mesh
+        if mesh is not None and self.trainer.state.fn == "fit":
+            check_sharded(optimizer_class(self.optimizer_settings.class_path))
         if mesh is None:
             policy = Policy(self.policy_settings, temperature=self.temperature)
         else:
@@ -180,8 +187,27 @@ class AgroModule(L.LightningModule):
             self.reference.policy.use_packing(self.policy.packing)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer, schedule = self.optimizer_settings.optimizer(self.parameters(), self._total_steps)
+        settings, buckets = self.optimizer_settings, self._buckets()
+        optimizer, schedule = settings.optimizer(buckets, self._total_steps, on_gpu=self._on_gpu())
+        if len(buckets) > 1 or buckets[0].kind is not AdamW:
+            rank_zero_info(f"optimiser: {in_words(describe(buckets))}")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _buckets(self) -> list[Bucket]:
+        """Which optimiser steps which parameters."""
+        assert self.policy is not None
+        named = {name.removeprefix(PREFIX): value for name, value in self.named_parameters()}
+        embeddings = (m for m in self.policy.modules() if isinstance(m, nn.Embedding))
+        ends = [self.policy.head.weight, *(weight for m in embeddings for weight in m.parameters())]
+        return self.optimizer_settings.plan(named, ends)
+
+    def _on_gpu(self) -> bool:
+        return next(self.parameters()).is_cuda
+
+    def check_optimizer(self, about: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another optimiser, before its state is loaded; ValueError names both."""
+        if self.trainer.state.fn == "fit":
+            check_same(about[CHECKPOINT_KEY].get("optimizer"), describe(self._buckets()))
 
     def _total_steps(self) -> int:
         # asking Lightning to estimate would open the data before a checkpoint has told where it stands
@@ -192,7 +218,7 @@ class AgroModule(L.LightningModule):
         """A run that goes on takes the present settings: a checkpoint's optimiser brings its former ones."""
         for config in self.trainer.lr_scheduler_configs:
             assert isinstance(config.scheduler, torch.optim.lr_scheduler.LambdaLR)
-            self.optimizer_settings.take_over(config.scheduler)
+            self.optimizer_settings.take_over(config.scheduler, self._buckets(), on_gpu=self._on_gpu())
 
     # ------------------------------------------------------------------ training
 
@@ -359,6 +385,7 @@ class AgroModule(L.LightningModule):
             "reference_id": self.reference.reference_id,
             "reference_file": self._reference_file,
             "rng": gather_rng(),
+            "optimizer": describe(self._buckets()),
         }
         if data_of(self.trainer) is not None:
             data_of(self.trainer).evict_replay()
@@ -366,6 +393,7 @@ class AgroModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the reference and the random generators of this rank."""
         about = checkpoint[CHECKPOINT_KEY]
+        self.check_optimizer(checkpoint)
         if data_of(self.trainer) is not None and self.trainer.state.fn == "fit":
             convert_loops(checkpoint, self.trainer.accumulate_grad_batches)
         self._reference_file = about["reference_file"]
