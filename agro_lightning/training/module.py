@@ -38,6 +38,7 @@ from agro_lightning.models.reference import (
     check_reference_id,
     frozen_copy,
 )
+from agro_lightning.models.routers import RouterLoad
 from agro_lightning.models.sharded_loading import sharded_policy, sharded_reference
 from agro_lightning.objectives import Agro, LossInputs, Objective
 from agro_lightning.primitives.collectives import largest
@@ -45,7 +46,7 @@ from agro_lightning.primitives.rng import gather_rng, set_rng
 from agro_lightning.primitives.stopwatch import StepTimer
 from agro_lightning.training.compat import convert_loops
 from agro_lightning.training.evaluation import PromptResult
-from agro_lightning.training.metrics import StepResult, batch_metrics
+from agro_lightning.training.metrics import StepResult, batch_metrics, router_metrics
 from agro_lightning.training.optimizer import Bucket, OptimizerSettings, check_same, describe, in_words
 from agro_lightning.training.optimizer_class import check_sharded, optimizer_class
 from agro_lightning.training.step_callback import data_of
@@ -105,6 +106,7 @@ class AgroModule(L.LightningModule):
         # a plain tuple, so that nn.Module does not register the reference as a submodule (not optimised, not
         # sharded, not checkpointed)
         self._reference: tuple[Reference, ...] = ()
+        self._router_load: RouterLoad | None = None
         self._slices: list[tuple[TokenBatch, Tensor, Tensor]] = []
         """(slice of the batch, its logsumexp, d loss/d log-prob) for `backward`."""
         self._reference_file: str | None = None
@@ -162,7 +164,7 @@ class AgroModule(L.LightningModule):
 
     def attach(self, policy: Policy, reference: Reference) -> None:
         """Takes a policy and a reference that are built already; configure_model then builds none."""
-        self.policy, self._reference = policy, (reference,)
+        self.policy, self._reference, self._router_load = policy, (reference,), RouterLoad(policy)
 
     @property
     def reference(self) -> Reference:
@@ -227,11 +229,11 @@ class AgroModule(L.LightningModule):
         ref_logprobs = self.reference_logprobs(batch)
         self.timer.end("reference", self.device)
         self._slices = []
-        if self._all_ranks_fit(batch):
-            result = self._whole(batch, ref_logprobs)
-        else:
-            result = self._in_slices(batch, ref_logprobs)
+        with self._router_load.watching() if self._router_load else contextlib.nullcontext():
+            compute = self._whole if self._all_ranks_fit(batch) else self._in_slices
+            result = compute(batch, ref_logprobs)
         self.last_metrics = batch_metrics(batch, result, self.sources, self.reward_names)
+        self.last_metrics |= router_metrics(self._router_load)
         self.last_log_ratios = result.log_ratios
         self.timer.end("forward", self.device)
         # the loss is divided by the whole step's groups already: undo the averages of Lightning and strategy
