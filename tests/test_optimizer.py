@@ -329,7 +329,7 @@ def test_few_bits_are_resumed_bitwise_and_estimated(path, tmp_path):
     module = AgroModule(policy=PolicySettings(path=str(tmp_path)), optimizer=settings)
     load = Workload(groups=2, group_size=2, prompt_tokens=4, completion_tokens=4, gpu=True)
     whole = simulate(AgroModule(policy=PolicySettings(path=str(tmp_path))), load).state["optimiser"]
-    share = 0.13 if "4bit" in path else 0.26
+    share = 0.16 if "4bit" in path else 0.26  # small tensors stay in fp32
     assert simulate(module, load).state["optimiser"] == pytest.approx(share * whole, rel=0.2)
 
 

@@ -1,4 +1,4 @@
-"""How evenly the routers of a mixture of experts spread tokens: what the metric `router_load_max` is made of."""
+"""How evenly the routers of a mixture of experts spread tokens: the metric `router_load_max`."""
 
 import contextlib
 from collections.abc import Iterator
@@ -54,7 +54,5 @@ class RouterLoad:
     def largest(self) -> Float[Tensor, " layers"] | None:
         """For each layer, the tokens of its busiest expert over the mean of all its experts: 1 is even, the
         number of experts over top_k the worst. None where nothing was counted."""
-        counts = [count.float() for count in self._counts.values()]
-        return (
-            torch.stack([count.max() / count.mean().clamp(min=1e-9) for count in counts]) if counts else None
-        )
+        loads = [count.max() / count.float().mean().clamp(min=1e-9) for count in self._counts.values()]
+        return torch.stack(loads) if loads else None

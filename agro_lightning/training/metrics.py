@@ -148,7 +148,7 @@ def batch_metrics(
 
 
 def router_metrics(load: RouterLoad | None) -> dict[str, MetricSum]:
-    """How evenly a mixture of experts was used in one micro-batch, over its layers; nothing of other models."""
+    """How evenly a mixture of experts was used in one micro-batch; nothing of other models."""
     if not load:
         return {}
     values = load.largest()

@@ -24,9 +24,10 @@ from agro_lightning.distributed.fsdp import (
     total_norm,
     unsharded,
 )
-from agro_lightning.models.batch import TokenBatch, split_batch
+from agro_lightning.models.batch import TokenBatch
 from agro_lightning.models.config import PolicySettings
 from agro_lightning.models.head_check import check_logprobs
+from agro_lightning.models.pieces import split_batch
 from agro_lightning.models.policy import Policy
 from agro_lightning.models.pretrained import adapter_summary
 from agro_lightning.models.reference import (
@@ -303,7 +304,8 @@ class AgroModule(L.LightningModule):
         """Pass 1, no grad: log-probs of every slice and d loss/d log-prob; `backward` then recomputes each
         slice with these gradients."""
         assert self.policy is not None and self.max_tokens is not None
-        slices = split_batch(batch, self.max_tokens)
+        pieces = split_batch(batch, self.max_tokens)
+        slices = pieces.parts
         if max(part.num_tokens for part in slices) > self.max_tokens:  # Python shows one text once
             warnings.warn(
                 f"some prompts and completions have more tokens together than model.max_tokens = "
@@ -313,11 +315,11 @@ class AgroModule(L.LightningModule):
         idle = largest(len(slices), self.device) - len(slices)
         with torch.no_grad():
             measured = [self.policy.logprobs(part) for part in slices + slices[:1] * idle][: len(slices)]
-        logprobs = torch.cat([m.logprobs for m in measured]).requires_grad_()
+        logprobs = pieces.joined([m.logprobs for m in measured]).requires_grad_()
         result = self._composed(batch, logprobs, ref_logprobs)
         (slopes,) = torch.autograd.grad(result.loss, logprobs)
-        sizes = [part.targets.numel() for part in slices]
-        self._slices = list(zip(slices, [m.logsumexp for m in measured], slopes.split(sizes), strict=True))
+        logsumexps = [m.logsumexp for m in measured]
+        self._slices = list(zip(slices, logsumexps, pieces.split(slopes), strict=True))
         self._slices += [(slices[0], measured[0].logsumexp, torch.zeros_like(measured[0].logprobs))] * idle
         return result
 
