@@ -115,8 +115,8 @@ def test_a_lora_run_is_followed_through_its_adapter_alone(tmp_path, quickstart_t
         '--model.policy.lora={"rank": 4}',
         "--model.optimizer.learning_rate=1e-3",
     )
-    run_both(sides(tmp_path / "run", steps=12, kills=1, per_file=4, seed=1, more=more))
-    check_accounts(tmp_path / "run", 12, 4, quickstart_tokenizer)
+    run_both(sides(tmp_path / "run", steps=24, kills=1, per_file=4, seed=1, more=more))
+    check_accounts(tmp_path / "run", 24, 4, quickstart_tokenizer)
     found = newest_weights(tmp_path / "run")
     assert found is not None and found.final and found.lora is not None
     assert bytes_in(found.folder) < bytes_in(found.folder.parent / found.base) / 4
