@@ -1,8 +1,9 @@
 """The records that rollouts are made of: Prompt -> Completion -> PromptGroup. They need no torch."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "error"]
@@ -38,6 +39,10 @@ class Completion:
     """Decoded text, without special tokens."""
     completion_ids: tuple[int, ...]
     """Token ids as sampled, the final EOS included when finish_reason is "stop"."""
+    policy_mask: tuple[bool, ...] | None = None
+    """Which of completion_ids the policy chose; the others (tool results, user turns, tokens of the chat
+    template) are context: read, never trained on. None: all. Trailing tokens that it did not choose are left
+    out of the record, since nothing depends on them."""
     reward: float
     """The weighted total that the objective uses."""
     reward_parts: Mapping[str, float] = field(default_factory=dict)
@@ -50,8 +55,8 @@ class Completion:
     """Optimiser steps the policy had taken when it was sampled; -1 when not sampled from this run's
     policy. Of several versions, the oldest."""
     policy_versions: tuple[tuple[int, int], ...] | None = None
-    """Runs of (version, tokens) that say which version drew each token, where weights changed while it was
-    being sampled; None: all tokens are of policy_version."""
+    """Runs of (version, tokens) that say which version drew each chosen token, where weights changed while
+    they were being sampled; None: all tokens are of policy_version."""
     temperature: float = 1.0
     """Sampling temperature."""
     top_p: float = 1.0
@@ -59,13 +64,34 @@ class Completion:
     top_k: int = 0
     """Number of most likely tokens it was sampled from; 0 is the full distribution."""
     behavior_logprobs: tuple[float, ...] | None = None
-    """Per-token log-probs under the policy that sampled it, at `temperature`. Diagnostics only."""
+    """Log-probs of the chosen tokens under the policy that sampled them, at `temperature`. Diagnostics
+    only."""
     ref_logprobs: tuple[float, ...] | None = None
-    """Per-token log-probs under the reference, at the run's temperature; count only with reference_id."""
+    """Log-probs of the chosen tokens under the reference, at the run's temperature; count only with
+    reference_id."""
     reference_id: str | None = None
     """Hash of the reference's weights and the temperature that ref_logprobs were made with."""
     row_id: str = ""
     """File and row number ("file:row"), so that one row is never drawn twice into a group; "" when live."""
+
+    def __post_init__(self) -> None:
+        mask = self.policy_mask
+        if not mask or len(mask) != len(self.completion_ids) or mask[-1] is not False or True not in mask:
+            return  # a mask that does not fit is refused where rows are packed or written
+        end = len(mask) - mask[::-1].index(True)
+        object.__setattr__(self, "completion_ids", self.completion_ids[:end])
+        object.__setattr__(self, "policy_mask", mask[:end])
+
+    @property
+    def num_chosen(self) -> int:
+        """Tokens that the policy chose: those that count."""
+        return len(self.completion_ids) if self.policy_mask is None else sum(self.policy_mask)
+
+    def runs(self) -> list[tuple[bool, tuple[int, ...]]]:
+        """(whether the policy chose them, their ids) of neighbouring tokens, in order."""
+        chosen = self.policy_mask or (True,) * len(self.completion_ids)
+        pairs = groupby(zip(chosen, self.completion_ids, strict=True), key=lambda pair: pair[0])
+        return [(flag, tuple(token for _, token in run)) for flag, run in pairs]
 
     def __len__(self) -> int:
         return len(self.completion_ids)
@@ -80,6 +106,24 @@ class PromptGroup:
 
     def __len__(self) -> int:
         return len(self.completions)
+
+
+def mask_problem(mask: Sequence[Any] | None, num_tokens: int) -> str | None:
+    """What is wrong with a policy_mask over that many completion_ids; None where nothing is."""
+    if mask is None:
+        return None
+    if odd := [value for value in mask if value is not True and value is not False]:
+        return f"policy_mask holds {odd[0]!r} ({type(odd[0]).__name__}); it must hold true and false alone"
+    if len(mask) != num_tokens:
+        return (
+            f"policy_mask has {len(mask)} entries for {num_tokens} completion_ids; there must be one for "
+            "each, those that the policy did not choose included"
+        )
+    if True not in mask:
+        return (
+            f"policy_mask chooses none of the {num_tokens} tokens; there is nothing to train on: leave it out"
+        )
+    return None
 
 
 def answer_to_text(answer: str | tuple[str, ...] | None) -> str | None:

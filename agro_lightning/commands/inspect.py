@@ -167,6 +167,10 @@ class _Totals:
     """Sum of rewards and number of rows, by source."""
     lengths: "array[int]" = field(default_factory=lambda: array("q"))
     versions: "array[int]" = field(default_factory=lambda: array("q"))
+    chosen: "array[int]" = field(default_factory=lambda: array("q"))
+    """Tokens of each completion that the policy chose."""
+    masked: int = 0
+    """Completions with a policy_mask."""
     prompt_lengths: "array[int]" = field(default_factory=lambda: array("q"))
     group_sizes: "array[int]" = field(default_factory=lambda: array("q"))
     finish: Counter[str] = field(default_factory=Counter)
@@ -184,6 +188,8 @@ class _Totals:
         tally[0] += completion.reward
         tally[1] += 1
         self.lengths.append(len(completion))
+        self.chosen.append(completion.num_chosen)
+        self.masked += completion.policy_mask is not None
         self.versions.append(completion.policy_version)
         self.finish[completion.finish_reason] += 1
         settings = (completion.temperature, completion.top_p, completion.top_k)
@@ -200,6 +206,16 @@ class _Totals:
         self.equal_groups += len(group) > 1 and len(rewards) == 1
         self.repeats += len(group) - len({completion.completion_ids for completion in group.completions})
 
+    def _observations(self) -> list[str]:
+        """What the masks say, where there are any."""
+        if not self.masked:
+            return []
+        outside = 1 - sum(self.chosen) / sum(self.lengths)
+        return [
+            f"of them chosen by the policy: {_spread(self.chosen)}; {self.masked} rows with a policy_mask, "
+            f"{outside:.1%} of all completion tokens are read and not trained on"
+        ]
+
     def report(self, policy_version: int | None) -> list[str]:
         groups = len(self.group_sizes)
         comparable = sum(size > 1 for size in self.group_sizes)
@@ -214,6 +230,7 @@ class _Totals:
             f"completions equal to an earlier one of their prompt: {self.repeats} (kept: samples may agree)",
             f"prompt tokens: {_spread(self.prompt_lengths)}",
             f"completion tokens: {_spread(self.lengths)}",
+            *self._observations(),
             f"finish reasons: {_shares(self.finish)}",
             f"sampled at: {_shares(self.sampling)}",
             f"with log-probs: {_shares(self.cached, self.rows) or 'none'}",
@@ -282,21 +299,31 @@ def sample_text(group: PromptGroup, completion: Completion, tokenizer: PreTraine
     head = f"sample {completion.row_id}: prompt {group.prompt.prompt_id!r}, source {completion.source}, "
     head += f"reward {completion.reward:g}{f' ({parts})' if parts else ''}, {completion.finish_reason}"
     prompt = _tokens(group.prompt.prompt_ids, tokenizer, "{}")
-    trained = _tokens(completion.completion_ids, tokenizer, "[{}]")
+    trained = _tokens(completion.completion_ids, tokenizer, "[{}]", completion.policy_mask)
+    count = f"{len(completion)} tokens, trained on"
+    if completion.policy_mask is not None:
+        count = f"{len(completion)} tokens, {completion.num_chosen} of them (in brackets) trained on"
     return "\n".join(
         [
             head,
             f"  prompt, {len(group.prompt.prompt_ids)} tokens, not trained on: {' '.join(prompt)}",
-            f"  completion, {len(completion)} tokens, trained on: {' '.join(trained)}",
+            f"  completion, {count}: {' '.join(trained)}",
         ]
     )
 
 
-def _tokens(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, frame: str) -> list[str]:
-    """Each token's text, escaped where it would not show; the middle of long ones left out."""
+def _tokens(
+    ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    frame: str,
+    framed_ones: Sequence[bool] | None = None,
+) -> list[str]:
+    """Each token's text, escaped where it would not show, in a frame (all, or the given ones); the middle of
+    long ones left out."""
     half = SHOWN_TOKENS // 2
     left_out = len(ids) - 2 * half
-    shown = list(ids) if left_out <= 0 else [*ids[:half], *ids[-half:]]
-    texts = [tokenizer.decode([token], skip_special_tokens=False) for token in shown]
-    framed = [frame.format(repr(str(text))[1:-1].replace(" ", "·")) for text in texts]
+    pairs = list(zip(ids, framed_ones or [True] * len(ids), strict=True))
+    shown = pairs if left_out <= 0 else [*pairs[:half], *pairs[-half:]]
+    texts = [(str(tokenizer.decode([token], skip_special_tokens=False)), flag) for token, flag in shown]
+    framed = [(frame if flag else "{}").format(repr(text)[1:-1].replace(" ", "·")) for text, flag in texts]
     return framed if left_out <= 0 else [*framed[:half], f"... {left_out} more ...", *framed[half:]]

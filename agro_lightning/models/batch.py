@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from agro_lightning.types import Completion, PromptGroup
+from agro_lightning.types import Completion, PromptGroup, mask_problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,8 +18,8 @@ class TokenBatch:
     """Whole prompt groups, packed into one row of tokens without padding; each prompt's tokens stand once.
 
     A group is laid out as its prompt followed by its completions. A completion's last token predicts nothing
-    and is left out of the input, so a completion of n tokens takes n - 1 places. T input tokens, N target
-    (completion) tokens, B completions, G groups.
+    and is left out of the input, so a completion of n tokens takes n - 1 places. A token that the policy did
+    not choose is an input without being a target. T input tokens, N targets, B completions, G groups.
     """
 
     input_ids: Int[Tensor, " T"]
@@ -29,6 +29,8 @@ class TokenBatch:
     """Input tokens of each group's prompt (on the CPU; the layout is planned there)."""
     completion_lengths: Int[Tensor, " B"]
     """Input tokens of each completion, its length - 1 (on the CPU)."""
+    target_lengths: Int[Tensor, " B"]
+    """Targets of each completion, the tokens that the policy chose: 1 to its length (on the CPU)."""
     predictors: Int[Tensor, " N"]
     """For each target, the input place whose hidden state predicts it."""
     targets: Int[Tensor, " N"]
@@ -65,8 +67,8 @@ class TokenBatch:
         return self.rewards.numel()
 
     def to(self, device: torch.device | str) -> "TokenBatch":
-        """The batch with its tensors on `device`; the two length tensors stay on the CPU."""
-        stay = {"prompt_lengths", "completion_lengths"}
+        """The batch with its tensors on `device`; the length tensors stay on the CPU."""
+        stay = {"prompt_lengths", "completion_lengths", "target_lengths"}
         moved = {
             name: value.to(device, non_blocking=True)
             for name in self.__dataclass_fields__
@@ -84,6 +86,8 @@ def pack_groups(
 ) -> TokenBatch:
     """Packs groups into one row of tokens: each prompt once, then its completions without their last token.
 
+    The targets are the tokens that the policy chose (`Completion.policy_mask`).
+
     Args:
         groups: whole prompt groups; every prompt and completion has at least one token.
         num_groups: groups of the whole optimiser step, what the loss is divided by.
@@ -92,7 +96,8 @@ def pack_groups(
             completion has them the batch carries them, otherwise it carries none.
 
     Raises:
-        ValueError: no groups, a group of fewer than 2 completions, or an empty prompt or completion.
+        ValueError: no groups, a group of fewer than 2 completions, an empty prompt or completion, or a
+            policy_mask or log-probs that do not fit their completion.
     """
     _check(groups)
     completions = [completion for group in groups for completion in group.completions]
@@ -125,6 +130,10 @@ def pack_groups(
     predictors = np.where(
         within == 0, prompt_ends[group_ids][sequence_ids], starts[sequence_ids] + within - 1
     )
+    chosen = np.concatenate(
+        [np.ones(len(c), bool) if c.policy_mask is None else np.array(c.policy_mask) for c in completions]
+    )
+    target_lengths = np.array([c.num_chosen for c in completions])
     cached = reference_id is not None and all(
         c.ref_logprobs is not None and c.reference_id == reference_id for c in completions
     )
@@ -133,18 +142,19 @@ def pack_groups(
         position_ids=torch.from_numpy(np.concatenate(positions)),
         prompt_lengths=torch.from_numpy(prompt_lengths),
         completion_lengths=torch.from_numpy(lengths - 1),
-        predictors=torch.from_numpy(predictors),
+        target_lengths=torch.from_numpy(target_lengths),
+        predictors=torch.from_numpy(predictors[chosen]),
         targets=torch.from_numpy(
-            np.concatenate([np.asarray(c.completion_ids, dtype=np.int64) for c in completions])
+            np.concatenate([np.asarray(c.completion_ids, dtype=np.int64) for c in completions])[chosen]
         ),
-        sequence_ids=torch.from_numpy(sequence_ids),
+        sequence_ids=torch.from_numpy(sequence_ids[chosen]),
         group_ids=torch.from_numpy(group_ids),
         rewards=torch.tensor([c.reward for c in completions], dtype=torch.float32),
-        ref_logprobs=_tokens([c.ref_logprobs for c in completions], lengths) if cached else None,
-        behavior_logprobs=_tokens([c.behavior_logprobs for c in completions], lengths),
+        ref_logprobs=_tokens([c.ref_logprobs for c in completions], target_lengths) if cached else None,
+        behavior_logprobs=_tokens([c.behavior_logprobs for c in completions], target_lengths),
         truncated=torch.tensor([c.finish_reason == "length" for c in completions]),
         policy_versions=torch.tensor([c.policy_version for c in completions]),
-        token_versions=torch.from_numpy(_versions(completions, lengths)),
+        token_versions=torch.from_numpy(_versions(completions, target_lengths)),
         sources=tuple(c.source for c in completions),
         prompt_ids=tuple(group.prompt.prompt_id for group in groups),
         reward_parts=tuple(c.reward_parts for c in completions),
@@ -166,11 +176,21 @@ def _check(groups: Sequence[PromptGroup]) -> None:
         if not group.prompt.prompt_ids:
             raise ValueError(f"group {name} has an empty prompt; give it at least one token (a BOS, say)")
         for i, completion in enumerate(group.completions):
+            row = f", row {completion.row_id}" if completion.row_id else ""
+            which = f"completion {i} of group {name} (source {completion.source}{row})"
             if not len(completion):
                 raise ValueError(
-                    f"completion {i} of group {name} (source {completion.source}) is empty; it needs at "
-                    "least one token, the EOS: drop it, or append the EOS"
+                    f"{which} is empty; it needs at least one token, the EOS: drop it, or append the EOS"
                 )
+            if problem := mask_problem(completion.policy_mask, len(completion)):
+                raise ValueError(f"{which}: {problem}")
+            for column in ("ref_logprobs", "behavior_logprobs"):
+                values = getattr(completion, column)
+                if values is not None and len(values) != completion.num_chosen:
+                    raise ValueError(
+                        f"{which}: {len(values)} {column} for {completion.num_chosen} tokens that the policy "
+                        "chose; there must be one for each of them, and none for the others"
+                    )
 
 
 def _tokens(values: Sequence[Sequence[float] | None], lengths: np.ndarray) -> Tensor | None:
@@ -191,6 +211,28 @@ def _versions(completions: Sequence[Completion], lengths: np.ndarray) -> Int[np.
     return np.repeat(versions, tokens)
 
 
+def split_batch(batch: TokenBatch, max_tokens: int) -> list[TokenBatch]:
+    """Cuts a packed batch into pieces of at most max_tokens input tokens, each holding whole completions.
+
+    A group may span pieces, and its prompt then stands in each of them; a single completion longer than the
+    budget makes a piece of its own. Group ids are renumbered in each piece, so statistics over groups must be
+    made from the whole batch. Targets keep their order: the pieces' targets laid end to end are the batch's.
+    """
+    prompt_lengths, lengths = batch.prompt_lengths.numpy(), batch.completion_lengths.numpy()
+    group_ids = batch.group_ids.cpu().numpy()
+    pieces: list[list[int]] = []
+    used, last_group = max_tokens + 1, -1
+    for row, (group, length) in enumerate(zip(group_ids, lengths, strict=True)):
+        cost = int(length) + (int(prompt_lengths[group]) if group != last_group else 0)
+        if used + cost > max_tokens:
+            pieces.append([])
+            used, cost = 0, int(length) + int(prompt_lengths[group])
+        pieces[-1].append(row)
+        used += cost
+        last_group = group
+    return [batch] if len(pieces) == 1 else [select_completions(batch, rows) for rows in pieces]
+
+
 def select_completions(batch: TokenBatch, rows: Sequence[int]) -> TokenBatch:
     """The packed batch that holds only the given completions (indices in rising order) and their prompts."""
     device = batch.input_ids.device
@@ -207,7 +249,7 @@ def select_completions(batch: TokenBatch, rows: Sequence[int]) -> TokenBatch:
         sizes += [prompts[g : g + 1], lengths[row : row + count]]
         row += count
     kept_inputs = torch.repeat_interleave(torch.cat(flags), torch.cat(sizes)).to(device)
-    kept_targets = torch.repeat_interleave(keep, lengths + 1).to(device)
+    kept_targets = torch.repeat_interleave(keep, batch.target_lengths).to(device)
     new_place = torch.cumsum(kept_inputs, 0) - 1
     new_row = (torch.cumsum(keep, 0) - 1).to(device)
     on_device = keep.to(device)
@@ -221,6 +263,7 @@ def select_completions(batch: TokenBatch, rows: Sequence[int]) -> TokenBatch:
         position_ids=batch.position_ids[kept_inputs],
         prompt_lengths=prompts[keep_group],
         completion_lengths=lengths[keep],
+        target_lengths=batch.target_lengths[keep],
         predictors=new_place[batch.predictors[kept_targets]],
         targets=batch.targets[kept_targets],
         sequence_ids=new_row[batch.sequence_ids[kept_targets]],
@@ -284,11 +327,10 @@ def repeat_prompts(batch: TokenBatch, *, rows: Literal["one", "full", "single"] 
     table = torch.zeros(2, (int(row_of.max()) + 1) * width, dtype=torch.long)
     table[0, targets_at], table[1, targets_at] = sources, position_ids
 
-    targets = lengths + 1
-    first = torch.cumsum(targets, 0) - targets
-    # the prompt's last token predicts the first target
-    begins = row_of * width + columns + prompts[groups] - 1
-    predictors = torch.arange(int(targets.sum())) + torch.repeat_interleave(begins - first, targets)
+    # the prompt's last token predicts a completion's first token, the completion's own tokens the others
+    owner = batch.sequence_ids.cpu()
+    prompt_ends = (row_of * width + columns + prompts[groups] - 1)[owner]
+    predictors = prompt_ends + (batch.predictors.cpu() - completion_starts[owner] + 1).clamp(min=0)
     places, position_ids = table.view(2, -1, width).to(device)
     return PlainRows(places, position_ids, predictors.to(device))
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from agro_lightning.distributed.fsdp import common_forwards
-from agro_lightning.models.batch import TokenBatch, pack_groups
-from agro_lightning.models.pieces import Pieces, split_batch
+from agro_lightning.models.batch import TokenBatch, pack_groups, split_batch
 from agro_lightning.models.policy import Policy
 from agro_lightning.models.sharded_loading import copy_shards
 from agro_lightning.primitives.atomic_files import atomic_path
@@ -75,11 +74,10 @@ def _identify(weights: nn.Module, policy: Policy) -> str:
 def logprobs_in_pieces(policy: Policy, batch: TokenBatch, max_tokens: int | None) -> Tensor:
     """Log-probs in pieces of at most max_tokens; ranks with fewer pieces repeat one, so that all run the same
     collectives."""
-    pieces = Pieces([batch], []) if max_tokens is None else split_batch(batch, max_tokens)
-    parts = pieces.parts
-    idle = common_forwards(policy, len(parts)) - len(parts)
-    values = [policy.logprobs(piece).logprobs for piece in parts + parts[:1] * idle]
-    return pieces.joined(values[: len(parts)])
+    pieces = [batch] if max_tokens is None else split_batch(batch, max_tokens)
+    idle = common_forwards(policy, len(pieces)) - len(pieces)
+    values = [policy.logprobs(piece).logprobs for piece in pieces + pieces[:1] * idle]
+    return torch.cat(values[: len(pieces)])
 
 
 class FrozenReference:
@@ -203,7 +201,7 @@ def frozen_copy(policy: Policy) -> FrozenReference:
 def with_ref_logprobs(
     groups: Sequence[PromptGroup], reference: Reference, *, device: torch.device, max_tokens: int | None
 ) -> list[PromptGroup]:
-    """The groups with every completion's log-probs under the reference, and its reference_id.
+    """The groups with each completion's log-probs under the reference (chosen tokens'), and its reference_id.
 
     Args:
         groups: of 2 or more completions each.
@@ -212,7 +210,7 @@ def with_ref_logprobs(
     """
     batch = pack_groups(groups, num_groups=len(groups)).to(device)
     values = reference.logprobs(batch, max_tokens=max_tokens).cpu()
-    pieces = iter(values.split((batch.completion_lengths + 1).tolist()))
+    pieces = iter(values.split(batch.target_lengths.tolist()))
     known = reference.reference_id
     return [
         replace(

@@ -11,7 +11,7 @@ class Ragged:
     """A list column as numpy arrays."""
 
     values: np.ndarray
-    """All values end to end; null ones read as 0."""
+    """All values end to end; null ones read as 0 or false."""
     offsets: np.ndarray
     """Row i holds values[offsets[i]:offsets[i + 1]]; a null row holds none."""
     nulls: np.ndarray
@@ -27,7 +27,7 @@ class Ragged:
         nulls = np.zeros(len(column), dtype=bool)
         if values.null_count:
             nulls = _rows_with(values.is_null().to_numpy(zero_copy_only=False), offsets)
-            values = values.fill_null(0)
+            values = values.fill_null(False if pa.types.is_boolean(values.type) else 0)
         return cls(
             values=values.to_numpy(zero_copy_only=False),
             offsets=offsets,
@@ -38,6 +38,11 @@ class Ragged:
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
+
+    @property
+    def sums(self) -> np.ndarray:
+        """The sum of each row's values; of flags, how many are set."""
+        return np.diff(np.concatenate([[0], np.cumsum(self.values, dtype=np.int64)])[self.offsets])
 
     def __getitem__(self, row: int) -> np.ndarray:
         return self.values[self.offsets[row] : self.offsets[row + 1]]

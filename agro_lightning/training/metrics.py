@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from agro_lightning.models.batch import TokenBatch
-from agro_lightning.models.routers import RouterLoad
 from agro_lightning.rollout.logprob_gap import logprob_gap
 
 
@@ -133,6 +132,10 @@ def batch_metrics(
         ),
         "advantage_spread": MetricSum(completions, result.advantages.sum(), result.advantages.square().sum()),
         "completion_length": _mean(lengths),
+        "observation_fraction": MetricSum(
+            batch.completion_lengths.sum() + completions,
+            (batch.completion_lengths + 1 - batch.target_lengths).sum(),
+        ),
         "truncated_fraction": _mean(batch.truncated.float()),
         "equal_reward_fraction": MetricSum(groups, (reward_spread == 0).sum()),
     }
@@ -145,16 +148,6 @@ def batch_metrics(
         scores = [parts[name] for parts in batch.reward_parts if name in parts]
         metrics[f"reward/{name}"] = MetricSum(len(scores), sum(scores))
     return metrics
-
-
-def router_metrics(load: RouterLoad | None) -> dict[str, MetricSum]:
-    """How evenly a mixture of experts was used in one micro-batch; nothing of other models."""
-    if not load:
-        return {}
-    values = load.largest()
-    if values is None:
-        return {"router_load": NOTHING, "router_load_max": NOTHING}
-    return {"router_load": _mean(values), "router_load_max": MetricSum(1, values.max())}
 
 
 def _ages(batch: TokenBatch) -> Float[Tensor, " N"]:

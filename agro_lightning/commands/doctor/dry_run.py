@@ -313,11 +313,12 @@ class _Second(Callback):
 
 
 def _check_mask(batch: TokenBatch, group: PromptGroup) -> None:
-    """Raises CheckFailed unless exactly the completions' tokens are targets."""
-    wanted = [token for completion in group.completions for token in completion.completion_ids]
+    """Raises CheckFailed unless exactly the tokens that the policy chose are targets."""
+    runs = [run for completion in group.completions for run in completion.runs()]
+    wanted = [token for chosen, ids in runs if chosen for token in ids]
     if batch.targets.tolist() != wanted:
         raise CheckFailed(
-            "the tokens that are trained on are not those of the completions; please report this"
+            "the tokens that are trained on are not those that the policy chose; please report this"
         )
 
 

@@ -21,6 +21,7 @@ from agro_lightning.data.buffer.row_files import (
 )
 from agro_lightning.data.buffer.schema import (
     FIX_FILE,
+    MASKED_VERSION,
     READ_SCHEMA,
     SCHEMA_VERSION,
     VERSION_KEY,
@@ -139,10 +140,10 @@ def _is_chat(found: pa.DataType) -> bool:
 def _check_columns(path: Path, found: pa.Schema) -> list[str]:
     """The known columns of a file, once what is required is there and every type can be read."""
     version = (found.metadata or {}).get(VERSION_KEY, str(SCHEMA_VERSION).encode())
-    if not version.isdigit() or not 1 <= int(version) <= SCHEMA_VERSION:
+    if not version.isdigit() or not SCHEMA_VERSION <= int(version) <= MASKED_VERSION:
         raise BadFileError(
             f"{path} has rollout schema version {version.decode(errors='replace')}; this version reads 1 to "
-            f"{SCHEMA_VERSION}. Update agro-lightning, or export the file again. {FIX_FILE}"
+            f"{MASKED_VERSION}. Update agro-lightning, or export the file again. {FIX_FILE}"
         )
     doubled = sorted(
         {name for name in found.names if name in READ_SCHEMA.names and found.names.count(name) > 1}
@@ -184,6 +185,7 @@ _PLAIN_NAMES = {
     pa.int64(): "an integer",
     pa.list_(pa.int64()): "a list of integers",
     pa.list_(pa.float32()): "a list of numbers",
+    pa.list_(pa.bool_()): "a list of true and false (booleans, not 0 and 1)",
     pa.map_(pa.string(), pa.float64()): "numbers by name (a map, a struct, or JSON text)",
 }
 
@@ -208,6 +210,8 @@ def _readable(found: pa.DataType, wanted: pa.DataType) -> bool:
     if pa.types.is_string(wanted):
         value = found.value_type if pa.types.is_dictionary(found) else found
         return pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)
+    if pa.types.is_boolean(wanted):
+        return pa.types.is_boolean(found)
     if pa.types.is_integer(wanted):
         return pa.types.is_integer(found)
     return pa.types.is_integer(found) or pa.types.is_floating(found)
@@ -345,6 +349,10 @@ _JSON_CHECKS: dict[pa.DataType, tuple[str, Callable[[Any], bool]]] = {
     pa.list_(pa.float32()): (
         "a list of numbers",
         lambda value: isinstance(value, list) and all(map(_is_number, value)),
+    ),
+    pa.list_(pa.bool_()): (
+        "a list of true and false, one for each of completion_ids",
+        lambda value: isinstance(value, list) and all(type(flag) is bool for flag in value),
     ),
     pa.map_(pa.string(), pa.float64()): ("an object of numbers", _is_parts),
 }

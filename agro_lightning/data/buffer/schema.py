@@ -17,6 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from agro_lightning.types import FinishReason
 
 SCHEMA_VERSION = 1
+"""Of files in which the policy chose every completion token; every reader so far takes them."""
+MASKED_VERSION = 2
+"""Of files with a policy_mask: a reader that does not know masks refuses them, instead of training on what
+tools and users said."""
 VERSION_KEY = b"agro_lightning.schema_version"
 FINISH_REASONS: tuple[str, ...] = get_args(FinishReason)
 
@@ -48,7 +52,10 @@ FILE_SCHEMA = pa.schema(
     ],
     metadata={VERSION_KEY: str(SCHEMA_VERSION).encode()},
 )
-"""What `append_rollouts` writes."""
+"""What `append_rollouts` writes; the columns below are added where a completion needs them."""
+
+MASK_FIELD = pa.field("policy_mask", pa.list_(pa.bool_()))
+"""A column that a file has, and then with MASKED_VERSION, only where a completion has a policy_mask."""
 
 VERSIONS_FIELD = pa.field("policy_versions", _TOKENS)
 """A column that a file has only where weights changed amid a completion: a version, the number of tokens that
@@ -57,7 +64,7 @@ it drew, the next version, its number of tokens, and so on."""
 READ_SCHEMA = pa.schema(
     [
         (field.name, pa.list_(pa.int64()) if field.type == _TOKENS else field.type)
-        for field in (*FILE_SCHEMA, VERSIONS_FIELD)
+        for field in (*FILE_SCHEMA, VERSIONS_FIELD, MASK_FIELD)
         if field.name != "created_at"
     ]
 )

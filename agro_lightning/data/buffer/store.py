@@ -33,7 +33,7 @@ from agro_lightning.primitives.atomic_files import DiskFullError, is_disk_full
 from agro_lightning.primitives.ragged import Ragged
 from agro_lightning.types import Completion, Prompt, answer_from_text
 
-FORMAT = 3
+FORMAT = 4
 """Version of records and index; part of every cache key."""
 LARGE_FILE_BYTES = 8 << 20
 """Files from this size on are packed once and cached; every process packs smaller ones anew."""
@@ -44,9 +44,11 @@ UNUSED_DAYS = 30
 """Cache entries that nobody opened for this long are removed when a new one is made."""
 
 _ARRAYS = {"prompt_ids": "<i4", "completion_ids": "<i4", "behavior_logprobs": "<f4", "ref_logprobs": "<f4"}
-_ARRAYS["policy_versions"] = "<i4"
 _LENGTHS = struct.Struct(f"<{len(_ARRAYS)}I")
-"""A record: the arrays' sizes in bytes, the arrays, and a JSON list of the row's other values."""
+"""A record: the arrays' sizes in bytes, the arrays, and a JSON list of the row's other values.
+
+Where there is a policy_mask (text of 0 and 1) or policy_versions, an object with them ends that list: rows
+without keep the hash that earlier releases gave them, so that runs on them go on."""
 _VALUES = (
     "prompt_id",
     "prompt",
@@ -124,14 +126,16 @@ class PackedFile:
 class Record:
     """One row, decoded as far as it is asked for."""
 
-    __slots__ = ("_arrays", "_values")
+    __slots__ = ("_arrays", "_rare", "_values")
 
     def __init__(self, data: bytes) -> None:
         start = _LENGTHS.size
         self._arrays: dict[str, bytes] = {}
         for name, length in zip(_ARRAYS, _LENGTHS.unpack_from(data), strict=True):
             self._arrays[name] = data[start : (start := start + length)]
-        self._values = dict(zip(_VALUES, json.loads(data[start:]), strict=True))
+        values = json.loads(data[start:])
+        self._rare: dict[str, Any] = values.pop() if len(values) > len(_VALUES) else {}
+        self._values = dict(zip(_VALUES, values, strict=True))
 
     @property
     def prompt_tokens(self) -> bytes:
@@ -155,11 +159,12 @@ class Record:
         values["reward_parts"] = dict(values["reward_parts"] or ())
         if source is not None:
             values["source"] = source
-        runs = self._tuple("policy_versions")
+        runs, mask = self._rare.get("policy_versions", ()), self._rare.get("policy_mask")
         return Completion(
             **values,
             policy_versions=tuple(zip(runs[::2], runs[1::2], strict=True)) or None,
             completion_ids=self._tuple("completion_ids"),
+            policy_mask=mask and tuple(flag == "1" for flag in mask),
             behavior_logprobs=self._tuple("behavior_logprobs") or None,
             ref_logprobs=self._tuple("ref_logprobs") or None,
             row_id=row_id,
@@ -288,8 +293,8 @@ def _records(batch: pa.RecordBatch, numbers: np.ndarray) -> tuple[bytes, np.ndar
     arrays = [list(_rows_of(batch.column(name), kind)) for name, kind in _ARRAYS.items()]
     values = zip(*(batch.column(name).to_pylist() for name in _VALUES), strict=True)
     records = [
-        b"".join((_LENGTHS.pack(*map(len, row)), *row, json.dumps(rest).encode()))
-        for *row, rest in zip(*arrays, values, strict=True)
+        b"".join((_LENGTHS.pack(*map(len, row)), *row, json.dumps([*rest, *rare]).encode()))
+        for *row, rest, rare in zip(*arrays, values, _rare_values(batch), strict=True)
     ]
     index = np.empty(len(records), _INDEX)
     index["end"] = [len(record) for record in records]
@@ -299,6 +304,17 @@ def _records(batch: pa.RecordBatch, numbers: np.ndarray) -> tuple[bytes, np.ndar
     index["version"] = batch.column("policy_version")
     index["number"] = numbers
     return b"".join(records), index
+
+
+def _rare_values(batch: pa.RecordBatch) -> list[list[dict[str, Any]]]:
+    """What few rows have: of each row no object, or one."""
+    found: list[dict[str, Any]] = [{} for _ in range(batch.num_rows)]
+    for name in ("policy_mask", "policy_versions"):
+        column = Ragged.of(batch.column(name))
+        for row in np.flatnonzero(column.present & (column.lengths > 0)).tolist():
+            value = column[row].tolist()
+            found[row][name] = "".join("01"[flag] for flag in value) if name == "policy_mask" else value
+    return [[values] if values else [] for values in found]
 
 
 def _rows_of(column: pa.ListArray, kind: str) -> Iterator[bytes]:

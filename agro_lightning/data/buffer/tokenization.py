@@ -106,14 +106,19 @@ class RowTokens:
     def encode(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Fills in prompt_ids, completion_ids and finish_reason where they are missing or foreign.
 
-        Log-probs of a completion that is retokenised belong to its old tokens and are dropped.
+        Log-probs of a completion that is retokenised belong to its old tokens and are dropped. A row with a
+        policy_mask is never retokenised, since the mask belongs to its old tokens too: only its trailing
+        tokens that the policy did not choose are cut off.
         """
-        columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-        foreign = self._foreign(batch) & ~_without_text(batch, "prompt") & ~_without_text(batch, "completion")
+        columns = _trimmed(dict(zip(batch.schema.names, batch.columns, strict=True)))
+        stuck = _without_text(batch, "prompt") | _without_text(batch, "completion") | _masked(batch)
+        foreign = self._foreign(batch) & ~stuck
         encoded = np.zeros(batch.num_rows, dtype=bool)
         for side in ("prompt", "completion"):
             text, ids = columns[side], columns[f"{side}_ids"]
             chosen = _mask(text.is_valid()) & (~_mask(ids.is_valid()) | foreign)
+            if side == "completion":
+                chosen &= ~_masked(batch)
             if not chosen.any():
                 continue
             texts = text.filter(pa.array(chosen)).to_pylist()
@@ -134,8 +139,23 @@ class RowTokens:
         return _batch(columns)
 
     def problems(self, found: pa.RecordBatch) -> Iterator[tuple[str, np.ndarray, Callable[[int], str]]]:
-        """Rows, as found in the file, whose ids belong to another tokenizer and cannot be retokenised."""
-        foreign = self._foreign(found)
+        """Rows, as found in the file, that would have to be tokenised (no ids, or foreign ones) and
+        cannot be."""
+        foreign, masked = self._foreign(found), _masked(found)
+        no_ids = (
+            "has a policy_mask and no completion_ids; a mask belongs to tokens, and a text may have others: "
+            "give the ids that were sampled"
+        )
+        yield "mask_without_ids", masked & _mask(found.column("completion_ids").is_null()), lambda _: no_ids
+
+        def describe_masked(row: int) -> str:
+            other = found.column("tokenizer_id")[row].as_py()
+            return (
+                f"completion_ids with a policy_mask were made with tokenizer_id {other!r}, the run's is "
+                f"{self.tokenizer_id!r}; a row with a mask is never tokenised again: import it with the run's"
+            )
+
+        yield "foreign_tokenizer", foreign & masked, describe_masked
         for side in ("prompt", "completion"):
             stuck = foreign & _without_text(found, side)
 
@@ -202,6 +222,25 @@ class RowTokens:
 
 def _batch(columns: dict[str, pa.Array]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([columns[name] for name in READ_SCHEMA.names], schema=READ_SCHEMA)
+
+
+def _masked(batch: pa.RecordBatch) -> np.ndarray:
+    return _mask(batch.column("policy_mask").is_valid())
+
+
+def _trimmed(columns: dict[str, pa.Array]) -> dict[str, pa.Array]:
+    """The columns, without the tokens behind the last one that the policy chose."""
+    mask, ids = Ragged.of(columns["policy_mask"]), Ragged.of(columns["completion_ids"])
+    fits = mask.present & ~mask.nulls & ~ids.nulls & (mask.lengths == ids.lengths) & (mask.sums > 0)
+    cut = fits.copy()
+    cut[fits] = ~mask.values[mask.offsets[1:][fits] - 1]
+    if not cut.any():
+        return columns
+    ends = {row: int(np.flatnonzero(mask[row])[-1]) + 1 for row in np.flatnonzero(cut).tolist()}
+    for name, found in (("policy_mask", mask), ("completion_ids", ids)):
+        kept = [found[row][:end].tolist() for row, end in ends.items()]
+        columns[name] = _scatter(cut, kept, columns[name])
+    return columns
 
 
 def _without_text(batch: pa.RecordBatch, side: str) -> np.ndarray:

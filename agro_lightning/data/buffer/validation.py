@@ -72,10 +72,12 @@ class RowChecker:
         yield from self._token_problems(batch, "prompt")
         yield from self._token_problems(batch, "completion")
         yield from _value_problems(batch)
-        completion = Ragged.of(batch.column("completion_ids"))
-        yield from _logprob_problems(batch, "behavior_logprobs", completion, finite=False)
-        yield from _logprob_problems(batch, "ref_logprobs", completion, finite=True)
-        yield from _version_problems(batch, completion.lengths)
+        tokens, mask = Ragged.of(batch.column("completion_ids")), Ragged.of(batch.column("policy_mask"))
+        yield from _mask_problems(mask, tokens)
+        chosen = np.where(mask.present, mask.sums, tokens.lengths)
+        yield from _logprob_problems(batch, "behavior_logprobs", chosen, finite=False)
+        yield from _logprob_problems(batch, "ref_logprobs", chosen, finite=True)
+        yield from _version_problems(batch, chosen)
 
     def _token_problems(self, batch: pa.RecordBatch, side: str) -> Iterator[BadRows]:
         column, limit = f"{side}_ids", self.limits[f"max_{side}_tokens"]
@@ -123,18 +125,36 @@ def _value_problems(batch: pa.RecordBatch) -> Iterator[BadRows]:
     yield "bad_policy_version", outside, told("policy_version", f"-1 (unknown) to {limit}")
 
 
+def _mask_problems(mask: Ragged, tokens: Ragged) -> Iterator[BadRows]:
+    null = "policy_mask has a null in it; say true or false for each token, or give no mask"
+    yield "wrong_type", mask.nulls, lambda _: null
+    yield (
+        "bad_policy_mask",
+        mask.present & (mask.lengths != tokens.lengths),
+        lambda row: (
+            f"policy_mask has {mask.lengths[row]} entries for {tokens.lengths[row]} completion_ids; there "
+            "must be one for each, those that the policy did not choose included"
+        ),
+    )
+    yield (
+        "bad_policy_mask",
+        mask.present & (mask.sums == 0),
+        lambda row: f"policy_mask chooses none of the {tokens.lengths[row]} tokens: nothing to train on",
+    )
+
+
 def _logprob_problems(
-    batch: pa.RecordBatch, column: str, tokens: Ragged, *, finite: bool
+    batch: pa.RecordBatch, column: str, chosen: np.ndarray, *, finite: bool
 ) -> Iterator[BadRows]:
     logprobs = Ragged.of(batch.column(column))
     null = f"{column} has a null in it; give one number a token, or no list"
     yield "wrong_type", logprobs.nulls, lambda _: null
     yield (
         "bad_logprobs",
-        logprobs.present & (logprobs.lengths != tokens.lengths),
+        logprobs.present & (logprobs.lengths != chosen),
         lambda row: (
-            f"{logprobs.lengths[row]} {column} for {tokens.lengths[row]} completion_ids; "
-            "there must be one a token, EOS included"
+            f"{logprobs.lengths[row]} {column} for {chosen[row]} completion_ids that the policy chose; "
+            "there must be one for each of them, EOS included, and none for the others"
         ),
     )
     if finite:

@@ -9,9 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from agro_lightning.data.buffer.schema import FILE_SCHEMA, FINISH_REASONS, VERSIONS_FIELD
+from agro_lightning.data.buffer.schema import (
+    FILE_SCHEMA,
+    FINISH_REASONS,
+    MASK_FIELD,
+    MASKED_VERSION,
+    VERSION_KEY,
+    VERSIONS_FIELD,
+)
 from agro_lightning.primitives.atomic_files import sync_directory, write_once
-from agro_lightning.types import Completion, Prompt, PromptGroup, answer_to_text
+from agro_lightning.types import Completion, Prompt, PromptGroup, answer_to_text, mask_problem
 
 
 def append_rollouts(
@@ -53,8 +60,12 @@ def append_rollouts(
     if not rows:
         raise ValueError(f"no completions to append as {name!r}; pass at least one")
     moment = created_at or datetime.now(UTC)
-    mixed = any(row[VERSIONS_FIELD.name] for row in rows)
-    schema = FILE_SCHEMA.append(VERSIONS_FIELD) if mixed else FILE_SCHEMA
+    schema = FILE_SCHEMA
+    for field in (VERSIONS_FIELD, MASK_FIELD):
+        if any(row[field.name] is not None for row in rows):
+            schema = schema.append(field)
+    if MASK_FIELD.name in schema.names:
+        schema = schema.with_metadata({VERSION_KEY: str(MASKED_VERSION).encode()})
     table = pa.Table.from_pylist([{**row, "created_at": moment} for row in rows], schema=schema)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
@@ -90,19 +101,29 @@ def _row(prompt: Prompt, completion: Completion, tokenizer: str) -> dict[str, An
         raise ValueError(
             f"{where} has finish_reason {completion.finish_reason!r}; only stop and length are written"
         )
+    if problem := mask_problem(completion.policy_mask, count):
+        raise ValueError(f"{where}: {problem}")
     for column in ("behavior_logprobs", "ref_logprobs"):
-        values = getattr(completion, column)
-        if values is not None and len(values) != count:
+        values, chosen = getattr(completion, column), completion.num_chosen
+        if values is not None and len(values) != chosen:
             raise ValueError(
-                f"{where} has {len(values)} {column} for {count} tokens; there must be one a token"
+                f"{where} has {len(values)} {column} for {chosen} tokens that the policy chose; there must "
+                "be one for each of them"
             )
     if completion.ref_logprobs is not None and not np.isfinite(completion.ref_logprobs).all():
         raise ValueError(f"{where} has ref_logprobs that are not finite; leave them out (None)")
     runs = completion.policy_versions or ()
-    if runs and sum(tokens for _, tokens in runs) != count:
-        raise ValueError(f"{where} has policy_versions {runs} for {count} tokens; they must add up to them")
+    if runs and sum(tokens for _, tokens in runs) != completion.num_chosen:
+        raise ValueError(
+            f"{where} has policy_versions {runs} for {completion.num_chosen} chosen tokens; they must add up "
+            "to them"
+        )
     row = {name: getattr(prompt, name) for name in ("prompt_id", "prompt", "prompt_ids")}
-    row |= {name: getattr(completion, name) for name in FILE_SCHEMA.names if hasattr(completion, name)}
+    row |= {
+        name: getattr(completion, name)
+        for name in (*FILE_SCHEMA.names, MASK_FIELD.name)
+        if hasattr(completion, name)
+    }
     row["reward_parts"] = list(completion.reward_parts.items())
     row[VERSIONS_FIELD.name] = [number for run in runs for number in run] or None
     return {**row, "tokenizer_id": tokenizer, "answer": answer_to_text(prompt.answer)}

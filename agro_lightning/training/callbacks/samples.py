@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.data.buffer.writer import append_rollouts
 from agro_lightning.primitives.atomic_files import replace_text, writing
 from agro_lightning.training.checkpointing import run_dir
 from agro_lightning.training.step_callback import StepCallback, data_of
-from agro_lightning.types import PromptGroup
+from agro_lightning.types import Completion, PromptGroup
 
 if TYPE_CHECKING:
     from agro_lightning.training.datamodule import AgroDataModule
@@ -73,7 +74,8 @@ class SampleTable(StepCallback):
         file = run_dir(trainer) / "samples" / f"{kind}-step-{step:08d}.parquet"
         if file.exists() or not groups:  # a finished run measures its last step twice
             return
-        table = _table([(g, c) for g in groups[: self.rows] for c in g.completions[:2]][: self.rows])
+        pairs = [(g, c) for g in groups[: self.rows] for c in g.completions[:2]][: self.rows]
+        table = _table(pairs, data_of(trainer).tokenizer)
         _append(run_dir(trainer) / "samples.md", f"## step {step}, {kind}\n\n{table}\n\n")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -88,14 +90,22 @@ def _append(path: Path, text: str) -> None:
         handle.write(text)
 
 
-def _table(pairs: Sequence[tuple[PromptGroup, Any]]) -> str:
+def _table(pairs: Sequence[tuple[PromptGroup, Completion]], tokenizer: PreTrainedTokenizerBase) -> str:
     lines = ["| prompt | completion | reward | finish | source |", "|---|---|---|---|---|"]
     lines += [
-        f"| {_cell(group.prompt.prompt)} | {_cell(completion.completion)} | {completion.reward:g} "
-        f"| {completion.finish_reason} | {completion.source} |"
+        f"| {_cell(group.prompt.prompt)} | {_cell(_text(completion, tokenizer))} "
+        f"| {completion.reward:g} | {completion.finish_reason} | {completion.source} |"
         for group, completion in pairs
     ]
     return "\n".join(lines)
+
+
+def _text(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What it says; where an environment spoke too, what the policy chose stands in [brackets]."""
+    if completion.policy_mask is None:
+        return completion.completion
+    texts = [(chosen, str(tokenizer.decode(list(ids)))) for chosen, ids in completion.runs()]
+    return "".join(f"[{text}]" if chosen else text for chosen, text in texts)
 
 
 def _cell(text: str, width: int = 200) -> str:
