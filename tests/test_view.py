@@ -148,6 +148,19 @@ def test_a_buffer_alone(tmp_path):
     assert row["parts"] == {"exact": 0.5, "format": 1.0}
 
 
+def test_tokens_that_the_policy_did_not_choose_have_no_logprobs(tmp_path):
+    logprobs = dict(
+        behavior_logprobs=(-0.5, -0.25, -0.125), ref_logprobs=(-1.0, -0.25, -2.0), reference_id="r"
+    )
+    given = dict(completion_ids=(5, 6, 7, 2), policy_mask=(True, False, True, True), **logprobs)
+    name = tokenizer_id(load_tokenizer("quickstart"))
+    append_rollouts(tmp_path, [group(1, each=2, **given)], name="mine", tokenizer_id=name)
+    _, data = view(tmp_path / "mine.parquet", tmp_path / "v.html")
+    row = data["groups"][0]["rows"][0]
+    assert row["chosen"] == [1, 0, 1, 1] and len(row["tokens"]) == 4
+    assert row["policy"] == [-500, None, -250, -125] and row["reference"] == [-1000, None, -250, -2000]
+
+
 def hostile_buffer(folder: Path) -> tuple[Path, Path]:
     """Texts that would be script in a careless page, in every field that a text can come from."""
     words = ["<pad>", "</s>", *HOSTILE]
