@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -38,7 +39,7 @@ def make_policy(folder: Path, *, steps: int, batch_size: int = 48, learning_rate
     if folder.exists():
         return folder
     torch.manual_seed(0)
-    tokenizer = load_tokenizer("quickstart")
+    tokenizer: Any = load_tokenizer("quickstart")
     prompts, _ = split_prompts(all_prompts(tokenizer), seed=0)
     model = AutoModelForCausalLM.from_pretrained(quickstart.FOLDER / "policy", dtype=torch.float32)
     model.config.max_position_embeddings = CONTEXT

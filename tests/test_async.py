@@ -1,5 +1,6 @@
 """The asynchronous mode: `rollout --follow` and `fit` as separate processes, killed at random moments."""
 
+import csv
 import json
 import random
 from pathlib import Path
@@ -11,11 +12,14 @@ from forked import Side, run_both
 
 from agro_lightning.data.buffer.buffer import RolloutBuffer
 from agro_lightning.data.stream import UseCounts
+from agro_lightning.rollout.weight_sync import bytes_in, newest_weights
 
 GROUPS_PER_STEP, N, MAX_USES = 4, 3, 2
 
 
-def sides(run_dir: Path, *, steps: int, kills: int, per_file: int, seed: int) -> list[Side]:
+def sides(
+    run_dir: Path, *, steps: int, kills: int, per_file: int, seed: int, more: tuple[str, ...] = ()
+) -> list[Side]:
     rng = random.Random(seed)
     fit = [
         "fit",
@@ -30,6 +34,7 @@ def sides(run_dir: Path, *, steps: int, kills: int, per_file: int, seed: int) ->
         *("--trainer.max_steps", str(steps), "--trainer.enable_progress_bar", "false"),
         *("--trainer.val_check_interval", "100000"),
         "--trainer.callbacks+=agro_lightning.training.callbacks.publish.PublishWeights",
+        *more,
     ]
     rollout = [
         "rollout",
@@ -101,3 +106,23 @@ def test_both_sides_are_killed_and_every_row_is_used_exactly_as_often_as_configu
     check_accounts(tmp_path / "run", steps, per_file, quickstart_tokenizer)
     assert not list((tmp_path / "run" / "weights").glob(".version-*"))
     assert len(list((tmp_path / "run" / "weights").glob("version-*"))) == 2
+
+
+@pytest.mark.slow
+def test_a_lora_run_is_followed_through_its_adapter_alone(tmp_path, quickstart_tokenizer):
+    more = (
+        "--trainer.callbacks.init_args.adapters_alone=true",
+        '--model.policy.lora={"rank": 4}',
+        "--model.optimizer.learning_rate=1e-3",
+    )
+    run_both(sides(tmp_path / "run", steps=24, kills=1, per_file=4, seed=1, more=more))
+    check_accounts(tmp_path / "run", 24, 4, quickstart_tokenizer)
+    found = newest_weights(tmp_path / "run")
+    assert found is not None and found.final and found.lora is not None
+    assert bytes_in(found.folder) < bytes_in(found.folder.parent / found.base) / 4
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    # the engine had the run's adapter, not the base alone
+    assert max(float(row["train/weight_sync_bytes"]) for row in rows) < 400_000
+    fresh = [float(row[name]) for row in rows if row.get(name := "train/logprob_gap_max")]
+    assert all(gap < 1e-3 for gap in fresh)

@@ -6,9 +6,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, tiny_lm
 
-from agro_lightning.models.batch import pack_groups, repeat_prompts, select_completions, split_batch
+from agro_lightning.models.batch import pack_groups, repeat_prompts, select_completions
 from agro_lightning.models.config import LoraSettings, PolicySettings
 from agro_lightning.models.head_check import check_logprobs
+from agro_lightning.models.pieces import Pieces, split_batch
 from agro_lightning.models.policy import Policy
 from agro_lightning.models.pretrained import load_lm, load_tokenizer, resolve_path
 from agro_lightning.models.reference import AdapterOffReference, CachedReference, frozen_copy
@@ -119,13 +120,16 @@ def test_pieces_hold_the_same_logprobs_in_order(max_tokens):
     policy = Policy(PolicySettings(), lm=tiny_lm("qwen3"))
     batch = pack_groups(make_groups(), num_groups=4)
     pieces = split_batch(batch, max_tokens)
-    assert max_tokens == 1000 or len(pieces) > 1
-    assert all(piece.num_tokens <= max_tokens or piece.num_completions == 1 for piece in pieces)
+    assert max_tokens == 1000 or len(pieces.parts) > 1
+    assert all(piece.num_tokens <= max_tokens or piece.num_completions == 1 for piece in pieces.parts)
     with torch.no_grad():
         whole = policy.logprobs(batch).logprobs
-        joined = torch.cat([policy.logprobs(piece).logprobs for piece in pieces])
+        joined = pieces.joined([policy.logprobs(piece).logprobs for piece in pieces.parts])
     torch.testing.assert_close(joined, whole, atol=1e-5, rtol=1e-5)
-    assert torch.equal(torch.cat([piece.targets for piece in pieces]), batch.targets)
+    assert torch.equal(pieces.joined([piece.targets for piece in pieces.parts]), batch.targets)
+    assert all(
+        torch.equal(a, p.targets) for a, p in zip(pieces.split(batch.targets), pieces.parts, strict=True)
+    )
 
 
 def test_select_completions_keeps_rows_and_renumbers():
@@ -247,8 +251,8 @@ def test_sequences_that_need_other_frequencies_are_computed_apart(name, packing,
     batch = pack_groups(groups, num_groups=4)
     assert len(policy.length_classes.parts(batch)) > 1
     for _ in range(2):
-        pieces = [batch] if max_tokens is None else split_batch(batch, max_tokens)
-        got = torch.cat([policy.logprobs(piece).logprobs for piece in pieces])
+        pieces = Pieces([batch], []) if max_tokens is None else split_batch(batch, max_tokens)
+        got = pieces.joined([policy.logprobs(piece).logprobs for piece in pieces.parts])
         torch.testing.assert_close(got, torch.cat(expected), atol=1e-5, rtol=1e-5)
     got.sum().backward()
     assert all(p.grad is not None for p in policy.parameters())

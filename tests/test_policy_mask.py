@@ -18,8 +18,9 @@ from agro_lightning.data.buffer.schema import (
     tokenizer_id,
 )
 from agro_lightning.data.buffer.writer import append_rollouts
-from agro_lightning.models.batch import pack_groups, select_completions, split_batch
+from agro_lightning.models.batch import pack_groups, select_completions
 from agro_lightning.models.config import PolicySettings
+from agro_lightning.models.pieces import split_batch
 from agro_lightning.models.policy import Policy
 from agro_lightning.models.reference import fill_ref_logprobs, frozen_copy
 from agro_lightning.objectives.agro import Agro
@@ -64,12 +65,12 @@ def test_chosen_tokens_have_the_logprobs_of_their_sequences_alone(name, packing,
     full, chosen = logprobs_one_by_one(policy, groups), chosen_of(groups)
     assert 0.4 < chosen.float().mean() < 0.9 and full.std() > 0.1
     batch = pack_groups(groups, num_groups=4)
-    pieces = [batch] if max_tokens is None else split_batch(batch, max_tokens)
-    assert (max_tokens is None) == (len(pieces) == 1)
-    got = torch.cat([policy.logprobs(piece).logprobs for piece in pieces])
+    pieces = split_batch(batch, max_tokens or batch.num_tokens)
+    assert (max_tokens is None) == (len(pieces.parts) == 1)
+    got = pieces.joined([policy.logprobs(part).logprobs for part in pieces.parts])
     torch.testing.assert_close(got, full[chosen], atol=1e-5, rtol=1e-5)
     assert batch.target_lengths.tolist() == [c.num_chosen for g in groups for c in g.completions]
-    assert [len(p.targets) for p in pieces] == [int(p.target_lengths.sum()) for p in pieces]
+    assert [len(p.targets) for p in pieces.parts] == [int(p.target_lengths.sum()) for p in pieces.parts]
     part = select_completions(batch, [1, 4, 9])
     rows = torch.repeat_interleave(
         torch.tensor([i in (1, 4, 9) for i in range(batch.num_completions)]), batch.target_lengths
@@ -109,7 +110,8 @@ def test_s_and_gradients_are_those_of_the_chosen_tokens_alone(name):
     assert (slope[predicting].norm(dim=-1) > 0).float().mean() > 0.9
     gradient = {n: p.grad.clone() for n, p in policy.named_parameters()}
     policy.zero_grad()
-    parts = torch.cat([policy.logprobs(part).logprobs for part in split_batch(batch, 24)])
+    pieces = split_batch(batch, 24)
+    parts = pieces.joined([policy.logprobs(part).logprobs for part in pieces.parts])
     inputs = LossInputs(
         logprobs=parts, ref_logprobs=ref, rewards=batch.rewards, sequence_ids=batch.sequence_ids,
         group_ids=batch.group_ids, num_groups=4.0, behavior_logprobs=None,

@@ -13,7 +13,7 @@ class UnhurriedEngine(BatchedDecoding):
         step = decoding.step
 
         def unhurried():
-            time.sleep(0.03)
+            time.sleep(0.06)
             return step()
 
         decoding.step = unhurried

@@ -30,6 +30,9 @@ def replace_whole_values(parser: argparse.ArgumentParser) -> None:
         check = getattr(action, "_check_type", None)
         if check is not None and not hasattr(check, "__wrapped__"):
             action._check_type = _replacing(action, check)  # type: ignore[attr-defined]
+        if "class_path" in getattr(getattr(action, "basetype", None), "__dataclass_fields__", {}):
+            # the parser takes a value of class_path and init_args alone for another class than the settings'
+            action.resolve_subclass_spec = lambda value: value  # type: ignore[attr-defined]
         choices = getattr(action, "choices", None)
         for inner in choices.values() if isinstance(choices, dict) else ():
             if isinstance(inner, argparse.ArgumentParser):

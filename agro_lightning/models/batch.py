@@ -211,28 +211,6 @@ def _versions(completions: Sequence[Completion], lengths: np.ndarray) -> Int[np.
     return np.repeat(versions, tokens)
 
 
-def split_batch(batch: TokenBatch, max_tokens: int) -> list[TokenBatch]:
-    """Cuts a packed batch into pieces of at most max_tokens input tokens, each holding whole completions.
-
-    A group may span pieces, and its prompt then stands in each of them; a single completion longer than the
-    budget makes a piece of its own. Group ids are renumbered in each piece, so statistics over groups must be
-    made from the whole batch. Targets keep their order: the pieces' targets laid end to end are the batch's.
-    """
-    prompt_lengths, lengths = batch.prompt_lengths.numpy(), batch.completion_lengths.numpy()
-    group_ids = batch.group_ids.cpu().numpy()
-    pieces: list[list[int]] = []
-    used, last_group = max_tokens + 1, -1
-    for row, (group, length) in enumerate(zip(group_ids, lengths, strict=True)):
-        cost = int(length) + (int(prompt_lengths[group]) if group != last_group else 0)
-        if used + cost > max_tokens:
-            pieces.append([])
-            used, cost = 0, int(length) + int(prompt_lengths[group])
-        pieces[-1].append(row)
-        used += cost
-        last_group = group
-    return [batch] if len(pieces) == 1 else [select_completions(batch, rows) for rows in pieces]
-
-
 def select_completions(batch: TokenBatch, rows: Sequence[int]) -> TokenBatch:
     """The packed batch that holds only the given completions (indices in rising order) and their prompts."""
     device = batch.input_ids.device

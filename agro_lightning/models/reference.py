@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from agro_lightning.distributed.fsdp import common_forwards
-from agro_lightning.models.batch import TokenBatch, pack_groups, split_batch
+from agro_lightning.models.batch import TokenBatch, pack_groups
+from agro_lightning.models.pieces import Pieces, split_batch
 from agro_lightning.models.policy import Policy
 from agro_lightning.models.sharded_loading import copy_shards
 from agro_lightning.primitives.atomic_files import atomic_path
@@ -74,10 +75,11 @@ def _identify(weights: nn.Module, policy: Policy) -> str:
 def logprobs_in_pieces(policy: Policy, batch: TokenBatch, max_tokens: int | None) -> Tensor:
     """Log-probs in pieces of at most max_tokens; ranks with fewer pieces repeat one, so that all run the same
     collectives."""
-    pieces = [batch] if max_tokens is None else split_batch(batch, max_tokens)
-    idle = common_forwards(policy, len(pieces)) - len(pieces)
-    values = [policy.logprobs(piece).logprobs for piece in pieces + pieces[:1] * idle]
-    return torch.cat(values[: len(pieces)])
+    pieces = Pieces([batch], []) if max_tokens is None else split_batch(batch, max_tokens)
+    parts = pieces.parts
+    idle = common_forwards(policy, len(parts)) - len(parts)
+    values = [policy.logprobs(piece).logprobs for piece in parts + parts[:1] * idle]
+    return pieces.joined(values[: len(parts)])
 
 
 class FrozenReference:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from agro_lightning.models.batch import TokenBatch
+from agro_lightning.models.routers import RouterLoad
 from agro_lightning.rollout.logprob_gap import logprob_gap
 
 
@@ -148,6 +149,16 @@ def batch_metrics(
         scores = [parts[name] for parts in batch.reward_parts if name in parts]
         metrics[f"reward/{name}"] = MetricSum(len(scores), sum(scores))
     return metrics
+
+
+def router_metrics(load: RouterLoad | None) -> dict[str, MetricSum]:
+    """How evenly a mixture of experts was used in one micro-batch; nothing of other models."""
+    if not load:
+        return {}
+    values = load.largest()
+    if values is None:
+        return {"router_load": NOTHING, "router_load_max": NOTHING}
+    return {"router_load": _mean(values), "router_load_max": MetricSum(1, values.max())}
 
 
 def _ages(batch: TokenBatch) -> Float[Tensor, " N"]:

@@ -12,7 +12,8 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import AdamW
 
 from agro_lightning.checkpoints.single_file import CHECKPOINT_KEY
 from agro_lightning.distributed.fsdp import (
@@ -23,9 +24,10 @@ from agro_lightning.distributed.fsdp import (
     total_norm,
     unsharded,
 )
-from agro_lightning.models.batch import TokenBatch, split_batch
+from agro_lightning.models.batch import TokenBatch
 from agro_lightning.models.config import PolicySettings
 from agro_lightning.models.head_check import check_logprobs
+from agro_lightning.models.pieces import split_batch
 from agro_lightning.models.policy import Policy
 from agro_lightning.models.pretrained import adapter_summary
 from agro_lightning.models.reference import (
@@ -37,6 +39,7 @@ from agro_lightning.models.reference import (
     check_reference_id,
     frozen_copy,
 )
+from agro_lightning.models.routers import RouterLoad
 from agro_lightning.models.sharded_loading import sharded_policy, sharded_reference
 from agro_lightning.objectives import Agro, LossInputs, Objective
 from agro_lightning.primitives.collectives import largest
@@ -44,11 +47,15 @@ from agro_lightning.primitives.rng import gather_rng, set_rng
 from agro_lightning.primitives.stopwatch import StepTimer
 from agro_lightning.training.compat import convert_loops
 from agro_lightning.training.evaluation import PromptResult
-from agro_lightning.training.metrics import StepResult, batch_metrics
-from agro_lightning.training.optimizer import OptimizerSettings
+from agro_lightning.training.metrics import StepResult, batch_metrics, router_metrics
+from agro_lightning.training.optimizer import Bucket, OptimizerSettings, check_same, describe, in_words
+from agro_lightning.training.optimizer_class import check_sharded, optimizer_class
 from agro_lightning.training.step_callback import data_of
 from agro_lightning.training.strategy import check_precision, check_trainer, refuse_unsharded
 from agro_lightning.types import Prompt
+
+PREFIX = "policy.lm."
+"""How the module's names of parameters begin; transformers' follow."""
 
 
 class AgroModule(L.LightningModule):
@@ -57,7 +64,7 @@ class AgroModule(L.LightningModule):
     Args:
         policy: which causal LM is trained, and how.
         objective: the loss over groups; AGRO unless a baseline is asked for.
-        optimizer: AdamW and its schedule.
+        optimizer: which optimiser steps the weights, and its schedule.
         reference: "frozen" (a second copy), "adapter_off" (the LoRA policy's own base), "cached" (log-probs
             that `annotate` put into the data), or "auto": adapter_off with LoRA, else frozen.
         reference_id: with "cached": the id that `annotate` printed.
@@ -100,6 +107,7 @@ class AgroModule(L.LightningModule):
         # a plain tuple, so that nn.Module does not register the reference as a submodule (not optimised, not
         # sharded, not checkpointed)
         self._reference: tuple[Reference, ...] = ()
+        self._router_load: RouterLoad | None = None
         self._slices: list[tuple[TokenBatch, Tensor, Tensor]] = []
         """(slice of the batch, its logsumexp, d loss/d log-prob) for `backward`."""
         self._reference_file: str | None = None
@@ -130,6 +138,8 @@ class AgroModule(L.LightningModule):
         if self.policy is not None:
             return
         mesh = self.device_mesh
+        if mesh is not None and self.trainer.state.fn == "fit":
+            check_sharded(optimizer_class(self.optimizer_settings.class_path))
         if mesh is None:
             policy = Policy(self.policy_settings, temperature=self.temperature)
         else:
@@ -155,7 +165,7 @@ class AgroModule(L.LightningModule):
 
     def attach(self, policy: Policy, reference: Reference) -> None:
         """Takes a policy and a reference that are built already; configure_model then builds none."""
-        self.policy, self._reference = policy, (reference,)
+        self.policy, self._reference, self._router_load = policy, (reference,), RouterLoad(policy)
 
     @property
     def reference(self) -> Reference:
@@ -180,8 +190,27 @@ class AgroModule(L.LightningModule):
             self.reference.policy.use_packing(self.policy.packing)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer, schedule = self.optimizer_settings.optimizer(self.parameters(), self._total_steps)
+        settings, buckets = self.optimizer_settings, self._buckets()
+        optimizer, schedule = settings.optimizer(buckets, self._total_steps, on_gpu=self._on_gpu())
+        if len(buckets) > 1 or buckets[0].kind is not AdamW:
+            rank_zero_info(f"optimiser: {in_words(describe(buckets))}")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _buckets(self) -> list[Bucket]:
+        """Which optimiser steps which parameters."""
+        assert self.policy is not None
+        named = {name.removeprefix(PREFIX): value for name, value in self.named_parameters()}
+        embeddings = (m for m in self.policy.modules() if isinstance(m, nn.Embedding))
+        ends = [self.policy.head.weight, *(weight for m in embeddings for weight in m.parameters())]
+        return self.optimizer_settings.plan(named, ends)
+
+    def _on_gpu(self) -> bool:
+        return next(self.parameters()).is_cuda
+
+    def check_optimizer(self, about: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another optimiser, before its state is loaded; ValueError names both."""
+        if self.trainer.state.fn == "fit":
+            check_same(about[CHECKPOINT_KEY].get("optimizer"), describe(self._buckets()))
 
     def _total_steps(self) -> int:
         # asking Lightning to estimate would open the data before a checkpoint has told where it stands
@@ -192,7 +221,7 @@ class AgroModule(L.LightningModule):
         """A run that goes on takes the present settings: a checkpoint's optimiser brings its former ones."""
         for config in self.trainer.lr_scheduler_configs:
             assert isinstance(config.scheduler, torch.optim.lr_scheduler.LambdaLR)
-            self.optimizer_settings.take_over(config.scheduler)
+            self.optimizer_settings.take_over(config.scheduler, self._buckets(), on_gpu=self._on_gpu())
 
     # ------------------------------------------------------------------ training
 
@@ -201,11 +230,11 @@ class AgroModule(L.LightningModule):
         ref_logprobs = self.reference_logprobs(batch)
         self.timer.end("reference", self.device)
         self._slices = []
-        if self._all_ranks_fit(batch):
-            result = self._whole(batch, ref_logprobs)
-        else:
-            result = self._in_slices(batch, ref_logprobs)
+        with self._router_load.watching() if self._router_load else contextlib.nullcontext():
+            compute = self._whole if self._all_ranks_fit(batch) else self._in_slices
+            result = compute(batch, ref_logprobs)
         self.last_metrics = batch_metrics(batch, result, self.sources, self.reward_names)
+        self.last_metrics |= router_metrics(self._router_load)
         self.last_log_ratios = result.log_ratios
         self.timer.end("forward", self.device)
         # the loss is divided by the whole step's groups already: undo the averages of Lightning and strategy
@@ -275,7 +304,8 @@ class AgroModule(L.LightningModule):
         """Pass 1, no grad: log-probs of every slice and d loss/d log-prob; `backward` then recomputes each
         slice with these gradients."""
         assert self.policy is not None and self.max_tokens is not None
-        slices = split_batch(batch, self.max_tokens)
+        pieces = split_batch(batch, self.max_tokens)
+        slices = pieces.parts
         if max(part.num_tokens for part in slices) > self.max_tokens:  # Python shows one text once
             warnings.warn(
                 f"some prompts and completions have more tokens together than model.max_tokens = "
@@ -285,11 +315,11 @@ class AgroModule(L.LightningModule):
         idle = largest(len(slices), self.device) - len(slices)
         with torch.no_grad():
             measured = [self.policy.logprobs(part) for part in slices + slices[:1] * idle][: len(slices)]
-        logprobs = torch.cat([m.logprobs for m in measured]).requires_grad_()
+        logprobs = pieces.joined([m.logprobs for m in measured]).requires_grad_()
         result = self._composed(batch, logprobs, ref_logprobs)
         (slopes,) = torch.autograd.grad(result.loss, logprobs)
-        sizes = [part.targets.numel() for part in slices]
-        self._slices = list(zip(slices, [m.logsumexp for m in measured], slopes.split(sizes), strict=True))
+        logsumexps = [m.logsumexp for m in measured]
+        self._slices = list(zip(slices, logsumexps, pieces.split(slopes), strict=True))
         self._slices += [(slices[0], measured[0].logsumexp, torch.zeros_like(measured[0].logprobs))] * idle
         return result
 
@@ -359,6 +389,7 @@ class AgroModule(L.LightningModule):
             "reference_id": self.reference.reference_id,
             "reference_file": self._reference_file,
             "rng": gather_rng(),
+            "optimizer": describe(self._buckets()),
         }
         if data_of(self.trainer) is not None:
             data_of(self.trainer).evict_replay()
@@ -366,6 +397,7 @@ class AgroModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the reference and the random generators of this rank."""
         about = checkpoint[CHECKPOINT_KEY]
+        self.check_optimizer(checkpoint)
         if data_of(self.trainer) is not None and self.trainer.state.fn == "fit":
             convert_loops(checkpoint, self.trainer.accumulate_grad_batches)
         self._reference_file = about["reference_file"]

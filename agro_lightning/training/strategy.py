@@ -178,9 +178,16 @@ class Sharded(ModelParallelStrategy):
         path = first_sound(paths, sharded_checkpoint.check_together)
         assert self.model is not None
         if not path.is_file():
+            self._check_optimizer(sharded_checkpoint.read_rank(path, 0))
             return sharded_checkpoint.load(path, self.model, self.optimizers, place)
         single = read_plain(path, mmap=True)
+        self._check_optimizer(single)
         return sharded_checkpoint.load_single(single, self.model, self.optimizers, place)
+
+    def _check_optimizer(self, about: dict[str, Any]) -> None:
+        check = getattr(self.lightning_module, "check_optimizer", None)
+        if check is not None:
+            check(about)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """No-op: load_checkpoint() has restored the weights in place."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from agro_lightning.commands.cli_errors import explained
 from agro_lightning.commands.defaults import TRAINER_DEFAULTS
 from agro_lightning.commands.doctor.checks import ASSUMED_PROMPT_TOKENS, check_all
 from agro_lightning.commands.doctor.memory.estimate import Estimate, Workload, simulate
+from agro_lightning.commands.doctor.propose import as_yaml, propose
 from agro_lightning.commands.doctor.report import (
     GIB,
     CheckFailed,
@@ -40,7 +42,8 @@ CHATTY = ("lightning", "lightning.pytorch", "lightning.fabric", "torch.distribut
 DESCRIPTION = """Checks a configuration before a long run: batch arithmetic, rewards, memory, one sample with
 its mask, the engine's log-probs, and one real step with save, resume and export in a scratch folder. Takes
 what `fit` takes. Exit status 0 when all is well. With --simulate_ranks, memory and communication of so many
-ranks instead, on this machine alone and without weights."""
+ranks instead, on this machine alone and without weights. With --propose, a configuration for so many
+--devices of --gpu_memory_gib: max_tokens, batch size and sharding, as YAML that `fit` takes."""
 
 
 class DoctorCLI(AgroCLI):
@@ -68,7 +71,23 @@ class DoctorCLI(AgroCLI):
             help="Tokens of the longest prompt for --simulate_ranks; default: data.train.max_prompt_tokens.",
         )
         parser.add_argument(
-            "--gpu_memory_gib", type=float, default=80.0, help="Memory of one GPU for --simulate_ranks."
+            "--gpu_memory_gib",
+            type=float,
+            default=80.0,
+            help="Memory of one GPU for --simulate_ranks and --propose.",
+        )
+        parser.add_argument(
+            "--propose",
+            type=bool,
+            default=False,
+            help="Print a configuration that fits into the GPUs, as YAML; run nothing.",
+        )
+        parser.add_argument("--devices", type=int, default=1, help="GPUs of one node for --propose.")
+        parser.add_argument(
+            "--completion_tokens",
+            type=int | None,
+            default=None,
+            help="Tokens of the longest completion for --propose; default: data.sampling.max_new_tokens.",
         )
         parser.add_argument("--json", type=bool, default=False, help="Print the report as one JSON object.")
 
@@ -85,6 +104,29 @@ class DoctorCLI(AgroCLI):
     def get(self, key: str) -> Any:
         """An option's value."""
         return self._get(self.config_init, key)
+
+    def proposal(self) -> str:
+        """A configuration that fits, as YAML.
+
+        Raises:
+            CheckFailed: none does.
+        """
+        prompt, completion = self.get("prompt_tokens"), self.get("completion_tokens")
+        data, has = self.datamodule, int(self.get("gpu_memory_gib") * GIB)
+        for name, value in (("devices", self.get("devices")), ("prompt_tokens", prompt),
+                            ("completion_tokens", completion), ("gpu_memory_gib", has)):  # fmt: skip
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} is {self.get(name)}; it must be positive")
+        prompt = prompt or data.train_settings.max_prompt_tokens or ASSUMED_PROMPT_TOKENS
+        workload = _workload(self, self.get("devices"), gpu=True, prompt_tokens=prompt, cache=has // 4)
+        workload = replace(
+            workload,
+            tensor_parallel=1,
+            completion_tokens=completion or workload.completion_tokens,
+        )
+        with architecture(self):
+            found = propose(self.model, workload, has)
+        return as_yaml(found, [Path(str(file)) for file in _config_files(self)], self.model, has)
 
     def estimate(self, ranks: int) -> tuple[Workload, Estimate]:
         """Memory and communication of one of so many ranks, every prompt and completion at full length.
@@ -107,7 +149,7 @@ def load(args: list[str]) -> DoctorCLI:
     return DoctorCLI(
         AgroModule,
         AgroDataModule,
-        args=list(map(_with_underscores, args)),
+        args=_own_options(args),
         save_config_callback=None,
         trainer_defaults=TRAINER_DEFAULTS,
         seed_everything_default=0,
@@ -122,6 +164,9 @@ def doctor(args: list[str]) -> None:
     with quiet(*CHATTY):
         cli = load(args)
         checks = Checks(rank(), as_json=cli.get("json"))
+        if cli.get("propose"):
+            sys.stdout.write(cli.proposal())
+            return
         if cli.get("simulate_ranks") is not None:
             checks.run("memory", lambda: _simulated(cli, cli.get("simulate_ranks")))
         else:
@@ -131,11 +176,25 @@ def doctor(args: list[str]) -> None:
         raise SystemExit(1)
 
 
-def _with_underscores(arg: str) -> str:
-    """The doctor's own options, which may be written with hyphens too."""
-    name, equals, value = arg.partition("=")
-    own = ("--simulate-ranks", "--model-config", "--prompt-tokens", "--gpu-memory-gib")
-    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name in own else arg
+def _own_options(args: list[str]) -> list[str]:
+    """The arguments; the doctor's own options may have hyphens, and --propose needs no value."""
+    own = (
+        "simulate_ranks",
+        "model_config",
+        "prompt_tokens",
+        "completion_tokens",
+        "gpu_memory_gib",
+        "propose",
+    )
+    found: list[str] = []
+    for arg, after in zip(args, [*args[1:], "--"], strict=True):
+        name, equals, value = arg.partition("=")
+        plain = name.removeprefix("--").replace("-", "_")
+        plain = "gpu_memory_gib" if plain == "gpu_memory" else plain
+        found.append(f"--{plain}{equals}{value}" if name.startswith("--") and plain in own else arg)
+        if arg == "--propose" and after.startswith("--"):
+            found.append("true")
+    return found
 
 
 def rank() -> int:

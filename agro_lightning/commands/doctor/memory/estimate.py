@@ -40,6 +40,7 @@ from agro_lightning.models.reference import (
 from agro_lightning.models.sharded_loading import empty_policy, reference_settings
 from agro_lightning.training.metrics import StepResult
 from agro_lightning.training.module import AgroModule
+from agro_lightning.training.optimizer_class import lowbit_bytes
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
 ROLLOUT, FORWARD, BACKWARD, STEP = "rollout", "forward", "backward", "optimiser step"
@@ -107,7 +108,7 @@ class _Module(AgroModule):
 
     def place(self, mesh: DeviceMesh | None, workload: Workload) -> None:
         """Makes it rank 0 of the mesh, or a process of its own."""
-        self._device_mesh = mesh
+        self._device_mesh, self._gpu = mesh, workload.gpu
         self._meshes = None if mesh is None else plan_meshes(mesh, self.sharding.replicate)
         self.trainer = _Trainer(  # type: ignore[assignment]
             world_size=workload.ranks, accumulate_grad_batches=workload.accumulate
@@ -147,6 +148,9 @@ class _Module(AgroModule):
             )
         policy = Policy(replace(settings, weights="random"), temperature=self.temperature)
         return policy.requires_grad_(not frozen)
+
+    def _on_gpu(self) -> bool:
+        return self._gpu
 
     def _over_ranks(self, number: int) -> int:
         return number  # simulated ranks are alike
@@ -232,6 +236,8 @@ class _Run:
     workload: Workload
     batch: TokenBatch
     state: dict[str, int] = field(default_factory=dict)
+    lowbit: Tensor | None = None
+    """Stands for the state of an optimiser of few bits."""
 
     def estimate(self) -> Estimate:
         module, tracker = self.module, self.tracker
@@ -246,6 +252,8 @@ class _Run:
             tracker.assign(REFERENCE, reference.policy.buffers())
         configured: Any = module.configure_optimizers()
         optimizer: torch.optim.Optimizer = configured["optimizer"]
+        made = [value for state in optimizer.state.values() for value in state.values()]  # with the optimiser
+        tracker.assign(OPTIMIZER, [value for value in made if isinstance(value, Tensor)])
         with tracker:
             self._first_state(optimizer)
             for parameter in policy.parameters():
@@ -268,7 +276,11 @@ class _Run:
         with self.tracker.phase("before", OPTIMIZER):
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
-            optimizer.step()
+            size = lowbit_bytes(type(optimizer), [parameter.numel() for parameter in parameters])
+            if size is None:
+                optimizer.step()
+            else:  # its step is compiled, or written in CUDA
+                self.lowbit = torch.empty(size, dtype=torch.uint8)
             self.tracker.assign(GRADIENTS, [p.grad for p in parameters if p.grad is not None])
         self.state = {part: self.tracker.now[part] for part in (PARAMETERS, GRADIENTS, OPTIMIZER, REFERENCE)}
 
@@ -286,7 +298,8 @@ class _Run:
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
         self.module.on_before_optimizer_step(optimizer)
         self.module.configure_gradient_clipping(optimizer, self.workload.clip, "norm")
-        optimizer.step()
+        if self.lowbit is None:
+            optimizer.step()
 
     def _results(self, policy: Policy) -> Estimate:
         phases = {name: self.tracker.peak(name) for name in (ROLLOUT, FORWARD, BACKWARD, STEP)}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from agro_lightning.commands.doctor.memory.compat import (
+    DataDependentOutputException,
     FakeStore,
     FakeTensor,
     FakeTensorMode,
@@ -49,15 +50,18 @@ def fake_ranks(ranks: int, tensor: int) -> Iterator[DeviceMesh]:
 
 
 class _Verdicts(TorchDispatchMode):
-    """Answers what only data could: every yes-or-no question about a fake tensor with yes.
+    """Answers what only data could: every yes-or-no question about a fake tensor with yes, numbers with 1/2.
 
-    The trainer's step asks one: whether the gradient is finite.
+    The trainer's step asks whether the gradient is finite; some optimisers read numbers that they count.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             if args[0].dtype == torch.bool:
                 return True
+            with contextlib.suppress(DataDependentOutputException):  # torch knows those that it has counted
+                return func(*args, **(kwargs or {}))
+            return 0.5
         return func(*args, **(kwargs or {}))
 
 
