@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.rewards import RewardSet
-from agro_lightning.rollout.engines.base import Generation, RolloutEngine, Sampling
+from agro_lightning.rollout.engines.base import EpisodeEngine, Generation, RolloutEngine, Sampling
 from agro_lightning.rollout.logprob_gap import warn_if_cut
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
@@ -85,6 +85,9 @@ def rollout_groups(
     """
     warn_if_cut(sampling)
     started = time.perf_counter()
+    if isinstance(engine, EpisodeEngine):
+        played = engine.play(prompts, sampling, n=n, seed=seed, source=source)
+        return _of_episodes(played, n, time.perf_counter() - started)
     generations = engine.generate([prompt.prompt_ids for prompt in prompts], sampling, n=n, seed=seed)
     generated = time.perf_counter()
     failures: Counter[str] = Counter()
@@ -120,6 +123,25 @@ def rollout_groups(
         dropped_groups=len(prompts) - len(groups),
         generate_seconds=generated - started,
         score_seconds=time.perf_counter() - generated,
+    )
+    return groups, report
+
+
+def _of_episodes(
+    played: list[PromptGroup], n: int, seconds: float
+) -> tuple[list[PromptGroup], RolloutReport]:
+    """The groups of episodes that can be trained on, and their report; the engine counts kinds of failure."""
+    groups = [group for group in played if len(group) >= min(n, 2)]
+    completions = [one for group in played for one in group.completions]
+    lost = n * len(played) - len(completions)
+    report = RolloutReport(
+        prompts=len(played),
+        completions=n * len(played),
+        tokens=sum(one.num_chosen for one in completions),
+        failures={"generation": lost} if lost else {},
+        dropped_groups=len(played) - len(groups),
+        generate_seconds=seconds,
+        score_seconds=0.0,
     )
     return groups, report
 

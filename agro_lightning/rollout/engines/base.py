@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
 
-from agro_lightning.types import FinishReason
+from agro_lightning.types import FinishReason, Prompt, PromptGroup
 
 Caches = Literal["keep", "drop"]
 
@@ -153,6 +153,16 @@ class RolloutEngine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Frees processes and memory; the engine cannot be used afterwards."""
+
+
+class EpisodeEngine(RolloutEngine):
+    """An engine whose completions are whole episodes in an environment, which gives their rewards."""
+
+    @abstractmethod
+    def play(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int, seed: int, source: str
+    ) -> list[PromptGroup]:
+        """n episodes of each prompt, in order; a group has as many completions as episodes went well."""
 
 
 class WholeBatches(InFlightEngine):
