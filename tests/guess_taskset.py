@@ -1,4 +1,4 @@
-"""A multi-turn taskset in verifiers' own form: the policy names a letter, the environment says how far it is."""
+"""A multi-turn taskset in verifiers' own form: the policy names a letter, the environment says yes or no."""
 
 from collections.abc import Iterator
 
@@ -39,7 +39,9 @@ class GuessEnv(vf.Env[GuessEnvConfig]):
                     break
                 hit = task.data.letter in segment.last_reply
                 segment = await interaction.turn(f"{turn} {'yes' if hit else 'no'}")
-        found = [task.data.letter in message.content for message in interaction.trace.assistant_messages]
+        found = [
+            task.data.letter in (message.content or "") for message in interaction.trace.assistant_messages
+        ]
         interaction.trace.record_reward("found", float(any(found)), 1.0)
 
 

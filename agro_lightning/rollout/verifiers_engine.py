@@ -1,4 +1,4 @@
-"""Episodes in environments of verifiers (extra `agents`): several turns, tools and games, token in, token out."""
+"""Episodes in environments of verifiers (extra `agents`): turns, tools and games, token in, token out."""
 
 import asyncio
 import importlib
@@ -6,12 +6,13 @@ import json
 import random
 import sys
 import tempfile
+import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Coroutine, Mapping, Sequence
+from functools import cache
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from agro_lightning.data.chat import RowError
 from agro_lightning.data.logs.verifiers_traces import answer_of_trace
@@ -23,17 +24,20 @@ from agro_lightning.types import Completion, Prompt, PromptGroup
 
 HARNESS = "agro_lightning_in_process"
 """The id under which verifiers finds the harness of in_process_harness.py."""
+RENDERER = "agro_lightning.rollout.extending_renderer.ExtendingRenderer"
+"""What renders chats where the user names nothing else."""
 _MODEL = "policy"
+_Result = TypeVar("_Result")
 
 
 class EnvironmentEngine(EpisodeEngine):
     """Plays episodes of verifiers' environments; their rewards are the completions' rewards.
 
-    verifiers' agent speaks to its interception on loopback, whose client renders the conversation to token ids
-    and asks a TokenServer over `engine`; token ids are extended from turn to turn, never made anew from text.
-    What comes back is one completion an episode: the policy's own tokens are chosen (`policy_mask`), those of
-    the environment and the chat template are context. The prompt is what an episode's tokens have in common
-    before the first chosen one.
+    verifiers' agent speaks to its interception on loopback, whose client renders the conversation to token
+    ids and asks a TokenServer over `engine`; token ids are extended from turn to turn, never made anew from
+    text. What comes back is one completion an episode: the policy's own tokens are chosen (`policy_mask`),
+    those of the environment and the chat template are context. The prompt is what a task's episodes have in
+    common before the first chosen token.
 
     The prompts of the run name tasks: `write_tasks` makes their file. `data.rewards` is not asked. The
     validation's prompts are answered by `engine`, in one turn.
@@ -46,8 +50,9 @@ class EnvironmentEngine(EpisodeEngine):
         max_concurrent: episodes at a time.
         max_turns: of an episode; None: as many as the environment wants.
         timeout_s: longest episode; one that takes longer is dropped and counted.
-        renderer: verifiers' settings of the renderer, such as {"name": "default", "tool_parser": "qwen3"}; the
-            default one writes with the policy's chat template and reads no tool calls.
+        renderer: verifiers' settings of the renderer, such as {"name": "qwen3"}; the default one extends
+            tokens by the policy's own chat template, and reads tool calls where it is given a parser, such as
+            {"tool_parser": "qwen3"}.
 
     Raises:
         ImportError: verifiers is not installed.
@@ -68,7 +73,7 @@ class EnvironmentEngine(EpisodeEngine):
         self._vf = _verifiers()
         self.env, self.engine = env, engine or AutoEngine()
         self.max_concurrent, self.max_turns, self.timeout_s = max_concurrent, max_turns, timeout_s
-        self.renderer = renderer or {"name": "default"}
+        self.renderer = _renderer(renderer or {})
         self._environment = _environment(self._vf, env, max_turns, timeout_s)
         self._tasks: dict[int, Any] = {}
         self._counts: Counter[str] = Counter()
@@ -124,8 +129,7 @@ class EnvironmentEngine(EpisodeEngine):
         tasks = [self._task(prompt) for prompt in prompts]
         before = random.getstate()  # games draw from the process's generator
         try:
-            with ThreadPoolExecutor(1) as aside:  # the caller may be within an event loop
-                episodes = aside.submit(asyncio.run, self._episodes(tasks, sampling, n, seed)).result()
+            episodes = _in_the_loop(self._episodes(tasks, sampling, n, seed))
         finally:
             random.setstate(before)
         version = self._serving().policy_version
@@ -166,7 +170,8 @@ class EnvironmentEngine(EpisodeEngine):
             record = traces[-1].to_record(float_decimals=None)
             if len(traces) > 1:
                 return {"several": len(traces)}
-            return record if episode.ok else {**record, "ok": False}
+            errors = [*record["errors"], *(error.model_dump() for error in episode.errors)]
+            return record if episode.ok else {**record, "ok": False, "errors": errors}
 
         async with self._environment.serving():
             numbered = [(i * n + j, task) for i, task in enumerate(tasks) for j in range(n)]
@@ -263,8 +268,8 @@ class EnvironmentEngine(EpisodeEngine):
         place = prompt.fields.get("task")
         if type(place) is not int or place < 0:
             raise ValueError(
-                f"prompt {prompt.prompt_id} names no task (its column 'task' is {place!r}): make the prompts' "
-                "file with agro_lightning.rollout.verifiers_engine.write_tasks"
+                f"prompt {prompt.prompt_id} names no task (its column 'task' is {place!r}): make the file of "
+                "prompts with agro_lightning.rollout.verifiers_engine.write_tasks"
             )
         if place not in self._tasks:
             found = next(iter(self._environment.taskset.skip(place).take(1)), None)
@@ -308,7 +313,7 @@ def write_tasks(path: str | Path, env: dict[str, Any], limit: int | None = None)
     """Writes the file of prompts that names an environment's tasks, for `data.train`; returns their number.
 
     Args:
-        path: the JSON lines file; each row has `prompt_id`, `prompt` (the task's text) and `task` (its place).
+        path: the JSON lines file; a row has `prompt_id`, `prompt` (the task's text) and `task` (its place).
         env: as EnvironmentEngine takes it.
         limit: tasks to take; needed where the taskset is infinite.
 
@@ -331,8 +336,30 @@ def write_tasks(path: str | Path, env: dict[str, Any], limit: int | None = None)
 
 
 def _kind(record: Mapping[str, Any]) -> str:
-    """Why an episode failed, in the words of verifiers' stop conditions."""
-    return str(record.get("stop_condition") or "error")
+    """Why an episode failed: the type of its last error, else verifiers' stop condition."""
+    errors = record.get("errors") or []
+    return str(errors[-1]["type"] if errors else record.get("stop_condition") or "error")
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """This process's one event loop for verifiers, whose locks belong to the loop that met them first."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="verifiers", daemon=True).start()
+    return loop
+
+
+def _in_the_loop(work: Coroutine[Any, Any, _Result]) -> _Result:
+    future = asyncio.run_coroutine_threadsafe(work, _loop())
+    try:
+        return future.result()
+    finally:
+        future.cancel()  # where the wait was interrupted
+
+
+def _renderer(given: dict[str, Any]) -> dict[str, Any]:
+    """verifiers' settings: the user's, or those of this project's renderer."""
+    return given if "name" in given else {"name": "custom", "import_path": RENDERER, **given}
 
 
 def _verifiers() -> Any:
