@@ -6,7 +6,11 @@ Imported by verifiers alone, by the path that `verifiers_engine.RENDERER` names;
 from typing import Any
 
 from jinja2 import TemplateError
-from renderers import DefaultRenderer, DefaultRendererConfig, RenderedTokens
+from renderers import (  # pyright: ignore[reportMissingImports]
+    DefaultRenderer,
+    DefaultRendererConfig,
+    RenderedTokens,
+)
 
 _MARK = "\u2603assistant\u2603"
 """Stands for the policy's turn in the chats that show what a template writes around one."""

@@ -5,10 +5,10 @@ Imported by verifiers alone, under the id that `verifiers_engine.HARNESS` names;
 
 from typing import Any
 
-import verifiers.v1 as vf
-from openai import AsyncOpenAI
-from verifiers.v1.dialects.chat import message_to_wire
-from verifiers.v1.runtimes import ProgramResult
+import verifiers.v1 as vf  # pyright: ignore[reportMissingImports]
+from openai import AsyncOpenAI  # pyright: ignore[reportMissingImports]
+from verifiers.v1.dialects.chat import message_to_wire  # pyright: ignore[reportMissingImports]
+from verifiers.v1.runtimes import ProgramResult  # pyright: ignore[reportMissingImports]
 
 __all__ = ["InProcessHarness"]
 
