@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -108,6 +109,7 @@ class VLLMEngine(RolloutEngine):
         self._eos: tuple[int, ...] = ()
         self._server: ServerProcess | None = None
         self._client: httpx.Client | None = None
+        self._connecting = threading.Lock()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._model = "policy"
 
@@ -330,12 +332,13 @@ class VLLMEngine(RolloutEngine):
     @property
     def client(self) -> httpx.Client:
         """The connections to the server."""
-        if self._client is None:  # a server of this machine is reached past any proxy
-            limits = httpx.Limits(max_connections=self.parallel_requests + 2)  # two for pauses and weights
-            self._client = httpx.Client(
-                timeout=self.request_timeout_s, limits=limits, trust_env=self.url is not None
-            )
-        return self._client
+        with self._connecting:  # the first calls come from several threads at once
+            if self._client is None:  # a server of this machine is reached past any proxy
+                limits = httpx.Limits(max_connections=self.parallel_requests + 2)  # for pauses and weights
+                self._client = httpx.Client(
+                    timeout=self.request_timeout_s, limits=limits, trust_env=self.url is not None
+                )
+            return self._client
 
     def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON that the server answers with; RuntimeError naming the server's reason where it refuses."""
