@@ -170,6 +170,7 @@ def test_a_run_trains_on_episodes(folder, tmp_path):
         "--model.policy.path": folder,
         "--data.train.path": tmp_path / "tasks.jsonl",
         "--data.validation": "null",
+        "--data.sources": json.dumps([{"class_path": "Live", "init_args": {"name": "live"}}]),
         "--data.engine": json.dumps(engine),
         "--data.sampling.max_new_tokens": 6,
         "--data.batch_size": 2,
