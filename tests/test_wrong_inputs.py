@@ -98,12 +98,13 @@ def test_a_wrong_input_is_named_in_one_line(args, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def read_only(tmp_path):
-    """A file system that cannot be written to."""
-    folder = tmp_path / "read-only"
+def mounted(tmp_path, request):
+    """A file system of its own, with the options of the test's parameter."""
+    folder = tmp_path / "mounted"
     folder.mkdir()
     try:
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)], capture_output=True)
+        mount = ["mount", "-t", "tmpfs", "-o", request.param, "tmpfs", str(folder)]
+        done = subprocess.run(mount, capture_output=True)
     except FileNotFoundError:
         pytest.skip("there is no mount")
     if done.returncode:
@@ -112,20 +113,22 @@ def read_only(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_read_only_file_system_is_named(read_only, tmp_path, monkeypatch):
+@pytest.mark.parametrize("mounted", ["ro", "size=8k"], indirect=True, ids=["read-only", "full"])
+def test_a_file_system_without_room_or_read_only_is_named(mounted, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     quick = ("--trainer.limit_val_batches=0", "--trainer.val_check_interval=9")
     code = output_of(*FIT, "--run_dir=run", *quick)[2]
     assert code == 0
+    full = "full" in request.node.callspec.id
+    words = ("no room to write",) if full else ("ead-only file system", "cannot be written to")
     for args in (
-        ("rollout", "--groups=2", "--out", read_only / "buffer"),
-        ("export", "--ckpt", "run/checkpoints/last.ckpt", "--out", read_only / "model"),
-        ("annotate", "--buffer=quickstart", "--out", read_only / "copy"),
-        (*FIT, "--run_dir", read_only / "run"),
+        ("rollout", "--groups=40", "--out", mounted / "buffer"),
+        ("export", "--ckpt", "run/checkpoints/last.ckpt", "--out", mounted / "model"),
+        ("annotate", "--buffer=quickstart", "--out", mounted / "copy"),
+        *([] if full else [(*FIT, "--run_dir", mounted / "run")]),
     ):
         _, err, code = output_of(*args)
-        assert code in (1, 2) and str(read_only) in err.splitlines()[-1], err
-        assert err.splitlines()[-1].startswith("error: "), err
-        assert (
-            "ead-only file system" in err.splitlines()[-1] or "cannot be written to" in err.splitlines()[-1]
-        )
+        line = err.splitlines()[-1]
+        assert code in (1, 2) and str(mounted) in line and line.startswith("error: "), err
+        assert any(word in line for word in words), err
+        assert not any((mounted / "model").glob("*")) and "Traceback" not in err, err

@@ -19,6 +19,7 @@ from agro_lightning.models.config import LoraSettings
 from agro_lightning.models.pretrained import add_lora, load_tokenizer, resolve_path
 from agro_lightning.models.sharded_loading import parameters_on_meta
 from agro_lightning.primitives.atomic_files import atomic_path
+from agro_lightning.primitives.quiet import without_progress_bars
 
 PREFIX = "policy.lm."
 
@@ -64,7 +65,8 @@ def export(
         tokenizer or about["policy"]["path"], trust_remote_code=about["policy"]["trust_remote_code"]
     )
     model = build_model(weights, about["model_config"], lora)
-    with atomic_path(target, needed=sum(weight.nbytes for weight in weights.values())) as aside:
+    needed = sum(weight.nbytes for weight in weights.values())
+    with atomic_path(target, needed=needed) as aside, without_progress_bars(in_logs=True):
         if adapter_only:
             _write_adapter(model, aside, about)
         else:
