@@ -9,6 +9,7 @@ from rollout_files import group, open_buffer, token_row, write_jsonl, write_parq
 from test_policy import TEMPERATURE, logprobs_one_by_one, make_groups
 from tiny_models import tiny_lm
 
+from agro_lightning.commands.inspect import inspect_buffer
 from agro_lightning.data.buffer.schema import (
     FILE_SCHEMA,
     MASK_FIELD,
@@ -25,6 +26,7 @@ from agro_lightning.models.policy import Policy
 from agro_lightning.models.reference import fill_ref_logprobs, frozen_copy
 from agro_lightning.objectives.agro import Agro
 from agro_lightning.objectives.base import LossInputs
+from agro_lightning.training.metrics import StepResult, batch_metrics, combined, plain_sums
 from agro_lightning.types import Completion
 
 NAMES = ["llama", "qwen3", "gpt2"]
@@ -152,6 +154,28 @@ def test_cached_reference_logprobs_are_those_of_chosen_tokens(tmp_path, quicksta
     batch = pack_groups(filled, num_groups=4, reference_id=reference.reference_id)
     torch.testing.assert_close(batch.ref_logprobs, full[chosen], atol=1e-5, rtol=1e-5)
     assert fill_ref_logprobs(filled, reference, at_once=2, **options) == filled
+
+
+def test_metrics_are_over_chosen_tokens():
+    mask = (True, False, False, True)
+    made = [group(1, each=2, completion_ids=(5, 6, 7, 2), policy_mask=mask), group(2, each=2)]
+    batch = pack_groups(made, num_groups=2)
+    tokens = torch.arange(1.0, 9.0)
+    result = StepResult(
+        loss=torch.tensor(0.0), objective=torch.tensor(0.0), logprobs=-tokens, ref_logprobs=-tokens,
+        log_ratios=torch.zeros(4), regularized_rewards=torch.zeros(4), advantages=torch.zeros(4),
+    )  # fmt: skip
+    found = {name: combined(name, [part]) for name, part in plain_sums(batch_metrics(batch, result)).items()}
+    assert found["completion_length"] == 2 and found["entropy"] == pytest.approx(36 / 8)
+    assert found["observation_fraction"] == pytest.approx(4 / 12)
+
+
+def test_inspect_puts_brackets_round_chosen_tokens(quickstart_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("AGRO_LIGHTNING_CACHE", str(tmp_path / ".cache"))
+    path = write_jsonl(tmp_path / "rows.jsonl", [token_row(**MASKED)] * 2)
+    text = inspect_buffer(path, quickstart_tokenizer)
+    assert "completion, 4 tokens, 2 of them (in brackets) trained on: [2] = = [<eos>]" in text
+    assert "2 rows with a policy_mask, 50.0% of all completion tokens are read and not trained on" in text
 
 
 # ---------------------------------------------------------------------- the record
