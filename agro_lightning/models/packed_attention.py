@@ -18,10 +18,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from agro_lightning.models.batch import TokenBatch
+from agro_lightning.models.pieces import length_buckets
 
 NAME = "packed_prompt_groups"
 FLEX_BLOCK = 128
 """Tokens of one side of a block of flex_attention's masks."""
+SMALL_BLOCK = 4096
+"""Places of a dense block below which padding costs less than another block."""
 _PASSIVE_OPTIONS = {
     "position_ids",
     "use_cache",
@@ -47,15 +50,17 @@ class _Block:
     queries: Int[Tensor, "rows queries"]
     keys: Int[Tensor, "rows keys"]
     visible: Bool[Tensor, "rows 1 queries keys"]
-    distance: Int[Tensor, "rows 1 queries keys"]
-    """Position of the query minus position of the key, for sliding windows."""
+
+    def within(self, window: int, positions: Int[Tensor, " T"]) -> Bool[Tensor, "rows 1 queries keys"]:
+        """What is visible and at most so many tokens away."""
+        distance = positions[self.queries][:, None, :, None] - positions[self.keys][:, None, None]
+        return self.visible & (distance < window)
 
     def to(self, device: torch.device) -> "_Block":
         return _Block(
             queries=self.queries.to(device),
             keys=self.keys.to(device),
             visible=self.visible.to(device),
-            distance=self.distance.to(device),
         )
 
 
@@ -104,12 +109,15 @@ def plan_layout(batch: TokenBatch, *, flex: bool) -> PackedLayout:
     blocks: tuple[_Block, ...] = ()
     inverse = torch.empty(0, dtype=torch.long)
     if not flex:
-        some = completions > 0
-        blocks = (_block(starts, prompts),)
-        if bool(some.any()):
-            owner = group_of[some]
-            blocks += (_block(completion_starts[some], completions[some], starts[owner], prompts[owner]),)
-        inverse = _inverse(blocks, (prompts, completions[some]), batch.num_tokens)
+        some = torch.nonzero(completions > 0).flatten()
+        shorter = [torch.tensor(rows) for rows in length_buckets(prompts.tolist(), least=SMALL_BLOCK)]
+        longer = [some[rows] for rows in length_buckets(completions[some].tolist(), least=SMALL_BLOCK)]
+        blocks = tuple(_block(starts[rows], prompts[rows]) for rows in shorter)
+        for rows in longer:
+            owner = group_of[rows]
+            blocks += (_block(completion_starts[rows], completions[rows], starts[owner], prompts[owner]),)
+        real = [*(prompts[rows] for rows in shorter), *(completions[rows] for rows in longer)]
+        inverse = _inverse(blocks, tuple(real), batch.num_tokens)
         blocks = tuple(block.to(device) for block in blocks)
     return PackedLayout(
         blocks=blocks,
@@ -142,7 +150,6 @@ def _block(
     own = torch.arange(int(lengths.max()))
     queries = torch.where(own < lengths[:, None], starts[:, None] + own, starts[:, None])
     visible = (own[:, None] >= own) & (own < lengths[:, None, None])  # (rows, queries, own keys)
-    distance = (own[:, None] - own).expand(len(starts), -1, -1)
     keys = queries
     if prefix_starts is not None and prefix_lengths is not None:
         prefix = torch.arange(int(prefix_lengths.max()))
@@ -151,8 +158,7 @@ def _block(
             [torch.where(inside, prefix_starts[:, None] + prefix, prefix_starts[:, None]), keys], 1
         )
         visible = torch.cat([inside[:, None].expand(-1, len(own), -1), visible], 2)
-        distance = torch.cat([prefix_lengths[:, None, None] + own[:, None] - prefix, distance], 2)
-    return _Block(queries=queries, keys=keys, visible=visible[:, None], distance=distance[:, None])
+    return _Block(queries=queries, keys=keys, visible=visible[:, None])
 
 
 def _dense_attention(
@@ -171,7 +177,7 @@ def _dense_attention(
         q = query[block.queries].transpose(1, 2)  # (rows, heads, queries, width)
         k = key[block.keys].transpose(1, 2)
         v = value[block.keys].transpose(1, 2)
-        visible = block.visible if window is None else block.visible & (block.distance < window)
+        visible = block.visible if window is None else block.within(window, layout.positions)
         if softcap is None:
             out = scaled_dot_product_attention(
                 q, k, v, attn_mask=visible, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]

@@ -12,6 +12,9 @@ from agro_lightning.models.batch import TokenBatch, select_completions
 PADDING = 0.05
 """Most padding of a bucket, as a share of its places."""
 
+SMALL_BUCKET = 2048
+"""Places of a bucket of rows below which padding costs less than another forward."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
@@ -119,6 +122,16 @@ class _Filling:
         """The piece with the least room that is enough."""
         fitting = [at for at in pieces if self._left[at] >= size]
         return min(fitting, key=lambda at: (self._left[at], at), default=None)
+
+
+def like_lengths(batch: TokenBatch, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The sets of completions, each parted so that sequences of like lengths stand together."""
+    lengths = (batch.prompt_lengths[batch.group_ids.cpu()] + batch.completion_lengths).tolist()
+    return [
+        [members[index] for index in bucket]
+        for members in rows
+        for bucket in length_buckets([lengths[row] for row in members], least=SMALL_BUCKET)
+    ]
 
 
 def length_buckets(lengths: Sequence[int], *, least: int = 0) -> list[list[int]]:

@@ -21,6 +21,7 @@ from agro_lightning.models import packed_attention as attention
 from agro_lightning.models.batch import TokenBatch, repeat_prompts, select_completions
 from agro_lightning.models.compat import attention_name, decoder_of, set_attention
 from agro_lightning.models.config import PolicySettings
+from agro_lightning.models.pieces import like_lengths
 from agro_lightning.models.positions import LengthClasses, joined
 from agro_lightning.models.pretrained import add_lora, load_lm
 from agro_lightning.primitives.dtensor import local_part
@@ -183,9 +184,13 @@ class Policy(nn.Module):
 
     def hidden_states(self, batch: TokenBatch) -> Float[Tensor, "N H"]:
         """The decoder's last hidden states at the places that predict the batch's targets."""
-        if self.length_classes is None:
+        if self.length_classes is None and self.packing != "single":
             return self._hidden_states(batch)
-        rows = self.length_classes.parts(batch)
+        rows = [list(range(batch.num_completions))]
+        if self.length_classes is not None:
+            rows = self.length_classes.parts(batch)
+        if self.packing == "single":  # each sequence is padded to the longest beside it
+            rows = like_lengths(batch, rows)
         parts = [batch] if len(rows) == 1 else [select_completions(batch, members) for members in rows]
         idle = common_forwards(self, len(parts)) - len(parts)
         found = [self._hidden_states(part) for part in parts]

@@ -100,9 +100,14 @@ def _largest_pass(module: AgroModule, load: Workload, limit: int) -> tuple[Propo
         changed = copy.copy(module)
         changed.max_tokens = tokens
         sized = replace(load, groups=groups, accumulate=-(-wanted // groups))
-        # accumulation adds no memory: two micro-batches show what the first leaves behind
-        least = replace(sized, accumulate=min(2, sized.accumulate))
-        return Proposal(module=changed, workload=sized, estimate=simulate(changed, least))
+        # passes after the second add no memory, nor do micro-batches: what the first leaves behind shows
+        few = replace(
+            sized,
+            groups=min(groups, -(-2 * tokens // group)),
+            accumulate=min(2, sized.accumulate),
+            sequences=wanted * load.group_size,
+        )
+        return Proposal(module=changed, workload=sized, estimate=simulate(changed, few))
 
     low = attempt(sequence)
     if low.estimate.peak > limit:

@@ -63,6 +63,8 @@ class Workload:
     clip: float | None = None
     cache_bytes: int | None = None
     """Most bytes that the rollout engine gives keys, values and logits; None: no limit."""
+    sequences: int | None = None
+    """Of a step's rollout; None: as many as its groups have completions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,5 +324,6 @@ class _Run:
         item = policy.compute_dtype.itemsize
         token = 2 * config.num_hidden_layers * heads // load.tensor_parallel * width * item
         row = (load.prompt_tokens + load.completion_tokens) * token + 20 * policy.vocab_size
-        wanted = load.groups * load.accumulate * load.group_size * row
+        sequences = load.sequences or load.groups * load.accumulate * load.group_size
+        wanted = sequences * row
         return wanted if load.cache_bytes is None else min(wanted, load.cache_bytes)
