@@ -44,7 +44,7 @@ class Completion:
     template) are context: read, never trained on. None: all. Trailing tokens that it did not choose are left
     out of the record, since nothing depends on them."""
     reward: float
-    """The weighted total that the objective uses."""
+    """The weighted total that the objective uses; NaN in a file's row that nobody has scored yet."""
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     """Each reward function's own value, by name."""
     finish_reason: FinishReason = "stop"

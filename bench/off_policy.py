@@ -10,7 +10,9 @@ Data:
 * `live`; `stale4`, `stale16`, `stale64`: completions of the policy of 0, 4, 16, 64 updates ago;
 * `offline_reference`: completions of the start policy, which is the reference, and nothing else;
 * `offline_other`: of a weaker policy, with one correct answer in each group of eight;
-* `half`: half of the groups live, half from `offline_other`'s buffer.
+* `half`: half of the groups live, half from `offline_other`'s buffer;
+* `single_logged`: one logged answer of another policy a prompt, half of them wrong, beside seven live ones;
+  the one setting of `ours` is chosen without this kind.
 
 Providers (`bench.off_policy_plan.PROVIDERS`), each with twelve settings searched on the kind of data that it
 is reported on, with a seed that is not used again: `ours` (AGRO, rate x beta x weight of negatives; **one**
@@ -24,7 +26,8 @@ the short ones), `search/DATA/...`, `chosen/DATA`. Metrics: `exact_accuracy` (ea
 answer: the mean of exp of its log-prob, without sampling noise), `greedy_accuracy`, `kl_to_reference` (nats a
 completion), `value_betaB` (E[r] - B KL) and `value_gap_betaB` (the optimum's minus that). Figures are means
 over seeds; `NAME_interval` is half the width of the 95% interval (Student's t), and the note holds the seeds'
-own figures. `exact_accuracy_less_ours` compares seed by seed.
+own figures. `exact_accuracy_less_ours` compares seed by seed;
+`exact_accuracy_less_live` (of `single_logged`) compares a provider with itself on live data alone.
 
 Each run is kept in DIR as it ends, so that a benchmark that was stopped goes on where it was; --report writes
 what is finished and runs nothing.
@@ -41,7 +44,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # one thread a worker, which must know befo
 
 from bench import off_policy_plot
 from bench._records import emit, parser, record
-from bench.off_policy_plan import FULL, QUICK, Plan, Results, choose, phases
+from bench.off_policy_plan import FULL, QUICK, SINGLE, Plan, Results, choose, phases
 from bench.off_policy_run import LAGS, Run, train
 from bench.off_policy_task import VALUE_BETAS, prepare
 from bench.off_policy_workers import processes
@@ -135,6 +138,19 @@ def cell_records(plan: Plan, results: Results, about: dict[str, Any], *, long: b
                     less = [its["exact_accuracy"] - ours["exact_accuracy"] for its, ours in both]
                     records += over_seeds(case, name, "exact_accuracy_less_ours", "ratio", less)
         records += run_records(data, cells, results, long=long)
+    return [*records, *(less_live_records(plan, results, long=long) if SINGLE in plan.data else ())]
+
+
+def less_live_records(plan: Plan, results: Results, *, long: bool = False) -> Records:
+    """What one logged answer beside live ones adds to live ones alone, seed by seed, after the last step."""
+    records: Records = []
+    for name in plan.providers if "live" in plan.data else ():
+        pair = [finished(plan, results, name, data, long=long) for data in (SINGLE, "live")]
+        if all(pair):
+            ends = [[results[run]["points"][-1]["exact_accuracy"] for run in runs] for runs in pair]
+            less = [logged - live for logged, live in zip(*ends, strict=True)]
+            case = f"{SINGLE}/{plan.long_steps}_steps" if long else SINGLE
+            records += over_seeds(case, name, "exact_accuracy_less_live", "ratio", less)
     return records
 
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from bench.off_policy_run import DATA, Run
 from bench.off_policy_task import Scale
 
+SINGLE = "single_logged"
+"""The kind of data that came after the one setting had been chosen, and has no say in it."""
 SEARCH_SEED = 1000
 """Seed of all search runs; no run of the comparison has it."""
 
@@ -100,7 +102,7 @@ FULL = Plan()
 QUICK = Plan(
     scale=Scale(supervised_steps=300, weak_steps=150, train_prompts=1024),
     providers=("ours", "agro_weight1", "grpo"),
-    data=("stale16", "offline_other"),
+    data=("stale16", "offline_other", "single_logged"),
     unsearched=Settings(2.5e-4, 0.1, 0.3),
     seeds=2,
     steps=30,
@@ -142,13 +144,13 @@ class Results:
 def choose(plan: Plan, results: Results, provider: str, data: str) -> Settings | None:
     """The setting with the best exact accuracy at the end of its search run; None before the search's end.
 
-    A provider of one setting takes the best mean over all kinds of data of the plan.
+    A provider of one setting takes the best mean over all kinds of data of the plan but SINGLE.
     """
     about = PROVIDERS[provider]
     if plan.unsearched is not None:
         weight = plan.unsearched.negative_weight if len(about.weights) > 1 else about.weights[0]
         return plan.unsearched._replace(negative_weight=weight)
-    kinds = plan.data if about.one_setting else (data,)
+    kinds = _searched(plan) if about.one_setting else (data,)
     searches = {kind: plan.search(provider, kind) for kind in kinds}
     if not all(results.have(runs) for runs in searches.values()):
         return None
@@ -164,12 +166,17 @@ def phases(plan: Plan, results: Results) -> Iterator[list[Run]]:
     by kind, the other searches and the comparison; then the long comparison. The cheapest kinds come
     first."""
     shared = [name for name in plan.providers if PROVIDERS[name].one_setting]
-    yield [run for data in reversed(plan.data) for name in shared for run in plan.search(name, data)]
+    yield [run for data in reversed(_searched(plan)) for name in shared for run in plan.search(name, data)]
     for data in reversed(plan.data):
         yield [run for name in plan.providers if name not in shared for run in plan.search(name, data)]
         yield _chosen_runs(plan, results, data, long=False)
     for data in reversed(plan.data) if plan.long_steps else ():
         yield _chosen_runs(plan, results, data, long=True)
+
+
+def _searched(plan: Plan) -> tuple[str, ...]:
+    """The kinds of data that the one setting is searched on."""
+    return tuple(data for data in plan.data if data != SINGLE) or plan.data
 
 
 def _chosen_runs(plan: Plan, results: Results, data: str, *, long: bool) -> list[Run]:

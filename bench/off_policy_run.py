@@ -29,7 +29,7 @@ from agro_lightning.training.module import AgroModule
 from agro_lightning.training.optimizer import OptimizerSettings
 from agro_lightning.types import Prompt
 from bench.off_policy_objectives import Topr, WeightedRegularizedPG
-from bench.off_policy_task import SAMPLING, measure
+from bench.off_policy_task import SAMPLING, measure, single_logged
 
 OBJECTIVES: dict[str, Callable[[float, float], Objective]] = {
     "agro": lambda beta, weight: Agro(beta, negative_weight=weight),
@@ -45,9 +45,9 @@ OBJECTIVES: dict[str, Callable[[float, float], Objective]] = {
 """From beta and the weight of negatives, which AGRO's and regularized_pg read."""
 NEEDS_EVERY_LOGPROB = ("rloo_frozen_kl", "topr")
 """Trained on the weaker policy's log-probs of its whole buffer, the right answers in it included."""
-LAGS = {"live": 0, "stale4": 4, "stale16": 16, "stale64": 64, "half": 0}
+LAGS = {"live": 0, "stale4": 4, "stale16": 16, "stale64": 64, "half": 0, "single_logged": 0}
 """How many updates old the weights are that generate, by kind of data; the other kinds generate nothing."""
-DATA = ("live", "stale4", "stale16", "stale64", "offline_reference", "offline_other", "half")
+DATA = ("live", "stale4", "stale16", "stale64", "offline_reference", "offline_other", "half", "single_logged")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +154,9 @@ def sources_of(run: Run, task: Path) -> list[Source]:
         return [Offline(paths=[str(task / "reference")], repeat=True, name="reference")]
     if run.data == "offline_other":
         return [other]
+    if run.data == "single_logged":
+        logged = single_logged(task, scored=run.objective in NEEDS_EVERY_LOGPROB)
+        return [Live(weight=run.group_size - 1), Offline(paths=[str(logged)], name="logged")]
     return [Live(), other] if run.data == "half" else [Live()]
 
 
@@ -171,6 +174,7 @@ def data_of(run: Run, task: Path) -> AgroDataModule:
         group_size=run.group_size,
         sampling=SAMPLING,
         engine=engine,
+        mixing="within_group" if run.data == "single_logged" else "per_group",
         zero_reward_rollouts=0,
         seed=run.seed,
     )

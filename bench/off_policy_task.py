@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from agro_lightning import quickstart
+from agro_lightning.data.buffer.buffer import RolloutBuffer
 from agro_lightning.data.buffer.schema import tokenizer_id
 from agro_lightning.data.buffer.writer import append_rollouts
 from agro_lightning.models.batch import pack_groups
@@ -267,6 +268,26 @@ def prepare(folder: Path, scale: Scale) -> dict[str, Any]:
         "other_buffer": mean_reward(other),
     }
     about.write_text(json.dumps(made, indent=1))
+    return made
+
+
+def single_logged(folder: Path, *, scored: bool) -> Path:
+    """A buffer of one answer a prompt, half of them wrong, from the other policy's; made where it is lacking.
+
+    Args:
+        folder: what `prepare` filled.
+        scored: with the weaker policy's log-probs.
+    """
+    made = folder / ("single_scored" if scored else "single")
+    tokenizer = load_tokenizer(str(folder / "policy"))
+    other = RolloutBuffer(
+        folder / ("other_scored" if scored else "other"), tokenizer=tokenizer, vocab_size=len(tokenizer)
+    )
+    groups = []
+    for place, group in enumerate(other.iter_groups()):
+        wanted = [row for row in group.completions if bool(row.reward) == (place % 2 == 0)]
+        groups.append(replace(group, completions=(wanted or group.completions)[:1]))
+    append_rollouts(made, groups, name="completions", tokenizer_id=tokenizer_id(tokenizer))
     return made
 
 

@@ -112,6 +112,23 @@ def test_the_trainer_logs_the_staleness_that_was_asked_for(task: Path, data: str
     assert (point["kl_to_reference"] > 0.01) == (data == "half")  # live, nothing is right yet: no gradient
 
 
+def test_one_logged_answer_a_prompt_joins_seven_live_ones_and_none_is_dropped(
+    task: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from agro_lightning.data.buffer.buffer import RolloutBuffer
+
+    tokenizer = load_tokenizer(str(task / "policy"))
+    run = a_run(data="single_logged", steps=4, measure_at=(4,))
+    (point,) = off_policy_run.train(run, task)["points"]
+    assert point["kl_to_reference"] > 0.01 and "mixing within groups" not in caplog.text
+    groups = list(
+        RolloutBuffer(task / "single", tokenizer=tokenizer, vocab_size=len(tokenizer)).iter_groups()
+    )
+    rewards = [row.reward for group in groups for row in group.completions]
+    assert len(groups) == len(rewards) == SCALE.train_prompts
+    assert rewards == [1.0, 0.0] * (SCALE.train_prompts // 2)
+
+
 def test_a_run_is_the_same_when_it_is_made_again(task: Path) -> None:
     run = a_run(objective="grpo", data="half")
     first, second = (off_policy_run.train(run, task)["points"] for _ in range(2))

@@ -392,7 +392,9 @@ def test_rewards_may_be_true_and_false(quickstart_tokenizer, tmp_path, kind):
     ],
 )  # fmt: skip
 def test_logs_are_known_and_import_is_named(quickstart_tokenizer, tmp_path, row, kind):
-    message = f"These look like {kind}: `python -m agro_lightning import FILE --out rows.parquet`"
+    message = (
+        f"These look like {kind}: `python -m agro_lightning import FILE --out rows.parquet --policy MODEL`"
+    )
     with pytest.raises(BadRowError, match=message):
         open_buffer(write_jsonl(tmp_path / "r.jsonl", [row]), quickstart_tokenizer, tmp_path)
     with pytest.raises(BadFileError, match=message):

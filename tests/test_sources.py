@@ -102,7 +102,11 @@ def test_what_a_buffer_cannot_give_is_described(covered, tmp_path, quickstart_to
         "it, 12% too few; the rest is sampled live",
         "source replay gives nothing to a prompt until that comes again",
     ]
-    assert describe_within_group(sources[:2], 3, prompts[:4], buffers) == []
+    assert describe_within_group(sources[:2], 3, prompts[:4], buffers) == [
+        "source offline: about 6% of its 17 rows belong to prompts that data.train does not have, and are "
+        "never drawn"
+    ]
+    assert describe_within_group(sources[:2], 3, prompts[:4], buffers, num_prompts=5) == []
 
 
 class Sources(L.Callback):

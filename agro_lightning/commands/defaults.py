@@ -3,7 +3,7 @@
 DATA_DEFAULTS = {
     "sources": [
         {"weight": 0.875, "name": "live"},
-        {"paths": ["quickstart"], "weight": 0.125, "repeat": True, "name": "offline"},
+        {"paths": ["quickstart"], "weight": 0.125, "repeat": True, "score": False, "name": "offline"},
     ],
     "rewards": [{"class_path": "agro_lightning.rewards.ExactMatch"}],
     "engine": {"class_path": "agro_lightning.rollout.AutoEngine"},

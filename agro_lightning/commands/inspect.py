@@ -14,18 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from agro_lightning.data.buffer.buffer import BufferCounts, RolloutBuffer
 from agro_lightning.data.buffer.files import offline_paths
 from agro_lightning.data.buffer.schema import BadFileError
+from agro_lightning.data.logs.reading import form_of
 from agro_lightning.models.pretrained import load_tokenizer
 from agro_lightning.types import Completion, PromptGroup
 
 BINS = 10
 BAR_WIDTH = 40
-LOGS = {
-    "lm-eval": {"doc_id", "resps"},
-    "verifiers": {"example_id", "completion", "info"},
-    "OpenAI chats": {"messages"},
-    "OpenAI responses": {"custom_id", "response"},
-}
-"""Keys by which the first line of another tool's log is told."""
 SHOWN_TOKENS = 48
 """Of longer prompts and completions, only the first and last half as many tokens are shown."""
 
@@ -148,12 +142,12 @@ def _of_a_log(paths: str | Path | Sequence[str | Path]) -> str:
     for path in [paths] if isinstance(paths, str | Path) else paths:
         try:
             with open(path, encoding="utf-8") as file:
-                keys = json.loads(file.readline(1 << 20)).keys()
+                form = form_of(json.loads(file.readline(1 << 20)))
         except (OSError, ValueError, AttributeError):
             continue
-        kind = next((name for name, marks in LOGS.items() if marks <= keys), None)
-        if kind is not None:
-            return f". {path} is a log of {kind}; rows of a buffer have prompt, completion and reward"
+        if form is not None:
+            command = f"python -m agro_lightning import {path} --out rows.parquet --policy MODEL"
+            return f". {path} is a log of the form {form}: `{command}` makes rows of it"
     return ""
 
 

@@ -15,6 +15,7 @@ COMMANDS = {
     "doctor": ("commands.doctor.command:doctor", "Check a configuration before a long run; estimate memory."),
     "rollout": ("commands.rollout:rollout", "Sample and score completions into a buffer, or for a run."),
     "annotate": ("commands.annotate:annotate", "Cache a reference's log-probs in a copy of a buffer."),
+    "import": ("commands.import_log:import_log", "Turn other tools' logs into a buffer."),
     "inspect": ("commands.inspect:inspect", "Show what is in a buffer."),
     "chat": ("commands.chat:chat", "Type prompts, and see the policy's answers as they come."),
     "view": ("commands.view.command:view", "Write a run's curves and completions as one HTML file."),
@@ -26,13 +27,29 @@ COMMANDS = {
 }
 """Name -> (module and function below agro_lightning, what it does). A function of `args` reads the rest of
 the command line itself; another one gets its parameters from there."""
-POSITIONAL = {"inspect": "buffer", "export": "ckpt", "chat": "ckpt", "view": "run", "from-trl": "file"}
+POSITIONAL = {
+    "import": "source",
+    "inspect": "buffer",
+    "export": "ckpt",
+    "chat": "ckpt",
+    "view": "run",
+    "from-trl": "file",
+}
 """The option that words without a name are the values of."""
 OF_RUN = {
     "annotate": {
         "policy": "model.policy",
         "temperature": "data.sampling.temperature",
         "max_tokens": "model.max_tokens",
+    },
+    "import": {
+        "policy": "model.policy.path",
+        "trust_remote_code": "model.policy.trust_remote_code",
+        "chat": "data.train.chat",
+        "template": "data.train.template",
+        "system_prompt": "data.train.system_prompt",
+        "chat_template_options": "data.train.chat_template_options",
+        "max_prompt_tokens": "data.train.max_prompt_tokens",
     },
     "inspect": {
         "tokenizer": "model.policy.path",
@@ -84,7 +101,8 @@ def _call(name: str, function: Callable[..., Any], args: list[str]) -> None:
         for run_dir in values_of(args, "--run_dir")[-1:]:
             with explained(building=True):
                 found = run_defaults(run_dir, OF_RUN[name])
-                found.get("policy", {}).pop("lora", None)  # the model that the run started from
+                if isinstance(found.get("policy"), dict):
+                    found["policy"].pop("lora", None)  # the model that the run started from
                 parser.set_defaults(found)
     if name in OF_CHECKPOINT and not values_of(args, "--config", "-c"):
         for ckpt in values_of(args, f"--{POSITIONAL[name]}")[-1:]:

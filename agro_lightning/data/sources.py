@@ -46,6 +46,9 @@ class Offline:
     """Share, relative to the other sources."""
     repeat: bool = False
     """Start again when every group was used once; otherwise the run stops and names this source."""
+    score: bool = False
+    """Rows may have no reward: the run's own rewards score them before the first step, with the answer and
+    columns of the run's prompt where it has that prompt. The scores are kept in the run's folder."""
     name: str = "offline"
     """Name in metrics."""
 
@@ -109,7 +112,12 @@ def check_sources(sources: Sequence[Source]) -> None:
 
 
 def check_streams(sources: Sequence[Source], mixing: Mixing, updates_per_rollout: int) -> None:
-    """Raises ValueError where a Stream's groups could not be used whole, and exactly max_uses times."""
+    """Raises ValueError where groups cannot be mixed, or a Stream's not used whole, max_uses times each."""
+    if mixing == "within_group" and not any(isinstance(source, Live) for source in sources):
+        raise ValueError(
+            "data.mixing within_group draws the prompts of data.train, and data.sources has no Live source "
+            "that answers where the others lack rows; add one, or set mixing: per_group"
+        )
     for source in sources:
         if isinstance(source, Stream) and mixing == "within_group":
             raise ValueError(
@@ -161,16 +169,19 @@ def describe_within_group(
     group_size: int,
     prompts: Sequence[Prompt],
     offline: Mapping[str, RolloutBuffer],
+    num_prompts: int | None = None,
 ) -> list[str]:
     """What keeps sources from giving their shares of each group, in words; empty where nothing does.
 
-    A buffer can only give rows of the prompt that is drawn; what it lacks is sampled live.
+    A buffer can only give rows of the prompt that is drawn; what it lacks is sampled live. Where it has the
+    rows, each source gives exactly its share on average over the groups.
 
     Args:
         sources: of the run.
         group_size: completions of each prompt.
         prompts: some or all of the run's.
         offline: the buffers of the Offline sources, by name.
+        num_prompts: of the run, where `prompts` are a sample of them.
     """
     total, said = sum(source.weight for source in sources), []
     for source in sources:
@@ -187,5 +198,12 @@ def describe_within_group(
                 f"source {source.name} gives {given.mean() / group_size:.1%} of the completions instead of "
                 f"{wanted / group_size:.1%}: {(rows == 0).mean():.0%} of the prompts have no rows in it, "
                 f"{((rows > 0) & (rows < wanted)).mean():.0%} too few; the rest is sampled live"
+            )
+        there = offline[source.name].select().num_rows
+        used = rows.sum() * (num_prompts or len(prompts)) / max(1, len(prompts))
+        if there and used < 0.995 * there:
+            said.append(
+                f"source {source.name}: about {1 - used / there:.0%} of its {there} rows belong to prompts "
+                "that data.train does not have, and are never drawn"
             )
     return said

@@ -98,6 +98,13 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
         return AutoTokenizer.from_pretrained(resolve_path(path), trust_remote_code=trust_remote_code)
 
 
+def vocabulary_size(path: str, *, trust_remote_code: bool = False) -> int:
+    """Rows of a model's embedding by its config, without its weights. Raises what `explained` does."""
+    with explained(path, "config"):
+        config: Any = AutoConfig.from_pretrained(resolve_path(path), trust_remote_code=trust_remote_code)
+        return int(config.get_text_config().vocab_size)
+
+
 def load_lm(settings: PolicySettings) -> PreTrainedModel:
     """Loads the causal LM: safetensors only, no code from the folder unless trusted, dropout off.
 

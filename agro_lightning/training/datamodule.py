@@ -40,6 +40,7 @@ from agro_lightning.rewards import ExactMatch, Reward, RewardSet
 from agro_lightning.rollout import AutoEngine, RolloutEngine, Sampling
 from agro_lightning.rollout.collect import rollout_groups
 from agro_lightning.training.evaluation import PromptResult, answer_prompts, summarize
+from agro_lightning.training.offline_scores import OfflineScores, failure_metrics
 from agro_lightning.training.sampler import FeedSettings, TrainFeed, check_position
 from agro_lightning.training.strategy import check_steps
 from agro_lightning.types import Prompt, PromptGroup
@@ -205,13 +206,16 @@ class AgroDataModule(L.LightningDataModule):
     def _prompts(self, settings: PromptSettings) -> PromptDataset:
         return PromptDataset(settings, tokenizer=self.tokenizer, on_bad_row=self.on_bad_row)
 
-    def _buffer(self, paths: Sequence[str], name: str, *, live: bool) -> RolloutBuffer:
+    def _buffer(
+        self, paths: Sequence[str], name: str, *, live: bool, unscored: bool = False
+    ) -> RolloutBuffer:
         return RolloutBuffer(
             paths,
             tokenizer=self.tokenizer,
             vocab_size=self.policy.vocab_size,
             on_bad_row=self.on_bad_row,
             on_bad_file=self.on_bad_file,
+            unscored=unscored,
             source_name=name,
             live=live,
         )
@@ -231,7 +235,9 @@ class AgroDataModule(L.LightningDataModule):
         self._check_lengths()
         folder = self._replay_folder = ReplayFolder(Path(trainer.default_root_dir) / "replay")
         offline = {
-            source.name: self._buffer(offline_paths(source.paths), source.name, live=False)
+            source.name: self._buffer(
+                offline_paths(source.paths), source.name, live=False, unscored=source.score
+            )
             for source in self.sources
             if isinstance(source, Offline)
         }
@@ -247,6 +253,9 @@ class AgroDataModule(L.LightningDataModule):
         if self._replay_source is not None and trainer.is_global_zero:
             if moved := folder.archive_from(done):
                 rank_zero_info(moved)
+        for source in self.sources:
+            if isinstance(source, Offline) and source.score:
+                self._score(source, offline[source.name])
         trainer.strategy.barrier("replay buffer")
         self.feed = TrainFeed(
             FeedSettings(
@@ -272,9 +281,28 @@ class AgroDataModule(L.LightningDataModule):
             self._restored = None
         if self.mixing == "within_group" and self.train_prompts is not None:
             some = [*self.train_prompts][:: max(1, len(self.train_prompts) // 1000)]
-            for line in describe_within_group(self.sources, self.group_size, some, self.feed.offline):
+            for line in describe_within_group(
+                self.sources, self.group_size, some, self.feed.offline, len(self.train_prompts)
+            ):
                 rank_zero_info(f"mixing within groups: {line}")
         return self.feed
+
+    def _score(self, source: Offline, buffer: RolloutBuffer) -> None:
+        """Scores the source's rows that have no reward: once a run, on one rank."""
+        trainer = self.trainer
+        assert trainer is not None
+        scores = OfflineScores(
+            path=Path(trainer.default_root_dir) / "scores" / f"{source.name}.json",
+            buffer=buffer,
+            prompts=list(self.train_prompts or ()),
+            rewards=self.rewards,
+            only_known=self.mixing == "within_group",
+        )
+        if trainer.is_global_zero and scores.read() is None:
+            for name, count in failure_metrics(scores.make()):
+                self._record({name: count})
+        trainer.strategy.barrier(f"scores of {source.name}")
+        rank_zero_info(f"source {source.name}: {scores.apply()}")
 
     def _data(self, offline: dict[str, RolloutBuffer]) -> dict[str, str]:
         """Hashes of what is drawn from: the prompts, and the files of each offline source."""

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,9 @@ from agro_lightning.data.buffer.schema import FIX_ROW, BadRowError, prompt_id_of
 from agro_lightning.data.buffer.store import Record, RowStore, prompt_key
 from agro_lightning.data.buffer.validation import RowChecker
 from agro_lightning.types import Completion, Prompt, PromptGroup
+
+RowReward = tuple[float, Mapping[str, float]]
+"""A row's total reward and its parts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +86,7 @@ class RolloutBuffer:
         on_bad_row: Literal["error", "drop"] = "error",
         on_bad_file: Literal["error", "skip"] = "error",
         append_eos: bool = True,
+        unscored: bool = False,
         source_name: str | None = None,
         live: bool = False,
         accept: Callable[[str], bool] | None = None,
@@ -100,6 +104,7 @@ class RolloutBuffer:
             on_bad_file: stop with an error that names the file, or skip such files and count them.
             append_eos: end completions that are tokenised from text with EOS, unless their finish_reason is
                 "length".
+            unscored: rows may have no reward: it is NaN until `set_rewards` gives it.
             source_name: what drawn completions give as their source; default what their row says, else
                 "offline".
             live: the folders are still being filled: they may be missing or empty now, see `refresh`.
@@ -125,7 +130,9 @@ class RolloutBuffer:
             max_prompt_tokens=max_prompt_tokens,
             max_completion_tokens=max_completion_tokens,
             append_eos=append_eos,
+            unscored=unscored,
         )
+        self._rewards: dict[int, RowReward | None] = {}
         self.tokenizer_id = checker.tokens.tokenizer_id
         store = RowStore(checker, strict=self._strict_rows, directory=Path(cache_dir) if cache_dir else None)
         listed = [str(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
@@ -154,6 +161,7 @@ class RolloutBuffer:
         finally:
             if changed != 0:
                 self.__dict__.pop("_prompts", None)
+                self.__dict__.pop("_every_prompt", None)
                 self._planned = None
         return changed
 
@@ -229,13 +237,14 @@ class RolloutBuffer:
         key = (seed, epoch, group_size)
         if self._planned is not None and self._planned[0] == key:
             return self._planned[1]
-        prompts = self._prompts
-        single = np.flatnonzero(prompts.counts == 1)
+        prompts, every = self._prompts, self._every_prompt
+        single = np.flatnonzero(every.counts == 1)
         if self._strict_rows and len(single):
-            record, row_id = self._set.read(int(prompts.rows[prompts.starts[single[0]]]))
+            record, row_id = self._set.read(int(every.rows[every.starts[single[0]]]))
             raise BadRowError(
                 f"{row_id}: the only completion of prompt {record.prompt_id!r}; a group needs at least 2 to "
-                f"compare, and {len(single)} prompts have one. {FIX_ROW}",
+                f"compare, and {len(single)} prompts have one. With data.mixing within_group it joins live "
+                f"completions. {FIX_ROW}",
                 reason="group_of_one",
             )
         self._planned = (key, prompts.plan(seed, epoch, group_size))
@@ -283,6 +292,19 @@ class RolloutBuffer:
         for place in np.argsort(prompts.rows[prompts.starts], kind="stable"):
             yield self._group(prompts.rows[prompts.starts[place] : ends[place]].tolist())
 
+    def unscored_rows(self) -> Iterator[tuple[int, Prompt, str]]:
+        """(row, its prompt, its completion's text) of every row without a reward, in the order of rows."""
+        for row in np.sort(self._set.order).tolist():
+            record, row_id = self._set.read(row)
+            if not record.scored and row not in self._rewards:
+                yield row, record.prompt(), record.completion(row_id).completion
+
+    def set_rewards(self, rewards: Mapping[int, "RowReward | None"]) -> None:
+        """Gives rewards to rows that have none; None leaves a row out, that cannot or need not be scored."""
+        self._rewards.update(rewards)
+        self.__dict__.pop("_prompts", None)
+        self._planned = None
+
     def row_id(self, row: int) -> str:
         """Names a row by its file and its number there."""
         return self._set.read(row)[1]
@@ -301,12 +323,24 @@ class RolloutBuffer:
                 raise ValueError(
                     f"group {list(rows)} mixes prompts {first.prompt_id!r} and {record.prompt_id!r}; take one"
                 )
-            completions.append(record.completion(row_id, self._source_name))
+            completion = record.completion(row_id, self._source_name)
+            if given := self._rewards.get(row):
+                completion = replace(completion, reward=given[0], reward_parts=given[1])
+            completions.append(completion)
         assert first is not None
         return PromptGroup(prompt=first.prompt(), completions=tuple(completions))
 
     @cached_property
     def _prompts(self) -> PromptIndex:
+        """Those of the rows that can be drawn."""
+        left_out = [row for row, reward in self._rewards.items() if reward is None]
+        every = self._every_prompt
+        if not left_out:
+            return every
+        return replace(every.only(np.setdiff1d(every.rows, left_out)), mismatched=every.mismatched)
+
+    @cached_property
+    def _every_prompt(self) -> PromptIndex:
         keys = self._set.column("prompt_key")
         order = np.argsort(keys, kind="stable").astype(self._set.order.dtype)
         checks = self._set.column("prompt_check")[order]

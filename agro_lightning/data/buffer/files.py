@@ -162,14 +162,17 @@ def _check_unchanged(source: PackedFile, entry: FoundFile) -> None:
         )
 
 
-def find_row_files(paths: Sequence[str], *, may_be_missing: bool) -> dict[str, FoundFile]:
-    """Every Parquet and JSONL file under `paths`, by its real path, so that none is found twice.
+def find_row_files(
+    paths: Sequence[str], *, may_be_missing: bool, suffixes: tuple[str, ...] = SUFFIXES
+) -> dict[str, FoundFile]:
+    """Every file with such a suffix under `paths`, by its real path, so that none is found twice.
 
     Works on plain strings, since a live buffer of thousands of files is listed again at every step.
 
     Args:
         paths: files; folders, searched at any depth, without names that start with "." or "_"; globs.
         may_be_missing: a path that does not exist is skipped instead of being an error.
+        suffixes: how the files' names end.
 
     Raises:
         BadFileError: a path does not exist, or is a file of another kind.
@@ -177,7 +180,7 @@ def find_row_files(paths: Sequence[str], *, may_be_missing: bool) -> dict[str, F
     found: dict[str, FoundFile] = {}
     folders: dict[str, str] = {}
     for given in map(os.path.expanduser, paths):
-        for path, label in _expand(given, may_be_missing):
+        for path, label in _expand(given, may_be_missing, suffixes):
             try:
                 state = os.lstat(path)
                 linked = stat.S_ISLNK(state.st_mode)
@@ -199,13 +202,13 @@ def find_row_files(paths: Sequence[str], *, may_be_missing: bool) -> dict[str, F
     }
 
 
-def _expand(given: str, may_be_missing: bool) -> Iterator[tuple[str, str]]:
+def _expand(given: str, may_be_missing: bool, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """(path, label) of the row files that one path names."""
     if os.path.isdir(given):
-        yield from _walk(given)
+        yield from _walk(given, suffixes)
     elif os.path.exists(given):
-        if not given.endswith(SUFFIXES):
-            accepted = " and ".join(SUFFIXES)
+        if not given.endswith(suffixes):
+            accepted = " and ".join(suffixes)
             raise BadFileError(f"{given} is no row file; accepted are {accepted} files, and folders of them")
         yield given, os.path.basename(given)
     elif glob.has_magic(given):
@@ -214,14 +217,14 @@ def _expand(given: str, may_be_missing: bool) -> Iterator[tuple[str, str]]:
             raise BadFileError(f"no file matches {given}")
         for match in matches:
             if os.path.isdir(match):
-                yield from _walk(match)
-            elif match.endswith(SUFFIXES):
+                yield from _walk(match, suffixes)
+            elif match.endswith(suffixes):
                 yield match, os.path.basename(match)
     elif not may_be_missing:
-        raise BadFileError(f"{given} does not exist; give {' or '.join(SUFFIXES)} files, folders, or globs")
+        raise BadFileError(f"{given} does not exist; give {' or '.join(suffixes)} files, folders, or globs")
 
 
-def _walk(folder: str) -> Iterator[tuple[str, str]]:
+def _walk(folder: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):  # a folder may be removed while it is listed
             raise BadFileError(f"{error.filename} cannot be read ({error.strerror}); allow it") from None
@@ -230,7 +233,7 @@ def _walk(folder: str) -> Iterator[tuple[str, str]]:
         folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
         within = os.path.relpath(parent, folder)
         for name in sorted(files):
-            if name.endswith(SUFFIXES) and not name.startswith((".", "_")):
+            if name.endswith(suffixes) and not name.startswith((".", "_")):
                 label = name if within == os.curdir else os.path.join(within, name)
                 yield os.path.join(parent, name), label
 

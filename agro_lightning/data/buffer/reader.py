@@ -31,15 +31,18 @@ from agro_lightning.data.buffer.schema import (
 from agro_lightning.data.chat import MAX_TEXT_BYTES, ChatWriter, RowError, as_messages, shown, without_filler
 
 SUFFIXES = (".parquet", ".jsonl")
-_NEEDED = (("prompt", "prompt_ids"), ("completion", "completion_ids"), ("reward",))
+_Needed = tuple[tuple[str, ...], ...]
+_NEEDED: _Needed = (("prompt", "prompt_ids"), ("completion", "completion_ids"), ("reward",))
 _SIDES = ("prompt", "completion")
 _CHAT_COLUMNS = ("tools", "chat_template_kwargs")
-_LOGS = {
-    "lm-eval samples": {"doc", "resps"},
-    "verifiers traces": {"nodes"},
-    "chat logs": {"messages"},
-    "inspect-ai samples": {"input", "output", "scores"},
-}
+_LOGS = [
+    ("lm-eval samples", {"doc", "resps"}),
+    ("verifiers traces", {"traces"}),
+    ("verifiers traces", {"nodes"}),
+    ("OpenEnv training traces", {"turns"}),
+    ("chat logs", {"messages"}),
+    ("inspect-ai samples", {"input", "output", "scores"}),
+]
 """Columns by which the logs that `import` reads are known."""
 
 
@@ -53,13 +56,20 @@ class RawRows:
     """Their row numbers (Parquet, from 0) or line numbers (JSONL, from 1), int64."""
 
 
-def read_rows(path: Path, rejections: Rejections, tokenizer: PreTrainedTokenizerBase) -> Iterator[RawRows]:
+def read_rows(
+    path: Path,
+    rejections: Rejections,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    unscored: bool = False,
+) -> Iterator[RawRows]:
     """Reads a file's rows in batches of at most 1024 rows and about 4 MB.
 
     Args:
         path: a .parquet or .jsonl file.
         rejections: takes note of bad rows.
         tokenizer: writes prompts and completions that are given as chat messages.
+        unscored: the reward may be missing.
 
     Raises:
         BadFileError: the file is torn, foreign, of a newer schema, or its columns are missing or of wrong
@@ -70,7 +80,7 @@ def read_rows(path: Path, rejections: Rejections, tokenizer: PreTrainedTokenizer
     with ExitStack() as stack:
         chats = _Chats(tokenizer, stack)
         read = _read_parquet if path.suffix == ".parquet" else _read_jsonl
-        yield from read(path, rejections, chats)
+        yield from read(path, rejections, chats, _NEEDED[:2] if unscored else _NEEDED)
 
 
 class _Chats:
@@ -108,17 +118,17 @@ class _Chats:
         return {**row, **changed}
 
 
-def _read_parquet(path: Path, rejections: Rejections, chats: _Chats) -> Iterator[RawRows]:
+def _read_parquet(path: Path, rejections: Rejections, chats: _Chats, needed: _Needed) -> Iterator[RawRows]:
     with open_parquet(path) as file:
         schema = file.schema.to_arrow_schema()
-        present = _check_columns(path, schema)
+        present = _check_columns(path, schema, needed)
         extra = [name for name in _CHAT_COLUMNS if name in schema.names]
         for numbers, raw in parquet_batches(file, [*present, *extra], rejections):
             if any(_holds_chats(raw.column(name)) for name in _SIDES if name in present):
                 rows = {}
                 for number, row in zip(numbers.tolist(), raw.to_pylist(), strict=True):
                     row = without_filler({**row, "reward_parts": _parts(path, row.get("reward_parts"))})
-                    rows[number] = _checked(row, number, rejections, chats)
+                    rows[number] = _checked(row, number, rejections, chats, needed)
                 yield _raw({number: row for number, row in rows.items() if row is not None})
             else:
                 yield RawRows(batch=_typed(path, raw.select(present)), numbers=numbers)
@@ -137,7 +147,7 @@ def _is_chat(found: pa.DataType) -> bool:
     return (pa.types.is_list(found) or pa.types.is_large_list(found)) and pa.types.is_struct(found.value_type)
 
 
-def _check_columns(path: Path, found: pa.Schema) -> list[str]:
+def _check_columns(path: Path, found: pa.Schema, needed: _Needed) -> list[str]:
     """The known columns of a file, once what is required is there and every type can be read."""
     version = (found.metadata or {}).get(VERSION_KEY, str(SCHEMA_VERSION).encode())
     if not version.isdigit() or not SCHEMA_VERSION <= int(version) <= MASKED_VERSION:
@@ -151,7 +161,7 @@ def _check_columns(path: Path, found: pa.Schema) -> list[str]:
     if doubled:
         raise BadFileError(f"{path} has the column {doubled[0]!r} more than once. {FIX_FILE}")
     present = [name for name in READ_SCHEMA.names if name in found.names]
-    for either in _NEEDED:
+    for either in needed:
         if not set(either) & set(present):
             raise BadFileError(
                 f"{path} has no column {' or '.join(map(repr, either))}; its columns are {found.names[:20]}. "
@@ -173,10 +183,11 @@ def _check_columns(path: Path, found: pa.Schema) -> list[str]:
 
 def _hint(names: Iterable[str]) -> str:
     """What to do with a log that is no rollout file yet."""
-    kind = next((kind for kind, columns in _LOGS.items() if columns <= set(names)), None)
+    kind = next((kind for kind, columns in _LOGS if columns <= set(names)), None)
     if kind is None:
         return ""
-    return f"These look like {kind}: `python -m agro_lightning import FILE --out rows.parquet` makes rows. "
+    command = "python -m agro_lightning import FILE --out rows.parquet --policy MODEL"
+    return f"These look like {kind}: `{command}` makes rows. "
 
 
 _PLAIN_NAMES = {
@@ -254,12 +265,12 @@ def _parts(path: Path, value: Any) -> list[tuple[str, float]] | None:
     return [(name, float(part)) for name, part in dict(value).items() if part is not None]
 
 
-def _read_jsonl(path: Path, rejections: Rejections, chats: _Chats) -> Iterator[RawRows]:
+def _read_jsonl(path: Path, rejections: Rejections, chats: _Chats, needed: _Needed) -> Iterator[RawRows]:
     rows: dict[int, dict[str, Any]] = {}
     size = 0
     no_object = "a JSON {}; each line must be one object"
     for number, found, length in read_json_lines(path, rejections, no_object=no_object):
-        row = _checked(found, number, rejections, chats)
+        row = _checked(found, number, rejections, chats, needed)
         if row is None:
             continue
         rows[number] = row
@@ -277,21 +288,21 @@ def _raw(rows: dict[int, dict[str, Any]]) -> RawRows:
 
 
 def _checked(
-    row: dict[str, Any], number: int, rejections: Rejections, chats: _Chats
+    row: dict[str, Any], number: int, rejections: Rejections, chats: _Chats, needed: _Needed
 ) -> dict[str, Any] | None:
     """The known columns of a row of plain Python values, or None where it was rejected."""
     try:
-        return _known(chats.texts(row))
+        return _known(chats.texts(row), needed)
     except RowError as error:
         rejections.add(error.reason, [number], str(error))
         return None
 
 
-def _known(row: dict[str, Any]) -> dict[str, Any]:
+def _known(row: dict[str, Any], needed: _Needed) -> dict[str, Any]:
     known = {name: row[name] for name in READ_SCHEMA.names if row.get(name) is not None}
     if isinstance(known.get("reward"), bool):
         known["reward"] = float(known["reward"])
-    for either in _NEEDED:
+    for either in needed:
         if not set(either) & known.keys() and (hint := _hint(row)):
             raise RowError(f"missing_{either[0]}", f"has no {' or '.join(either)}. {hint.rstrip(' .')}")
     for name, value in known.items():

@@ -7,6 +7,7 @@ resident. Records of large files stay in a cache on disk, those of small ones in
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -143,6 +144,11 @@ class Record:
         return self._arrays["prompt_ids"]
 
     @property
+    def scored(self) -> bool:
+        """Whether the row has a reward."""
+        return not math.isnan(self._values["reward"])
+
+    @property
     def prompt_id(self) -> str:
         return self._values["prompt_id"]
 
@@ -228,7 +234,8 @@ class RowStore:
         unit = "row" if path.suffix == ".parquet" else "line"
         rejections = Rejections(str(path), strict=self._strict, unit=unit)
         indices, end, digest = [np.empty(0, _INDEX)], out.tell(), hashlib.blake2b(digest_size=8)
-        for raw in read_rows(path, rejections, self._checker.tokens.tokenizer):
+        tokenizer, unscored = self._checker.tokens.tokenizer, self._checker.unscored
+        for raw in read_rows(path, rejections, tokenizer, unscored=unscored):
             batch, numbers = self._checker.check(raw, rejections)
             records, index = _records(batch, numbers)
             index["end"] = end + np.cumsum(index["end"])

@@ -15,6 +15,7 @@ BadRows = tuple[str, np.ndarray, Callable[[int], str]]
 """(reason, bad-row mask over the batch, function from row index to message)"""
 
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "policy_version": -1, "source": "offline"}
+UNSCORED = {"reward": np.nan}
 
 
 class RowChecker:
@@ -28,6 +29,7 @@ class RowChecker:
         max_prompt_tokens: int | None,
         max_completion_tokens: int | None,
         append_eos: bool,
+        unscored: bool = False,
     ) -> None:
         """See RolloutBuffer for the arguments.
 
@@ -44,12 +46,14 @@ class RowChecker:
                 raise ValueError(f"{name} is {limit}; it must be at least 1")
         self.tokens = RowTokens(tokenizer, append_eos=append_eos)
         self.vocab_size = vocab_size
+        self.unscored = unscored
 
     @property
     def identity(self) -> tuple[object, ...]:
         """What the checked rows depend on besides the file, for the cache's keys."""
         tokens = self.tokens
-        return tokens.tokenizer_id, tokens.tokenizer.chat_template, tokens.append_eos, *self.limits.values()
+        kind = tokens.tokenizer_id, tokens.tokenizer.chat_template, tokens.append_eos
+        return (*kind, *self.limits.values(), *(["unscored"] if self.unscored else ()))
 
     def check(self, raw: RawRows, rejections: Rejections) -> tuple[pa.RecordBatch, np.ndarray]:
         """Returns the good rows with tokens, texts and defaults filled in, and their row numbers.
@@ -71,7 +75,7 @@ class RowChecker:
         yield from self.tokens.problems(found)
         yield from self._token_problems(batch, "prompt")
         yield from self._token_problems(batch, "completion")
-        yield from _value_problems(batch)
+        yield from _value_problems(batch, unscored=self.unscored)
         tokens, mask = Ragged.of(batch.column("completion_ids")), Ragged.of(batch.column("policy_mask"))
         yield from _mask_problems(mask, tokens)
         chosen = np.where(mask.present, mask.sums, tokens.lengths)
@@ -102,14 +106,18 @@ class RowChecker:
             )
 
 
-def _value_problems(batch: pa.RecordBatch) -> Iterator[BadRows]:
+def _value_problems(batch: pa.RecordBatch, *, unscored: bool) -> Iterator[BadRows]:
     def numbers(name: str) -> np.ndarray:
         return batch.column(name).fill_null(DEFAULTS.get(name, np.nan)).to_numpy(zero_copy_only=False)
 
     def told(name: str, accepted: str) -> Callable[[int], str]:
         return lambda row: f"{name} is {batch.column(name)[row].as_py()!r}; it must be {accepted}"
 
-    yield "bad_reward", ~np.isfinite(numbers("reward")), told("reward", "a finite number")
+    missing = batch.column("reward").is_null().to_numpy(zero_copy_only=False)
+    if not unscored:
+        accepted = "a finite number; with score: true on the source, the run's rewards score rows without one"
+        yield "bad_reward", missing, told("reward", accepted)
+    yield "bad_reward", ~np.isfinite(numbers("reward")) & ~missing, told("reward", "a finite number")
     finish = np.array(batch.column("finish_reason").to_pylist(), dtype=object)
     known = np.isin(finish, FINISH_REASONS)
     yield "bad_finish_reason", ~known, told("finish_reason", f"one of {', '.join(FINISH_REASONS)}")
@@ -183,8 +191,9 @@ def _version_problems(batch: pa.RecordBatch, drawn: np.ndarray) -> Iterator[BadR
 
 
 def _fill_defaults(batch: pa.RecordBatch) -> pa.RecordBatch:
+    defaults = DEFAULTS | UNSCORED
     columns = [
-        column.fill_null(DEFAULTS[name]) if name in DEFAULTS else column
+        column.fill_null(defaults[name]) if name in defaults else column
         for name, column in zip(READ_SCHEMA.names, batch.columns, strict=True)
     ]
     return pa.RecordBatch.from_arrays(columns, schema=READ_SCHEMA)

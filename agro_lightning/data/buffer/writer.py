@@ -27,6 +27,7 @@ def append_rollouts(
     *,
     name: str,
     tokenizer_id: str,
+    unscored: bool = False,
     created_at: datetime | None = None,
 ) -> Path:
     """Writes prompt groups as one new Parquet file that is whole or absent, and durable once this returns.
@@ -40,6 +41,7 @@ def append_rollouts(
         name: the file's name without suffix, such as `step-00000012-rank-0`. Buffers read files of equal
             policy version in the order of their names, so pad numbers with zeros.
         tokenizer_id: `schema.tokenizer_id` of the tokenizer that the ids belong to.
+        unscored: rewards may be NaN; such rows are written without one.
         created_at: the time to record; default now.
 
     Returns:
@@ -55,7 +57,9 @@ def append_rollouts(
             f"name is {name!r}; a file name without suffix is needed, not starting with '.' or '_'"
         )
     rows = [
-        _row(group.prompt, completion, tokenizer_id) for group in groups for completion in group.completions
+        _row(group.prompt, completion, tokenizer_id, unscored)
+        for group in groups
+        for completion in group.completions
     ]
     if not rows:
         raise ValueError(f"no completions to append as {name!r}; pass at least one")
@@ -85,7 +89,7 @@ def append_rollouts(
     return path
 
 
-def _row(prompt: Prompt, completion: Completion, tokenizer: str) -> dict[str, Any]:
+def _row(prompt: Prompt, completion: Completion, tokenizer: str, unscored: bool) -> dict[str, Any]:
     """One file row; refuses what the reader would."""
     where = f"a completion of prompt {prompt.prompt_id!r}"
     count = len(completion.completion_ids)
@@ -93,7 +97,8 @@ def _row(prompt: Prompt, completion: Completion, tokenizer: str) -> dict[str, An
         raise ValueError(
             f"{where} has {len(prompt.prompt_ids)} prompt and {count} completion tokens; both need one"
         )
-    if not np.isfinite(completion.reward):
+    missing = unscored and np.isnan(completion.reward)
+    if not np.isfinite(completion.reward) and not missing:
         raise ValueError(
             f"{where} has reward {completion.reward}; it must be finite: drop and count it instead"
         )
@@ -126,6 +131,8 @@ def _row(prompt: Prompt, completion: Completion, tokenizer: str) -> dict[str, An
     }
     row["reward_parts"] = list(completion.reward_parts.items())
     row[VERSIONS_FIELD.name] = [number for run in runs for number in run] or None
+    if missing:
+        row["reward"] = None
     return {**row, "tokenizer_id": tokenizer, "answer": answer_to_text(prompt.answer)}
 
 
