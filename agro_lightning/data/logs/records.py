@@ -1,6 +1,7 @@
 """What every form of log is read into, and which of a log's numbers is the reward."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -56,7 +57,7 @@ class LogForm(Protocol):
 
     columns: ClassVar[str]
     """The columns by which it is known, in words."""
-    passed_over: Mapping[str, int]
+    passed_over: Counter[str]
     """Rows left out on purpose, by reason: they say nothing new."""
 
     def __init__(self, reward: str | None) -> None: ...

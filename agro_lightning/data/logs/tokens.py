@@ -57,7 +57,7 @@ class LogTokens:
             message = "has several turns, and this version trains on completions of one turn"
             raise RowError("several_turns", message)
         return prompt, Completion(
-            completion=self.tokenizer.decode(ids, skip_special_tokens=True),
+            completion=str(self.tokenizer.decode(ids, skip_special_tokens=True)),
             completion_ids=tuple(ids),
             reward=float("nan") if answer.reward is None else answer.reward,
             finish_reason=finish,
@@ -72,7 +72,7 @@ class LogTokens:
     def _prompt(self, answer: LoggedAnswer, ids: Sequence[int], text: str | None = None) -> Prompt:
         return Prompt(
             prompt_id=answer.prompt_id or prompt_id_of(ids),
-            prompt=self.tokenizer.decode(ids) if text is None else text,
+            prompt=str(self.tokenizer.decode(list(ids))) if text is None else text,
             prompt_ids=tuple(ids),
             answer=answer.answer,
         )
