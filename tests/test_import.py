@@ -14,14 +14,10 @@ import pytest
 from agro_lightning.commands import main
 from agro_lightning.data.buffer.buffer import RolloutBuffer
 from agro_lightning.models.pretrained import load_tokenizer
-from agro_lightning.types import Completion
 
 LOGS = Path(__file__).parent / "data" / "logs"
 POLICY = str(LOGS / "policy")
 TOKENIZER = load_tokenizer(POLICY)
-several_turns = pytest.mark.skipif(
-    "policy_mask" not in Completion.__dataclass_fields__, reason="completions of one turn"
-)
 GSM8K = Path(__file__).parents[1].parent / "shared" / "data" / "gsm8k_model_solutions.jsonl"
 USER, TOOL = "<|im_start|>user\n", "<|im_start|>tool\n"
 OPEN, END = "<|im_start|>assistant\n", "<|im_end|>"
@@ -46,7 +42,7 @@ def write(path, *rows):
 
 def brackets(completion):
     """The completion's text with what the policy chose in brackets."""
-    mask = getattr(completion, "policy_mask", None) or (True,) * len(completion)
+    mask = completion.policy_mask or (True,) * len(completion)
     text, inside = "", False
     for token, chosen in zip(completion.completion_ids, mask, strict=True):
         text += ("[" if chosen and not inside else "]" if inside and not chosen else "") + TOKENIZER.decode(
@@ -66,7 +62,6 @@ def refused(capsys, source, tmp_path, *options):
 # ---------------------------------------------------------------------- files that the libraries wrote
 
 
-@several_turns
 @pytest.mark.parametrize(("name", "rewards"), [("traces.jsonl", [1.5, 0.5]), ("openenv.jsonl", [1.0, 0.0])])
 def test_traces_keep_their_tokens_and_train_on_what_the_policy_chose(tmp_path, name, rewards):
     options = ["--on_bad_row", "drop"] if name == "traces.jsonl" else []
@@ -83,7 +78,6 @@ def test_traces_keep_their_tokens_and_train_on_what_the_policy_chose(tmp_path, n
             assert len(row.behavior_logprobs) == row.num_chosen == 7
 
 
-@several_turns
 def test_a_trace_that_failed_is_listed_with_file_and_row(tmp_path, capsys):
     run(LOGS / "traces.jsonl", tmp_path / "b.parquet", "--on_bad_row", "drop")
     said = capsys.readouterr().out
@@ -96,7 +90,6 @@ def test_a_trace_that_failed_is_listed_with_file_and_row(tmp_path, capsys):
     assert "traces.jsonl: line 5: failed" in refused(capsys, LOGS / "traces.jsonl", tmp_path)
 
 
-@several_turns
 def test_which_of_a_logs_scores_is_the_reward(tmp_path, capsys):
     groups = imported(LOGS / "traces.jsonl", tmp_path, "--reward", "turns", "--on_bad_row", "drop")
     assert {row.reward for group in groups for row in group.completions} == {2.0}
@@ -104,7 +97,6 @@ def test_which_of_a_logs_scores_is_the_reward(tmp_path, capsys):
     assert "no reward 'speed'; its scores are turns, reward, right, polite: name one by --reward KEY" in error
 
 
-@several_turns
 def test_inspect_ai_samples_with_a_tool_call(tmp_path):
     groups = imported(LOGS / "inspect.eval", tmp_path)
     assert [[row.reward for row in group.completions] for group in groups] == [[1.0, 0.0], [1.0, 0.0]]
@@ -134,7 +126,6 @@ def test_lm_eval_samples_count_once_whatever_the_filters(tmp_path, capsys):
     assert "no reward 'f1'; its scores are exact_match" in error
 
 
-@several_turns
 def test_a_folder_of_logs_of_several_forms_is_one_buffer(tmp_path, capsys):
     folder = tmp_path / "logs"
     folder.mkdir()
@@ -160,7 +151,6 @@ CHAT = [
 ]
 
 
-@several_turns
 def test_every_assistant_turn_of_a_chat_is_trained_on(tmp_path):
     rows = [
         {"messages": CHAT, "reward": 1},

@@ -131,7 +131,7 @@ def _report(found: ImportedLogs, path: Path, refused: Path | None) -> str:
         else "without rewards: set score: true on its source"
     )
     lines = [f"{len(rows)} rows of {len(groups)} prompts from {len(found.forms)} files ({forms}), {mean}"]
-    if turns := sum(getattr(row, "policy_mask", None) is not None for row in rows):
+    if turns := sum(row.policy_mask is not None for row in rows):
         lines.append(
             f"{turns} rows have tokens that the policy did not choose; they are read and not trained on"
         )

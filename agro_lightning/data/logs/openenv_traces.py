@@ -30,7 +30,7 @@ class OpenEnvTraces:
         turns = [turn for turn in _turns(row) or [] if not turn.get("discarded")]
         ids: list[int] = []
         chosen: list[bool] = []
-        logprobs: list[float] = []
+        logprobs: list[Any] = []
         for number, turn in enumerate(turns):
             prompt, completion, mask = _checked(turn, number)
             if prompt[: len(ids)] != ids:
@@ -77,7 +77,7 @@ def _turns(row: Row) -> list[dict[str, Any]] | None:
 def _checked(turn: Row, number: int) -> tuple[list[int], list[int], list[bool]]:
     """Prompt, completion and which tokens of the completion are trained on."""
     prompt, completion = (turn[name] for name in _IDS)
-    mask = turn.get("loss_mask")
+    mask: Any = turn.get("loss_mask")
     whole = isinstance(prompt, list) and isinstance(completion, list) and isinstance(mask, list)
     if not whole or len(mask) != len(prompt) + len(completion):
         said = f"turn {number} needs lists of ids, and a loss_mask of one number for each of them"

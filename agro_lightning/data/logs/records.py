@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from agro_lightning.data.chat import Message, RowError, shown
 
@@ -55,7 +55,7 @@ class LogForm(Protocol):
         reward: which of the log's numbers is the reward; None: the form's own choice; "none": rows without.
     """
 
-    columns: ClassVar[str]
+    columns: str
     """The columns by which it is known, in words."""
     passed_over: Counter[str]
     """Rows left out on purpose, by reason: they say nothing new."""

@@ -52,10 +52,6 @@ class LogTokens:
                 message = f"the {side} has {len(tokens)} tokens; max_{side}_tokens is {limit}"
                 raise RowError(f"{side}_too_long", message)
         logprobs = answer.logprobs
-        mask: dict[str, Any] = {} if all(chosen) else {"policy_mask": tuple(chosen)}
-        if mask.keys() - Completion.__dataclass_fields__.keys():
-            message = "has several turns, and this version trains on completions of one turn"
-            raise RowError("several_turns", message)
         return prompt, Completion(
             completion=str(self.tokenizer.decode(ids, skip_special_tokens=True)),
             completion_ids=tuple(ids),
@@ -66,7 +62,7 @@ class LogTokens:
             top_p=answer.top_p,
             top_k=answer.top_k,
             behavior_logprobs=tuple(logprobs) if logprobs and len(logprobs) == sum(chosen) else None,
-            **mask,
+            policy_mask=None if all(chosen) else tuple(chosen),
         )
 
     def _prompt(self, answer: LoggedAnswer, ids: Sequence[int], text: str | None = None) -> Prompt:
