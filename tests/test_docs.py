@@ -51,7 +51,8 @@ def place(tmp_path_factory):
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "tests").symlink_to(ROOT / "tests")
     (folder / "trl.yaml").write_text("learning_rate: 1.0e-6\n")
-    (folder / "ours.yaml").write_text("trainer: {max_steps: 2}\n")
+    for name in ("ours.yaml", "run.yaml"):
+        (folder / name).write_text("trainer: {max_steps: 2}\n")
     rows = [
         {"prompt": f"{n}+1=", "answer": str(n + 1), "completion": str(n + k), "reward": float(k == 1)}
         for n in range(10, 30)

@@ -51,7 +51,7 @@ class TokenServer:
         ValueError: the host is not loopback and `remote` is false; a limit is not positive; an empty token.
         OSError: the port is taken.
 
-    Example:
+    Examples:
         >>> from agro_lightning.rollout import Generation, RolloutEngine
         >>> class Echo(RolloutEngine):
         ...     def attach(self, policy, tokenizer): ...
