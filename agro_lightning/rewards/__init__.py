@@ -1,6 +1,7 @@
 """Rewards: what scores a completion. Each is a class whose constructor holds the options."""
 
 from agro_lightning.rewards.base import FailureKind, Reward, RewardFailureError, RewardUsageError, Score
+from agro_lightning.rewards.environment import EnvironmentReward
 from agro_lightning.rewards.gym import GymReward
 from agro_lightning.rewards.match import ExactMatch, NumericMatch
 from agro_lightning.rewards.math_verify import MathVerify
@@ -9,6 +10,7 @@ from agro_lightning.rewards.python import PythonReward
 from agro_lightning.rewards.reward_set import RewardSet
 
 __all__ = [
+    "EnvironmentReward",
     "ExactMatch",
     "FailureKind",
     "GymReward",

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.rewards import RewardSet
+from agro_lightning.rewards.environment import with_environment_reward
 from agro_lightning.rollout.engines.base import EpisodeEngine, Generation, RolloutEngine, Sampling
+from agro_lightning.rollout.episodes import Episodes
 from agro_lightning.rollout.logprob_gap import warn_if_cut
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
@@ -60,6 +62,8 @@ def rollout_groups(
     seed: int,
     source: str,
     policy_version: int,
+    episodes: Episodes | None = None,
+    max_positions: int = 0,
 ) -> tuple[list[PromptGroup], RolloutReport]:
     """Samples n completions of each prompt and scores them.
 
@@ -76,6 +80,8 @@ def rollout_groups(
         seed: the same seed, weights and prompts give the same completions.
         source: name of the source in metrics and files.
         policy_version: optimiser steps the policy has taken.
+        episodes: plays each completion as an episode in an environment.
+        max_positions: of the model; for episodes.
 
     Returns:
         The groups in the order of the prompts, and the report.
@@ -88,7 +94,10 @@ def rollout_groups(
     if isinstance(engine, EpisodeEngine):
         played = engine.play(prompts, sampling, n=n, seed=seed, source=source)
         return _of_episodes(played, n, time.perf_counter() - started)
-    generations = engine.generate([prompt.prompt_ids for prompt in prompts], sampling, n=n, seed=seed)
+    if episodes is None:
+        generations = engine.generate([prompt.prompt_ids for prompt in prompts], sampling, n=n, seed=seed)
+    else:
+        generations = episodes.play(engine, prompts, sampling, n=n, seed=seed, max_positions=max_positions)
     generated = time.perf_counter()
     failures: Counter[str] = Counter()
     kept: list[tuple[int, Generation]] = []
@@ -173,7 +182,7 @@ def score(
     # one by one: batch_decode gives [""] for no completions
     texts = [str(tokenizer.decode(list(g.completion_ids), skip_special_tokens=True)) for _, g in kept]
     scored: list[Completion | str] = []
-    results = rewards([prompt for prompt, _ in kept], texts)
+    results = rewards([with_environment_reward(prompt, g.environment_reward) for prompt, g in kept], texts)
     for (_, generation), text, result in zip(kept, texts, results, strict=True):
         if result.reward is None:
             scored.append(result.failure or "abstained")
@@ -183,6 +192,7 @@ def score(
             Completion(
                 completion=text,
                 completion_ids=generation.completion_ids,
+                policy_mask=generation.policy_mask,
                 reward=result.reward,
                 reward_parts=dict(result.parts),
                 finish_reason=generation.finish_reason,

@@ -36,9 +36,11 @@ from agro_lightning.models.batch import TokenBatch
 from agro_lightning.models.policy import Policy
 from agro_lightning.models.pretrained import load_tokenizer
 from agro_lightning.models.reference import fill_ref_logprobs
-from agro_lightning.rewards import ExactMatch, Reward, RewardSet
+from agro_lightning.rewards import EnvironmentReward, ExactMatch, Reward, RewardSet
 from agro_lightning.rollout import AutoEngine, RolloutEngine, Sampling
 from agro_lightning.rollout.collect import rollout_groups
+from agro_lightning.rollout.environment import EnvironmentClass
+from agro_lightning.rollout.episodes import EpisodeLimits, Episodes
 from agro_lightning.training.evaluation import PromptResult, answer_prompts, summarize
 from agro_lightning.training.offline_scores import OfflineScores, failure_metrics
 from agro_lightning.training.sampler import FeedSettings, TrainFeed, check_position
@@ -61,6 +63,9 @@ class AgroDataModule(L.LightningDataModule):
         group_size: completions of each prompt.
         sampling: how completions are sampled; the log-probs are taken at its temperature.
         engine: what generates.
+        environment: class_path and init_args of a class that answers the policy in turns (docs/agents.md);
+            null: a completion is one answer to its prompt.
+        episode_limits: of its episodes and calls.
         mixing: "per_group" draws each group from one source; "within_group" mixes sources within each group.
         updates_per_rollout: optimiser steps taken on each rollout before the next.
         validation_samples: completions sampled for each validation prompt.
@@ -90,6 +95,8 @@ class AgroDataModule(L.LightningDataModule):
         group_size: int = 8,
         sampling: Sampling = Sampling(max_new_tokens=5),  # noqa: B008
         engine: RolloutEngine = AutoEngine(),  # noqa: B008
+        environment: dict[str, Any] | None = None,
+        episode_limits: EpisodeLimits = EpisodeLimits(),  # noqa: B008
         mixing: Mixing = "per_group",
         updates_per_rollout: int = 1,
         validation_samples: int = 4,
@@ -140,6 +147,18 @@ class AgroDataModule(L.LightningDataModule):
         )
         self.batch_size, self.group_size, self.sampling = batch_size, group_size, sampling
         self.engine = engine
+        self.environment = None if environment is None else EnvironmentClass(environment)
+        self.episode_limits = episode_limits
+        self.episodes: Episodes | None = None
+        scored = any(isinstance(reward, EnvironmentReward) for reward in rewards)
+        gives = self.environment is not None and self.environment.rewards
+        if scored != gives:
+            raise ValueError(
+                "data.rewards has EnvironmentReward, and no data.environment has get_reward"
+                if scored
+                else "data.environment has get_reward: list agro_lightning.rewards.EnvironmentReward in "
+                "data.rewards, with weight 0 where it is not to count"
+            )
         self.mixing: Mixing = mixing
         self.updates_per_rollout, self.seed = updates_per_rollout, seed
         self.validation_samples, self.pass_at = validation_samples, tuple(pass_at)
@@ -194,6 +213,9 @@ class AgroDataModule(L.LightningDataModule):
         self.tokenizer = load_tokenizer(settings.path, trust_remote_code=settings.trust_remote_code)
         self.tokenizer_id = tokenizer_id(self.tokenizer)
         self.val_prompts = None
+        if self.environment is not None:
+            options = self.train_settings.chat_template_options
+            self.episodes = Episodes(self.environment, self.episode_limits, self.tokenizer, options)
         if self.validation_settings is not None:
             self.val_prompts = self._prompts(self.validation_settings)
         elif stage == "validate":
@@ -204,6 +226,7 @@ class AgroDataModule(L.LightningDataModule):
         self.train_prompts = self._prompts(self.train_settings) if live and stage == "fit" else None
 
     def _prompts(self, settings: PromptSettings) -> PromptDataset:
+        settings = with_tools(settings, self.episodes)
         return PromptDataset(settings, tokenizer=self.tokenizer, on_bad_row=self.on_bad_row)
 
     def _buffer(
@@ -373,8 +396,11 @@ class AgroDataModule(L.LightningDataModule):
             seed=seed,
             source=name,
             policy_version=self._served_version,
+            episodes=self.episodes,
+            max_positions=self.policy.max_positions,
         )
-        self._record({**report.metrics(), **self.engine.take_counts()})
+        counts = self.episodes.take_counts() if self.episodes else {}
+        self._record({**report.metrics(), **self.engine.take_counts(), **counts})
         return self._place.agree(groups)
 
     def push_weights(self) -> None:
@@ -499,7 +525,11 @@ class AgroDataModule(L.LightningDataModule):
             correct_reward=self.correct_reward,
             policy_version=self._served_version,
             tokenizer=self.tokenizer,
+            episodes=self.episodes,
+            max_positions=self.policy.max_positions,
         )
+        if self.episodes is not None:
+            self.episodes.take_counts()  # metrics are of training's rollouts
         groups = [PromptGroup(prompt=r.prompt, completions=r.answers) for r in results if r.answers]
         self._shown_answers += groups[: KEPT_ANSWERS - len(self._shown_answers)]
         return [replace(result, answers=()) for result in results]  # ranks need not send them
@@ -586,6 +616,21 @@ class AgroDataModule(L.LightningDataModule):
             f"one step = {self.batch_size} groups × {accumulate} micro-batches × {ranks} ranks = {groups} "
             f"groups × {self.group_size} completions = {groups * self.group_size} completions"
         )
+
+
+def with_tools(settings: PromptSettings, episodes: Episodes | None) -> PromptSettings:
+    """The settings, with an environment's tools for the chat template.
+
+    Raises:
+        ValueError: tools, and prompts that are no chat.
+    """
+    if episodes is None or not episodes.schemas:
+        return settings
+    if not settings.chat:
+        raise ValueError(f"an environment with tools needs prompts of {settings.path} with chat: true")
+    return replace(
+        settings, chat_template_options={**settings.chat_template_options, "tools": episodes.schemas}
+    )
 
 
 class PromptBatches:

@@ -8,8 +8,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.rewards import RewardSet
+from agro_lightning.rewards.environment import with_environment_reward
 from agro_lightning.rollout import RolloutEngine, Sampling
 from agro_lightning.rollout.engines.base import Generation
+from agro_lightning.rollout.episodes import Episodes
 from agro_lightning.types import Completion, Prompt
 
 
@@ -69,6 +71,8 @@ def answer_prompts(
     correct_reward: float,
     policy_version: int = -1,
     tokenizer: PreTrainedTokenizerBase,
+    episodes: Episodes | None = None,
+    max_positions: int = 0,
 ) -> list[PromptResult]:
     """Answers prompts greedily and by sampling, and scores the answers; what failed is counted, never scored.
 
@@ -80,13 +84,20 @@ def answer_prompts(
         seed: of the samples; equal seeds give equal samples.
         correct_reward: a completion counts as correct from this total reward on.
         policy_version: optimiser steps that the policy has taken.
+        episodes: plays each answer as an episode in an environment.
+        max_positions: of the model; for episodes.
     """
-    ids = [prompt.prompt_ids for prompt in prompts]
-    greedy = engine.generate(ids, replace(sampling, temperature=0.0, top_p=1.0, top_k=0), n=1, seed=0)
-    sampled = engine.generate(ids, sampling, n=samples, seed=seed)
+
+    def answers_of(drawn: Sampling, n: int, seed: int) -> list[list[Generation]]:
+        if episodes is None:
+            return engine.generate([prompt.prompt_ids for prompt in prompts], drawn, n=n, seed=seed)
+        return episodes.play(engine, prompts, drawn, n=n, seed=seed, max_positions=max_positions)
+
+    greedy = answers_of(replace(sampling, temperature=0.0, top_p=1.0, top_k=0), 1, 0)
+    sampled = answers_of(sampling, samples, seed)
     rows = [[*first, *rest] for first, rest in zip(greedy, sampled, strict=True)]
     made = [
-        (prompt, generation)
+        (with_environment_reward(prompt, generation.environment_reward), generation)
         for prompt, row in zip(prompts, rows, strict=True)
         for generation in row
         if _is_answer(generation)
@@ -108,6 +119,7 @@ def answer_prompts(
                     Completion(
                         completion=text,
                         completion_ids=generation.completion_ids,
+                        policy_mask=generation.policy_mask,
                         reward=score.reward,
                         reward_parts=dict(score.parts),
                         finish_reason=generation.finish_reason,

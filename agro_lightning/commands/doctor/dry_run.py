@@ -26,6 +26,7 @@ from agro_lightning.distributed.launch import number_of_ranks, slurm_plugins
 from agro_lightning.models.batch import TokenBatch, pack_groups
 from agro_lightning.models.head_check import check_logprobs
 from agro_lightning.models.policy import Policy
+from agro_lightning.rewards.environment import with_environment_reward
 from agro_lightning.rollout.logprob_gap import check_logprob_gap, logprob_gap
 from agro_lightning.training.checkpointing import RunCheckpoint
 from agro_lightning.training.datamodule import AgroDataModule
@@ -193,18 +194,31 @@ class _First(Callback):
         engine, tokenizer = data.engine, data.tokenizer
         data._attach()
         engine.update_weights(0)
-        (row,) = engine.generate([prompt.prompt_ids], data.sampling, n=SAMPLES, seed=data.seed)
+        if data.episodes is None:
+            (row,) = engine.generate([prompt.prompt_ids], data.sampling, n=SAMPLES, seed=data.seed)
+        else:
+            (row,) = data.episodes.play(
+                engine,
+                [prompt],
+                data.sampling,
+                n=SAMPLES,
+                seed=data.seed,
+                max_positions=policy.max_positions,
+            )
         made = [g for g in row if g.finish_reason != "error" and g.completion_ids]
         if len(made) < 2:
             raise CheckFailed(
                 f"{SAMPLES - len(made)} of {SAMPLES} completions failed in {type(engine).__name__}"
             )
         texts = [str(tokenizer.decode(list(g.completion_ids), skip_special_tokens=True)) for g in made]
-        scores = data.rewards.score_quietly([prompt] * len(made), texts)
+        scores = data.rewards.score_quietly(
+            [with_environment_reward(prompt, g.environment_reward) for g in made], texts
+        )
         completions = tuple(
             Completion(
                 completion=text,
                 completion_ids=generation.completion_ids,
+                policy_mask=generation.policy_mask,
                 reward=0.0 if score.reward is None else score.reward,
                 reward_parts=dict(score.parts),
                 finish_reason=generation.finish_reason,

@@ -48,6 +48,10 @@ class Generation:
     policy_versions: tuple[tuple[int, int], ...] | None = None
     """Runs of (version, tokens) where the policy's version is known token by token; None: that of the last
     update_weights before it was generated."""
+    policy_mask: tuple[bool, ...] | None = None
+    """Which tokens the policy chose, where an environment spoke too; log-probs are those of chosen tokens."""
+    environment_reward: float | str | None = None
+    """What the environment's get_reward gave, or why it gave nothing; None without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

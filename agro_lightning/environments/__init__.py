@@ -1,0 +1,5 @@
+"""Environments that ship. A class of one's own needs no base class: docs/agents.md has the contract."""
+
+from agro_lightning.environments.guess import GuessNumber
+
+__all__ = ["GuessNumber"]
