@@ -190,7 +190,10 @@ def test_a_mistyped_section_without_content_is_refused_too(text, key, line, near
             "data.engine: there is no class BatchDecoding; did you mean Bat",
         ),
         (("--model.objective", "Ppo"), "one of your own, or one of Agro, AgroScoreTerm, Grpo, "),
-        (("--data.rewards+=Foo",), "one of ExactMatch, GymReward, MathVerify, NumericMatch, PythonReward, "),
+        (
+            ("--data.rewards+=Foo",),
+            "one of EnvironmentReward, ExactMatch, GymReward, MathVerify, NumericMatch, PythonReward, ",
+        ),
         (("--data.rewards", "ExactMtch"), "did you mean ExactMatch?"),
         (('--data.rewards=[{"class_path": "a.B"}]',), "No module named 'a'"),
         (("--trainer.callbacks+=EarlyStoping",), "did you mean EarlyStopping?"),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from transformers.utils import get_json_schema
+from transformers.utils.chat_template_utils import get_json_schema
 
 logger = logging.getLogger(__name__)
 _RESERVED = {"reset", "respond", "get_reward", "close"}
@@ -33,18 +33,18 @@ class EnvironmentClass:
             )
         module, _, name = path.rpartition(".")
         try:
-            self.type = getattr(importlib.import_module(module), name)
+            self.type: Any = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"data.environment: {path} cannot be imported: {error}") from error
         if not inspect.isclass(self.type) or not callable(getattr(self.type, "reset", None)):
             raise ValueError(f"data.environment: {path} must be a class with a method reset(**row)")
         try:
-            self.new()
+            made: Any = self.new()
         except TypeError as error:
             raise ValueError(f"data.environment: {path} does not take its init_args: {error}") from error
         self.speaks = callable(getattr(self.type, "respond", None))
         self.rewards = callable(getattr(self.type, "get_reward", None))
-        self.takes_seed = "seed" in inspect.signature(self.type.reset).parameters
+        self.takes_seed = "seed" in inspect.signature(made.reset).parameters
         self.tools = [] if self.speaks else self._tools(path)
 
     def new(self) -> Any:

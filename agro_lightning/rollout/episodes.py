@@ -12,7 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.rollout.engines.base import Generation, Request, RolloutEngine, Sampling
 from agro_lightning.rollout.environment import EnvironmentClass, drawn_seed, start_call
-from agro_lightning.rollout.tool_calls import CallError, ToolCall, call_format, parse_calls, results_text
+from agro_lightning.rollout.tool_calls import (
+    CallError,
+    Format,
+    ToolCall,
+    call_format,
+    parse_calls,
+    results_text,
+)
 from agro_lightning.types import FinishReason, Prompt
 
 logger = logging.getLogger(__name__)
@@ -87,7 +94,7 @@ class Episodes:
         self.options = {k: v for k, v in (template_options or {}).items() if k != "tools"}
         self.counts: Counter[str] = Counter()
         self._warned: set[str] = set()
-        self.form = None if environment.speaks else call_format(tokenizer)
+        self.form: Format | None = None if environment.speaks else call_format(tokenizer)
         self.schemas = environment.schemas() if self.form else []
         if self.form:
             self._delta([(environment.tools[0], "x")])

@@ -103,7 +103,7 @@ def _arguments(value: Any) -> Mapping[str, Any]:
 def results_text(
     tokenizer: PreTrainedTokenizerBase,
     results: Sequence[tuple[str, str]],
-    tools: Sequence[Mapping[str, Any]],
+    tools: Sequence[dict[Any, Any]],
     form: Format,
     options: Mapping[str, Any],
 ) -> str:
