@@ -2,14 +2,17 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from agro_lightning.environments import GuessNumber
 from agro_lightning.models.config import PolicySettings
 from agro_lightning.models.policy import Policy
-from agro_lightning.rollout import BatchedDecoding, HFGenerate, Sampling
+from agro_lightning.rollout import BatchedDecoding, HFGenerate, RolloutEngine, Sampling
+from agro_lightning.rollout.engines.base import Generation
 from agro_lightning.rollout.environment import EnvironmentClass
 from agro_lightning.rollout.episodes import EpisodeLimits, Episodes
 from agro_lightning.rollout.tool_calls import CallError, parse_calls
@@ -122,6 +125,90 @@ def test_a_straggler_does_not_hold_the_others(quickstart_tokenizer):
     assert sum(pause > 1.5 for pause in pauses) == 2  # the slow one, when all others had ended
     assert pauses[0] < 1.5 and pauses[1] < 1.5
     engine.close()
+
+
+class Calculator:
+    """A tool that adds, and one that fails."""
+
+    def reset(self, **row):
+        self.sums = []
+
+    def add(self, a: int, b: int) -> str:
+        """Adds two numbers.
+
+        Args:
+            a: the first.
+            b: the second.
+        """
+        self.sums.append(a + b)
+        return str(a + b)
+
+    def broken(self) -> str:
+        """Never works."""
+        raise RuntimeError("out of order")
+
+    def get_reward(self) -> float:
+        return float(len(self.sums))
+
+
+class Scripted(RolloutEngine):
+    """Says one turn after another, by how many it has had."""
+
+    def __init__(self, *turns):
+        self.turns = turns
+
+    def attach(self, policy, tokenizer):
+        self.tokenizer = tokenizer
+
+    def update_weights(self, policy_version):
+        return None
+
+    def close(self):
+        pass
+
+    def generate(self, prompts, sampling, *, n, seed):
+        rows = []
+        for prompt in prompts:
+            said = self.turns[self.tokenizer.decode(prompt).count("<|im_start|>assistant") - 1]
+            ids = tuple(self.tokenizer(said, add_special_tokens=False).input_ids)
+            made = Generation(completion_ids=ids, finish_reason="stop", behavior_logprobs=(-1.0,) * len(ids))
+            rows.append([made] * n)
+        return rows
+
+
+def test_tools_are_called_and_their_results_are_read_and_never_chosen():
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parent / "data" / "logs" / "policy")
+    played = episodes(Calculator, tokenizer)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "1+2"}], tools=played.schemas, add_generation_prompt=True, tokenize=False
+    )
+    assert '"add"' in text and '"the first."' in text
+    prompt = Prompt(
+        prompt_id="a", prompt=text, prompt_ids=tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    )
+    call = '<tool_call>{{"name": "{}", "arguments": {}}}</tool_call>'.format
+    turns = (
+        call("add", '{"a": 1, "b": 2}') + call("broken", "{}") + "<|im_end|>",
+        call("sub", "{}") + "<|im_end|>",
+        "<tool_call>add 3</tool_call><|im_end|>",
+        "3<|im_end|>",
+    )
+    engine = Scripted(*turns)
+    engine.attach(None, tokenizer)
+    ((one,),) = play(played, engine, [prompt], n=1, positions=100_000)
+    read = "\n<|im_start|>tool\n{}<|im_end|>\n<|im_start|>assistant\n".format
+    both = "3<|im_end|>\n<|im_start|>tool\nerror: RuntimeError: out of order"
+    unknown = "error: LookupError: there is no tool 'sub'; there are add, broken"
+    unread = "error: the call 'add 3' is no JSON: Expecting value: line 1 column 1 (char 0)"
+    whole = turns[0] + read(both) + turns[1] + read(unknown) + turns[2] + read(unread) + turns[3]
+    assert tokenizer.decode(one.completion_ids) == whole
+    chosen = [i for i, mine in zip(one.completion_ids, one.policy_mask, strict=True) if mine]
+    assert tokenizer.decode(chosen) == "".join(turns)
+    assert len(one.behavior_logprobs) == len(chosen) and one.finish_reason == "stop"
+    assert one.environment_reward == 1.0
+    counts = played.take_counts()
+    assert counts["rollout/tool_calls"] == 3 and counts["rollout/turns"] == 4
+    assert counts["rollout/tool_errors"] == 2 and counts["rollout/unread_calls"] == 1
 
 
 @pytest.mark.parametrize(
