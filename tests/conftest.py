@@ -11,6 +11,7 @@ import torch
 from tiny_models import ARCHITECTURES, tiny_lm
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start the tests with it ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # so does nohup
 torch.set_num_threads(1)
 
 
