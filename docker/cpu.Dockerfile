@@ -1,6 +1,6 @@
 # The trainer without a GPU: the quick start, tests, small models.
 #   docker build -f docker/cpu.Dockerfile -t agro-lightning:cpu .
-#   docker run --rm -v "$PWD/runs:/work/runs" agro-lightning:cpu fit
+#   docker run --rm -v "$PWD/runs:/app/runs" agro-lightning:cpu fit
 # Where the index serves torch's GPU build by default, name one of CPU builds: --build-arg PIP_EXTRA_INDEX_URL=...
 FROM python:3.11-slim-bookworm
 ARG PIP_EXTRA_INDEX_URL
@@ -17,8 +17,8 @@ COPY pyproject.toml README.md LICENSE ./
 COPY agro_lightning ./agro_lightning
 COPY kernels ./kernels
 RUN python -m pip install -c constraints.txt '.[lora,math]' && useradd --create-home --uid 1000 agro
-WORKDIR /work
-RUN chown agro /work
+WORKDIR /app
+RUN chown agro /app
 USER 1000
 ENTRYPOINT ["python", "-m", "agro_lightning"]
 CMD ["--help"]
