@@ -230,10 +230,10 @@ def kill_both_sides(at: Campaign) -> Iterator[Try]:
     kills = at.size.stream_kills
     steps, run_dir = 12 * kills, at.folder / "stream" / "run"
     run_dir.parent.mkdir()
-    both = test_async.sides(run_dir, steps=steps, kills=kills, seed=at.rng.randrange(1000))
+    both = test_async.sides(run_dir, steps=steps, kills=kills, per_file=4, seed=at.rng.randrange(1000))
     try:
         forked.run_both(both)
-        test_async.check_accounts(run_dir, steps, load_tokenizer("quickstart"))
+        test_async.check_accounts(run_dir, steps, 4, load_tokenizer("quickstart"))
         outcome = Try(True, "each row used exactly as often as configured")
     except AssertionError as error:
         outcome = Try(False, " ".join(str(error).split())[:200])
@@ -248,7 +248,7 @@ def full_disk(at: Campaign) -> Iterator[Try]:
     for number in range(at.size.full_disks):
         run_dir = at.folder / f"full-{number}"
         limit = int(largest * at.rng.uniform(0.02, 0.95))
-        said = one_line(*at.fit(run_dir, largest_file=limit), "no room", "cannot")
+        said = one_line(*at.fit(run_dir, largest_file=limit), "no room", "cannot", " needs ")
         if said.held:
             code, words = at.fit(run_dir)
             if code or not at.equals_whole(run_dir):

@@ -191,6 +191,9 @@ def test_frozen_reference_follows_a_reset_and_survives_a_file(tmp_path):
     other = frozen_copy(Policy(PolicySettings(), lm=tiny_lm("llama", seed=5)))
     other.load(tmp_path / "reference.safetensors")
     assert other.reference_id == reference.reference_id
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "reference.safetensors").read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"reset reference .*cut.safetensors is damaged"):
+        other.load(tmp_path / "cut.safetensors")
 
 
 def test_cached_reference_names_the_prompts_that_lack_it():

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -119,10 +119,21 @@ class FrozenReference:
             dist.barrier()
 
     def load(self, path: Path) -> None:
-        """Reads back what `save` wrote; each rank its part."""
-        with safe_open(path, framework="pt") as handle:
-            for name, parameter in self.policy.named_parameters():
-                fill(parameter, handle.get_slice(name).__getitem__)
+        """Reads back what `save` wrote; each rank its part.
+
+        Raises:
+            FileNotFoundError: it is gone.
+            ValueError: it is damaged.
+        """
+        try:
+            with safe_open(path, framework="pt") as handle:
+                for name, parameter in self.policy.named_parameters():
+                    fill(parameter, handle.get_slice(name).__getitem__)
+        except SafetensorError as error:
+            raise ValueError(
+                f"the reset reference {path} is damaged ({error}); restore it, or go on from a checkpoint "
+                "before that reset by --ckpt_path"
+            ) from None
         self.reference_id = _identify(self.policy.base, self.policy)
 
 
