@@ -9,6 +9,7 @@ architecture is listed as not tried: such a model is checked at the start of a r
 import logging
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ def small_config(kind: str, changes: dict[str, Any]) -> Any:
 
 def packing_of(kind: str) -> str:
     """The packing, "refused" where the check says so, or "not tried"."""
+    reason = ""
     for changes in ATTEMPTS:
         try:
             config = small_config(kind, changes)
@@ -96,8 +98,11 @@ def packing_of(kind: str) -> str:
             return policy.packing
         except (HeadMismatchError, PackingMismatchError):
             return "refused"
-        except Exception:
-            continue
+        except TimeoutError:  # of the alarm
+            raise
+        except Exception as error:  # a config that cannot be made small in this way; the next may
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    print(f"{kind} was not tried: {reason}", file=sys.stderr)
     return "not tried"
 
 

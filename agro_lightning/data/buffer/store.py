@@ -25,12 +25,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock
-from platformdirs import user_cache_path
 
 from agro_lightning.data.buffer.reader import read_rows
 from agro_lightning.data.buffer.schema import BadRowError, Rejections
 from agro_lightning.data.buffer.validation import RowChecker
 from agro_lightning.primitives.atomic_files import DiskFullError, is_disk_full
+from agro_lightning.primitives.cache import CACHE_VARIABLE, cache_folder
 from agro_lightning.primitives.ragged import Ragged
 from agro_lightning.types import Completion, Prompt, answer_from_text
 
@@ -40,7 +40,6 @@ LARGE_FILE_BYTES = 8 << 20
 """Files from this size on are packed once and cached; every process packs smaller ones anew."""
 SCRATCH_BYTES = 64 << 20
 """A scratch file takes no further rows beyond this size; it goes when all its rows' sources are gone."""
-CACHE_VARIABLE = "AGRO_LIGHTNING_CACHE"
 UNUSED_DAYS = 30
 """Cache entries that nobody opened for this long are removed when a new one is made."""
 
@@ -78,8 +77,7 @@ def prompt_key(prompt_id: str) -> int:
 
 def default_cache() -> Path:
     """`packed-rows` in the folder that AGRO_LIGHTNING_CACHE names, else in the user's cache directory."""
-    named = os.environ.get(CACHE_VARIABLE)
-    return (Path(named).expanduser() if named else user_cache_path("agro-lightning")) / "packed-rows"
+    return cache_folder("packed-rows")
 
 
 class Segment:
