@@ -1,6 +1,8 @@
 """Episodes with real engines: masks, counts, seeds, stragglers, and the formats of tool calls."""
 
 import json
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -103,6 +105,36 @@ def test_what_goes_wrong_is_counted_and_never_scored(engine, quickstart_tokenize
     assert counts["rollout/turn_limits"] == 2
     ((one,),) = play(played, engine, prompts(quickstart_tokenizer, "a"), n=1, positions=4)
     assert one.finish_reason == "length" and played.take_counts()["rollout/context_full"] == 1
+
+
+class Judge(Slow):
+    """Judges as its prompt says."""
+
+    all_here = threading.Barrier(6, timeout=20.0)
+
+    def respond(self, text):
+        return None
+
+    def get_reward(self):
+        if self.id == "slow":
+            time.sleep(2.0)
+        if self.id == "raises":
+            sys.exit("broken")
+        if self.id == "together":
+            Judge.all_here.wait()
+        return "much" if self.id == "words" else 0.5
+
+
+def test_rewards_are_given_beside_the_other_episodes_and_within_the_limit(engine, quickstart_tokenizer):
+    played = episodes(Judge, quickstart_tokenizer, call_seconds=0.5)
+    asked = prompts(quickstart_tokenizer, "slow", "a", "raises", "words")
+    late, good, broken, words = (row[0].environment_reward for row in play(played, engine, asked, n=1))
+    assert good == 0.5 and late == "get_reward: TimeoutError: it took too long"
+    assert broken == "get_reward: SystemExit: broken" and words.startswith("get_reward: ValueError")
+    assert played.take_counts()["rollout/call_timeouts"] == 1
+    many = prompts(quickstart_tokenizer, *["together"] * 6)
+    rows = play(episodes(Judge, quickstart_tokenizer), engine, many, n=1)
+    assert [row[0].environment_reward for row in rows] == [0.5] * 6  # one after another they would wait for ever
 
 
 def test_a_straggler_does_not_hold_the_others(quickstart_tokenizer):

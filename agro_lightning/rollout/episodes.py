@@ -67,6 +67,8 @@ class _Episode:
     calls: list[ToolCall] = field(default_factory=list)
     results: list[tuple[str, str]] = field(default_factory=list)
     due: float = 0.0
+    judged: bool = False
+    """Whether it is over, and get_reward was called."""
     reward: float | str | None = None
 
 
@@ -147,16 +149,21 @@ class Episodes:
                 self._settle(calls, bool(asked))
                 requests = []
                 for future, episode in list(calls.items()):
-                    if not future.done():
-                        if time.monotonic() < episode.due:
-                            continue
-                        self._say("call_timeouts", f"a call took longer than {self.limits.call_seconds:g} s")
-                        del calls[future]
-                        ended[episode.number] = _failed()
+                    late = not future.done()
+                    if late and time.monotonic() < episode.due:
                         continue
                     del calls[future]
-                    state = self._go_on(episode, future, calls, max_positions - room)
-                    if state == "turn":
+                    if late:
+                        self._say("call_timeouts", f"a call took longer than {self.limits.call_seconds:g} s")
+                    if episode.judged:
+                        self._take_reward(episode, future)
+                        ended[episode.number] = self._generation(episode)
+                        continue
+                    state = "failed" if late else self._go_on(episode, future, calls, max_positions - room)
+                    if state == "end" and self.environment.rewards:
+                        episode.judged = True
+                        self._call(calls, episode, episode.environment.get_reward)
+                    elif state == "turn":
                         asked[episode.number] = episode
                         context = (*episode.prompt.prompt_ids, *episode.ids)
                         turn_seed = drawn_seed(seed, episode.number, episode.turn, "turn")
@@ -208,7 +215,7 @@ class Episodes:
     # ------------------------------------------------------------------ in this thread: the episode
 
     def _call(self, calls: dict[Future[Any], _Episode], episode: _Episode, function: Any) -> None:
-        if self.form and episode.turn and not episode.calls and not episode.results:
+        if self.form and episode.turn and not (episode.calls or episode.results or episode.judged):
             problem = self._parse(episode)
             if problem is not None:
                 function = lambda: problem  # noqa: E731
@@ -323,21 +330,22 @@ class Episodes:
         self.counts["cut_results"] += 1
         return f"{text[: self.limits.result_chars]}\n[cut: {len(text)} characters]"
 
+    def _take_reward(self, episode: _Episode, future: Future[Any]) -> None:
+        error = future.exception() if future.done() else TimeoutError("it took too long")
+        try:
+            episode.reward = float(future.result()) if error is None else None
+        except (TypeError, ValueError) as unfit:
+            error = unfit
+        if error is not None:  # a failure of the reward, counted there
+            episode.reward = f"get_reward: {type(error).__name__}: {error}"
+
     def _generation(self, episode: _Episode) -> Generation:
-        reward: float | str | None = None
-        if self.environment.rewards:
-            try:
-                reward = float(
-                    start_call(episode.environment.get_reward).result(timeout=self.limits.call_seconds)
-                )
-            except Exception as error:  # the environment's code: a failure of the reward, counted there
-                reward = f"get_reward: {type(error).__name__}: {error}"
         return Generation(
             completion_ids=tuple(episode.ids),
             finish_reason=episode.finish,
             behavior_logprobs=None if episode.logprobs is None else tuple(episode.logprobs),
             policy_mask=None if all(episode.mask) else tuple(episode.mask),
-            environment_reward=reward,
+            environment_reward=episode.reward,
         )
 
     def _say(self, kind: str, message: str) -> None:
