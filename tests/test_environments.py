@@ -134,7 +134,8 @@ def test_rewards_are_given_beside_the_other_episodes_and_within_the_limit(engine
     assert played.take_counts()["rollout/call_timeouts"] == 1
     many = prompts(quickstart_tokenizer, *["together"] * 6)
     rows = play(episodes(Judge, quickstart_tokenizer), engine, many, n=1)
-    assert [row[0].environment_reward for row in rows] == [0.5] * 6  # one after another they would wait for ever
+    # one after another they would wait for ever
+    assert [row[0].environment_reward for row in rows] == [0.5] * 6
 
 
 def test_a_straggler_does_not_hold_the_others(quickstart_tokenizer):

@@ -22,7 +22,7 @@ from agro_lightning.models.pieces import Pieces, split_batch
 from agro_lightning.models.policy import Policy
 from agro_lightning.models.sharded_loading import copy_shards
 from agro_lightning.primitives.atomic_files import atomic_path
-from agro_lightning.primitives.collectives import is_rank_0
+from agro_lightning.primitives.collectives import from_rank_0, is_rank_0
 from agro_lightning.primitives.dtensor import fill, whole
 from agro_lightning.types import PromptGroup
 
@@ -43,10 +43,8 @@ def weights_hash(module: nn.Module) -> str:
         if not sharded or is_rank_0():
             digest.update(f"{name} {tuple(tensor.shape)};".encode())
             digest.update(tensor.cpu().float().contiguous().view(torch.uint8).numpy().tobytes())
-    names = [digest.hexdigest()[:16]]
-    if sharded:
-        dist.broadcast_object_list(names, src=0)
-    return names[0]
+    name = digest.hexdigest()[:16]
+    return from_rank_0(name) if sharded else name
 
 
 class Reference(Protocol):

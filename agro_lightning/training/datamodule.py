@@ -11,11 +11,9 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from agro_lightning.data.buffer.buffer import RolloutBuffer
-from agro_lightning.data.buffer.files import offline_paths
 from agro_lightning.data.buffer.schema import tokenizer_id
 from agro_lightning.data.prompts.dataset import PromptDataset, PromptSettings
 from agro_lightning.data.replay import ReplayFolder
@@ -25,30 +23,35 @@ from agro_lightning.data.sources import (
     Offline,
     Replay,
     Source,
-    Stream,
     check_sources,
     check_streams,
     describe_within_group,
 )
-from agro_lightning.data.stream import StreamReader, stream_dir
 from agro_lightning.distributed.fsdp import DataRank, data_rank, unsharded
 from agro_lightning.models.batch import TokenBatch
 from agro_lightning.models.policy import Policy
 from agro_lightning.models.pretrained import load_tokenizer
 from agro_lightning.models.reference import fill_ref_logprobs
-from agro_lightning.rewards import EnvironmentReward, ExactMatch, Reward, RewardSet
+from agro_lightning.primitives.collectives import from_rank_0
+from agro_lightning.rewards import ExactMatch, Reward, RewardSet
 from agro_lightning.rollout import AutoEngine, RolloutEngine, Sampling
-from agro_lightning.rollout.collect import rollout_groups
 from agro_lightning.rollout.environment import EnvironmentClass
 from agro_lightning.rollout.episodes import EpisodeLimits, Episodes
-from agro_lightning.training.evaluation import PromptResult, answer_prompts, summarize
+from agro_lightning.training.data_checks import (
+    check_lengths,
+    check_numbers,
+    check_rewards,
+    check_sampling,
+    check_unchanged,
+    data_hashes,
+)
+from agro_lightning.training.live_rollouts import LiveRollouts
 from agro_lightning.training.offline_scores import OfflineScores, failure_metrics
 from agro_lightning.training.sampler import FeedSettings, TrainFeed, check_position
+from agro_lightning.training.source_files import SourceOpener
 from agro_lightning.training.strategy import check_steps
+from agro_lightning.training.validation import PromptBatches, Validation
 from agro_lightning.types import Prompt, PromptGroup
-
-KEPT_ANSWERS = 8
-"""Validation prompts whose answers are kept to be shown."""
 
 
 class AgroDataModule(L.LightningDataModule):
@@ -113,30 +116,15 @@ class AgroDataModule(L.LightningDataModule):
     ):
         super().__init__()
         check_sources(sources)
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("group_size", group_size, 2),
-            ("updates_per_rollout", updates_per_rollout, 1),
-            ("validation_samples", validation_samples, 1),
-            ("seed", seed, 0),
-        ):
-            if value < least:
-                raise ValueError(f"data.{name} is {value}; it must be at least {least}")
+        check_numbers(
+            batch_size=batch_size,
+            group_size=group_size,
+            updates_per_rollout=updates_per_rollout,
+            validation_samples=validation_samples,
+            seed=seed,
+        )
         check_streams(sources, mixing, updates_per_rollout)
-        if bad := [k for k in pass_at if not 1 <= k <= validation_samples]:
-            raise ValueError(
-                f"data.pass_at has {bad}; pass@k needs 1 <= k <= validation_samples = {validation_samples}"
-            )
-        if sampling.temperature == 0:
-            raise ValueError(
-                "data.sampling.temperature is 0 (greedy); a group of equal completions teaches nothing. "
-                "Give a positive temperature, 1.0 say"
-            )
-        if both := {reward.name for reward in rewards} & {source.name for source in sources}:
-            raise ValueError(
-                f"a reward and a source are both named {', '.join(sorted(both))}, and the metric reward/NAME "
-                "would mean either; give one of them another name"
-            )
+        check_sampling(sampling, pass_at, validation_samples)
         self.train_settings, self.validation_settings = train, validation
         self.sources = list(sources)
         self.rewards = RewardSet(
@@ -150,15 +138,7 @@ class AgroDataModule(L.LightningDataModule):
         self.environment = None if environment is None else EnvironmentClass(environment)
         self.episode_limits = episode_limits
         self.episodes: Episodes | None = None
-        scored = any(isinstance(reward, EnvironmentReward) for reward in rewards)
-        gives = self.environment is not None and self.environment.rewards
-        if scored != gives:
-            raise ValueError(
-                "data.rewards has EnvironmentReward, and no data.environment has get_reward"
-                if scored
-                else "data.environment has get_reward: list agro_lightning.rewards.EnvironmentReward in "
-                "data.rewards, with weight 0 where it is not to count"
-            )
+        check_rewards(rewards, sources, self.environment)
         self.mixing: Mixing = mixing
         self.updates_per_rollout, self.seed = updates_per_rollout, seed
         self.validation_samples, self.pass_at = validation_samples, tuple(pass_at)
@@ -166,15 +146,11 @@ class AgroDataModule(L.LightningDataModule):
         self.on_bad_row: Literal["error", "drop"] = on_bad_row
         self.on_bad_file: Literal["error", "skip"] = on_bad_file
         self.allow_changed_data = allow_changed_data
-        self._rollout_metrics: dict[str, float] = {}
         self.last_groups: list[PromptGroup] = []
-        self._shown_answers: list[PromptGroup] = []
         self.completions_used = 0
         self.feed: TrainFeed | None = None
         self._restored: dict[str, Any] | None = None
         self._restored_data: dict[str, str] = {}
-        self._attached = False
-        self._pushed_version = self._served_version = -1
 
     # ------------------------------------------------------------------ set-up
 
@@ -222,6 +198,17 @@ class AgroDataModule(L.LightningDataModule):
             raise ValueError("data.validation is null: there are no prompts to measure accuracy on")
         else:
             trainer.limit_val_batches = 0
+        self.live = LiveRollouts(
+            self.engine, self.sampling, self.rewards, tokenizer=self.tokenizer, episodes=self.episodes
+        )
+        self.validation = Validation(
+            self.val_prompts,
+            self.live,
+            samples=self.validation_samples,
+            pass_at=self.pass_at,
+            correct_reward=self.correct_reward,
+            seed=self.seed,
+        )
         live = any(isinstance(source, Live) for source in self.sources)
         self.train_prompts = self._prompts(self.train_settings) if live and stage == "fit" else None
 
@@ -229,44 +216,31 @@ class AgroDataModule(L.LightningDataModule):
         settings = with_tools(settings, self.episodes)
         return PromptDataset(settings, tokenizer=self.tokenizer, on_bad_row=self.on_bad_row)
 
-    def _buffer(
-        self, paths: Sequence[str], name: str, *, live: bool, unscored: bool = False
-    ) -> RolloutBuffer:
-        return RolloutBuffer(
-            paths,
-            tokenizer=self.tokenizer,
-            vocab_size=self.policy.vocab_size,
-            on_bad_row=self.on_bad_row,
-            on_bad_file=self.on_bad_file,
-            unscored=unscored,
-            source_name=name,
-            live=live,
-        )
-
     @property
     def _replay_source(self) -> Replay | None:
         return next((source for source in self.sources if isinstance(source, Replay)), None)
-
-    def _attach(self) -> None:
-        if not self._attached:
-            self.engine.attach(self.policy, self.tokenizer)
-            self._attached, self._pushed_version = True, -1
 
     def train_dataloader(self) -> TrainFeed:
         trainer = self.trainer
         assert trainer is not None
         self._check_lengths()
         folder = self._replay_folder = ReplayFolder(Path(trainer.default_root_dir) / "replay")
-        offline = {
-            source.name: self._buffer(
-                offline_paths(source.paths), source.name, live=False, unscored=source.score
-            )
-            for source in self.sources
-            if isinstance(source, Offline)
-        }
+        opener = SourceOpener(
+            tokenizer=self.tokenizer,
+            vocab_size=self.policy.vocab_size,
+            on_bad_row=self.on_bad_row,
+            on_bad_file=self.on_bad_file,
+            run_dir=Path(trainer.default_root_dir),
+        )
+        offline = opener.offline(self.sources)
         done = trainer.global_step
         if self._restored is not None:
-            self._check_data(self._data(offline))
+            check_unchanged(
+                self._restored_data,
+                data_hashes(self.train_prompts, offline),
+                train=self.train_settings.path,
+                allowed=self.allow_changed_data,
+            )
             done = check_position(self._restored, done, trainer.accumulate_grad_batches)[0]
             if done >= trainer.max_steps:
                 rank_zero_info(
@@ -276,9 +250,7 @@ class AgroDataModule(L.LightningDataModule):
         if self._replay_source is not None and trainer.is_global_zero:
             if moved := folder.archive_from(done):
                 rank_zero_info(moved)
-        for source in self.sources:
-            if isinstance(source, Offline) and source.score:
-                self._score(source, offline[source.name])
+        self._score(offline)
         trainer.strategy.barrier("replay buffer")
         self.feed = TrainFeed(
             FeedSettings(
@@ -295,8 +267,8 @@ class AgroDataModule(L.LightningDataModule):
             self.sources,
             prompts=self.train_prompts,
             offline=offline,
-            replay=self._buffer([str(folder.path)], "", live=True) if self._replay_source else None,
-            streams={s.name: self._stream(s) for s in self.sources if isinstance(s, Stream)},
+            replay=opener.buffer([str(folder.path)], "", live=True) if self._replay_source else None,
+            streams=opener.streams(self.sources, trainer.is_global_zero, from_rank_0),
             host=self,
         )
         if self._restored is not None:
@@ -310,118 +282,43 @@ class AgroDataModule(L.LightningDataModule):
                 rank_zero_info(f"mixing within groups: {line}")
         return self.feed
 
-    def _score(self, source: Offline, buffer: RolloutBuffer) -> None:
-        """Scores the source's rows that have no reward: once a run, on one rank."""
+    def _score(self, offline: dict[str, RolloutBuffer]) -> None:
+        """Scores rows of offline sources that have no reward: once a run, on one rank."""
         trainer = self.trainer
         assert trainer is not None
-        scores = OfflineScores(
-            path=Path(trainer.default_root_dir) / "scores" / f"{source.name}.json",
-            buffer=buffer,
-            prompts=list(self.train_prompts or ()),
-            rewards=self.rewards,
-            only_known=self.mixing == "within_group",
-        )
-        if trainer.is_global_zero and scores.read() is None:
-            for name, count in failure_metrics(scores.make()):
-                self._record({name: count})
-        trainer.strategy.barrier(f"scores of {source.name}")
-        rank_zero_info(f"source {source.name}: {scores.apply()}")
-
-    def _data(self, offline: dict[str, RolloutBuffer]) -> dict[str, str]:
-        """Hashes of what is drawn from: the prompts, and the files of each offline source."""
-        hashes = {f"source {name}": buffer.fingerprint for name, buffer in offline.items()}
-        if self.train_prompts is not None:
-            hashes["prompts"] = self.train_prompts.fingerprint
-        return hashes
-
-    def _check_data(self, now: dict[str, str]) -> None:
-        """Refuses to go on with data that changed since the checkpoint; sources may come and go."""
-        former = self._restored_data
-        changed = [name for name in former if now.get(name, former[name]) != former[name]]
-        if not changed:
-            return
-        what = " and ".join(
-            f"data.train ({self.train_settings.path})" if name == "prompts" else f"the files of {name}"
-            for name in changed
-        )
-        words = f"{what} changed since the checkpoint was made, so that other groups are drawn than were due"
-        if not self.allow_changed_data:
-            raise ValueError(f"{words}. Give the former data, or accept it by --allow_changed_data true")
-        rank_zero_warn(words)
-
-    def _stream(self, source: Stream) -> StreamReader:
-        assert self.trainer is not None
-        folder = stream_dir(source, Path(self.trainer.default_root_dir))
-        return StreamReader(
-            source,
-            folder,
-            self._buffer([str(folder)], source.name, live=True),
-            reports=self.trainer.is_global_zero,
-            agree=self._from_rank_zero,
-        )
+        for source in self.sources:
+            if not (isinstance(source, Offline) and source.score):
+                continue
+            scores = OfflineScores(
+                path=Path(trainer.default_root_dir) / "scores" / f"{source.name}.json",
+                buffer=offline[source.name],
+                prompts=list(self.train_prompts or ()),
+                rewards=self.rewards,
+                only_known=self.mixing == "within_group",
+            )
+            if trainer.is_global_zero and scores.read() is None:
+                self.live.record(dict(failure_metrics(scores.make())))
+            trainer.strategy.barrier(f"scores of {source.name}")
+            rank_zero_info(f"source {source.name}: {scores.apply()}")
 
     def _check_lengths(self) -> None:
-        limit, new = self.policy.max_positions, self.sampling.max_new_tokens
-        embedding: Any = self.policy.base.get_input_embeddings()
-        rows = embedding.weight.shape[0]
-        for prompt in (*(self.train_prompts or ()), *(self.val_prompts or ())):
-            if (last := max(prompt.prompt_ids)) >= rows:
-                token = self.tokenizer.convert_ids_to_tokens(last)
-                raise ValueError(
-                    f"prompt {prompt.prompt_id} has token {last} ({token}), "
-                    f"and the model's embedding has rows 0 to {rows - 1}: give the model's own tokenizer, or "
-                    "resize its embedding"
-                )
-        for prompts in (self.train_prompts, self.val_prompts):
-            if prompts is not None and self.on_bad_row == "drop":
-                prompts.drop_longer_than(limit - new)
-            elif prompts is not None and prompts.longest + new > limit:
-                raise ValueError(
-                    f"the longest prompt of {prompts.settings.path} has {prompts.longest} tokens; with "
-                    f"max_new_tokens {new} that exceeds the model's context of {limit}. Lower "
-                    "data.sampling.max_new_tokens, or set max_prompt_tokens with on_bad_row: drop"
-                )
+        check_lengths(
+            [prompts for prompts in (self.train_prompts, self.val_prompts) if prompts is not None],
+            self.policy,
+            self.tokenizer,
+            max_new_tokens=self.sampling.max_new_tokens,
+            drop=self.on_bad_row == "drop",
+        )
 
     # ------------------------------------------------------------------ rollouts
 
     def sample_live(self, prompts: Sequence[Prompt], n: int, seed: int) -> list[PromptGroup]:
         name = next(source.name for source in self.sources if isinstance(source, Live))
-        groups, report = rollout_groups(
-            self.engine,
-            prompts,
-            self.sampling,
-            self.rewards,
-            self.tokenizer,
-            n=n,
-            seed=seed,
-            source=name,
-            policy_version=self._served_version,
-            episodes=self.episodes,
-            max_positions=self.policy.max_positions,
-        )
-        counts = self.episodes.take_counts() if self.episodes else {}
-        self._record({**report.metrics(), **self.engine.take_counts(), **counts})
-        return self._place.agree(groups)
+        return self._place.agree(self.live.sample(prompts, n=n, seed=seed, source=name))
 
     def push_weights(self) -> None:
-        """Gives the engine the current weights, once, and notes which version it then serves.
-
-        All ranks come here together, those with nothing to generate too, and while the policy is sharded: an
-        engine may gather the weights, which shards them again.
-        """
-        self._attach()
-        if self._pushed_version == self._module.global_step:
-            return
-        self._pushed_version = self._module.global_step
-        started = time.perf_counter()
-        served = self.engine.update_weights(self._pushed_version)
-        if self.engine.pushed_bytes:
-            self.record_sync(time.perf_counter() - started, self.engine.pushed_bytes)
-        self._served_version = self._pushed_version if served is None else served
-
-    def record_sync(self, seconds: float, size: int) -> None:
-        """Counts weights that were handed to another process."""
-        self._record({"seconds/weight_sync": seconds, "weight_sync_bytes": float(size)})
+        """Gives the engine the current weights; all ranks come here together, see LiveRollouts.push."""
+        self.live.push(self.policy, self._module.global_step)
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:
@@ -442,15 +339,6 @@ class AgroDataModule(L.LightningDataModule):
         used_again = self.updates_per_rollout > 1 or self._replay_source is not None
         return used_again and self.policy.cacheable
 
-    def _record(self, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._rollout_metrics[name] = self._rollout_metrics.get(name, 0.0) + value
-
-    def take_rollout_metrics(self) -> dict[str, float]:
-        """Seconds and counts of the rollouts since the last call; empty where a rollout is used again."""
-        taken, self._rollout_metrics = self._rollout_metrics, {}
-        return taken
-
     def annotate(self, groups: list[PromptGroup]) -> list[PromptGroup]:
         """Adds reference log-probs to groups that lack them, where they are needed more than once."""
         if not self._reused:
@@ -463,7 +351,7 @@ class AgroDataModule(L.LightningDataModule):
             device=module.device,
             max_tokens=module.max_tokens,
         )
-        self._record({"seconds/reference": time.perf_counter() - started})
+        self.live.record({"seconds/reference": time.perf_counter() - started})
         return groups
 
     def append(self, groups: list[PromptGroup], step: int, part: int) -> None:
@@ -475,17 +363,9 @@ class AgroDataModule(L.LightningDataModule):
 
     def on_drawn(self, groups: list[PromptGroup], seconds: float) -> None:
         self.last_groups = groups
-        self._record({"seconds/draw": seconds})
+        self.live.record({"seconds/draw": seconds})
         for stream in self.feed.streams.values() if self.feed else ():
-            self._record(stream.metrics(self._module.global_step))
-
-    def _from_rank_zero(self, value: Any) -> Any:
-        assert self.trainer is not None
-        if self.trainer.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+            self.live.record(stream.metrics(self._module.global_step))
 
     def sum_over_ranks(self, number: float) -> float:
         """The sum over ranks with different data."""
@@ -502,42 +382,10 @@ class AgroDataModule(L.LightningDataModule):
 
     # ------------------------------------------------------------------ validation
 
-    def val_dataloader(self) -> "PromptBatches":
+    def val_dataloader(self) -> PromptBatches:
         self._check_lengths()
-        given = self.val_prompts
-        prompts = [] if given is None else [given[i] for i in range(len(given))]
-        mine = prompts[self._place.rank :: self._place.size]
         size = max(1, self.batch_size * self.group_size // max(1, self.validation_samples))
-        batches = [mine[start : start + size] for start in range(0, len(mine), size)]
-        return PromptBatches(batches or [[]])  # every rank enters the validation, also without a prompt
-
-    def answer(self, prompts: Sequence[Prompt]) -> list[PromptResult]:
-        """Answers validation prompts greedily and by sampling; the samples are the same at every call."""
-        if not prompts:
-            return []
-        results = answer_prompts(
-            prompts,
-            engine=self.engine,
-            sampling=self.sampling,
-            samples=self.validation_samples,
-            seed=self.seed,
-            rewards=self.rewards,
-            correct_reward=self.correct_reward,
-            policy_version=self._served_version,
-            tokenizer=self.tokenizer,
-            episodes=self.episodes,
-            max_positions=self.policy.max_positions,
-        )
-        if self.episodes is not None:
-            self.episodes.take_counts()  # metrics are of training's rollouts
-        groups = [PromptGroup(prompt=r.prompt, completions=r.answers) for r in results if r.answers]
-        self._shown_answers += groups[: KEPT_ANSWERS - len(self._shown_answers)]
-        return [replace(result, answers=()) for result in results]  # ranks need not send them
-
-    def take_answers(self) -> list[PromptGroup]:
-        """The first scored answers of this rank since the last call, greedy and sampled, by prompt."""
-        taken, self._shown_answers = self._shown_answers, []
-        return taken
+        return self.validation.batches(self._place, size)
 
     def evaluate(self) -> dict[str, float]:
         """Accuracies over the validation prompts of all ranks, as many as trainer.limit_val_batches lets;
@@ -549,19 +397,8 @@ class AgroDataModule(L.LightningDataModule):
         batches = batches[: limit if isinstance(limit, int) else math.ceil(limit * len(batches))]
         self.push_weights()
         with unsharded(self.policy):  # ranks may have more or fewer prompts
-            results = [result for prompts in batches for result in self.answer(prompts)]
-        return self.summarize(results)
-
-    def summarize(self, results: list[PromptResult]) -> dict[str, float]:
-        """Gathers results over ranks and averages them over prompts."""
-        everyone = [result for part in self._place.gather(results) for result in part]
-        summary = summarize(everyone, ks=self.pass_at)
-        if failed := int(summary["failed"]):
-            rank_zero_warn(
-                f"validation: {failed} of {len(everyone) * (1 + self.validation_samples)} answers could not "
-                "be generated or scored; they count in no accuracy"
-            )
-        return summary
+            results = [result for prompts in batches for result in self.validation.answer(prompts)]
+        return self.validation.summarize(results, self._place)
 
     # ------------------------------------------------------------------ state
 
@@ -571,7 +408,7 @@ class AgroDataModule(L.LightningDataModule):
             return {}
         return {
             "feed": self.feed.position(),
-            "data": self._data(self.feed.offline),
+            "data": data_hashes(self.train_prompts, self.feed.offline),
             "rewards": self.rewards.state_dict(),
             "completions_used": self.completions_used,
         }
@@ -594,7 +431,6 @@ class AgroDataModule(L.LightningDataModule):
     def teardown(self, stage: str) -> None:
         self.engine.close()
         self.rewards.close()
-        self._attached = False
 
     # ------------------------------------------------------------------ words
 
@@ -631,16 +467,3 @@ def with_tools(settings: PromptSettings, episodes: Episodes | None) -> PromptSet
     return replace(
         settings, chat_template_options={**settings.chat_template_options, "tools": episodes.schemas}
     )
-
-
-class PromptBatches:
-    """Sized and iterable; a bare list would mean several data loaders to Lightning."""
-
-    def __init__(self, batches: list[list[Prompt]]):
-        self._batches = batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[list[Prompt]]:
-        return iter(self._batches)

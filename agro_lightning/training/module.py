@@ -443,12 +443,12 @@ class AgroModule(L.LightningModule):
         self._whole_policy.enter_context(unsharded(self.policy))  # ranks may have more or fewer batches
 
     def validation_step(self, batch: list[Prompt], batch_idx: int) -> None:
-        self._answers += data_of(self.trainer).answer(batch)
+        self._answers += data_of(self.trainer).validation.answer(batch)
 
     def on_validation_epoch_end(self) -> None:
         self._whole_policy.close()
         answers, self._answers = self._answers, []
-        summary = data_of(self.trainer).summarize(answers)
+        summary = data_of(self.trainer).validation.summarize(answers, data_rank(self.device_mesh))
         metrics = {f"val/{name}": value for name, value in summary.items() if not math.isnan(value)}
         # the metrics are of all ranks already: sync_dist does nothing but keep Lightning from warning
         self.log_dict(metrics, batch_size=1, rank_zero_only=True, sync_dist=True)

@@ -192,7 +192,7 @@ class _First(Callback):
         """Samples answers to one prompt, and shows the first with its mask."""
         data, prompt = self._data, self._prompts[0]
         engine, tokenizer = data.engine, data.tokenizer
-        data._attach()
+        data.live.attach(policy)
         engine.update_weights(0)
         if data.episodes is None:
             (row,) = engine.generate([prompt.prompt_ids], data.sampling, n=SAMPLES, seed=data.seed)

@@ -98,4 +98,4 @@ class PublishWeights(Callback):
                 base=self._base,
                 dtype=self.dtype,
             )
-            data.record_sync(time.perf_counter() - started, bytes_in(folder))
+            data.live.record_sync(time.perf_counter() - started, bytes_in(folder))

@@ -66,7 +66,7 @@ class SampleTable(StepCallback):
 
     @rank_zero_only
     def _show_answers(self, trainer: L.Trainer) -> None:
-        if groups := data_of(trainer).take_answers():
+        if groups := data_of(trainer).validation.take_answers():
             self._show(trainer, "validation", groups)
 
     def _show(self, trainer: L.Trainer, kind: str, groups: Sequence[PromptGroup]) -> None:

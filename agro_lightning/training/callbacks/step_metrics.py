@@ -85,7 +85,7 @@ class StepMetrics(StepCallback):
     ) -> tuple[list[dict[str, MetricSum]], dict[str, float]]:
         """This rank's sums by micro-batch, and its seconds and counts; the next step starts from none."""
         now = time.perf_counter()
-        amounts = data.take_rollout_metrics()
+        amounts = data.live.take_metrics()
         for name, seconds in module.timer.take().items():  # the reference runs while drawing, too
             amounts[name] = amounts.get(name, 0.0) + seconds
         amounts |= {
