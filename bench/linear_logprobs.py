@@ -5,9 +5,11 @@ the same run. On a CPU: fp32 small shapes, time and peak memory against plain to
 picks shapes.
 
 `seconds` is forward + backward; `extra_peak_bytes` the memory above the inputs at its highest, gradients
-included, and `workspace_bytes` the same without the gradients, which nobody can do without. `tflops_forward`
-counts 2NHV operations, `tflops_6nhv` 6NHV for forward and backward, whatever is recomputed. A failure of ours
-is recorded (`failed`), and the exit code is 1 at the end.
+included, and `workspace_bytes` the same without the gradients, which nobody can do without. On a CPU each
+shape is measured twice: with a head that is trained, and, as `SHAPE:frozen_head`, with one that is not (LoRA,
+only hidden's gradient wanted). `tflops_forward` counts 2NHV operations, `tflops_6nhv` 6NHV for
+forward and backward, whatever is recomputed. A failure of ours is recorded (`failed`), and the exit code is 1
+at the end.
 """
 
 import json
@@ -49,12 +51,15 @@ DROPPED = (1e-4, 1e-2)
 class Problem:
     """Inputs of one case: unit-variance logits (times `spread`), fixed random sign-changing coefficients."""
 
-    def __init__(self, shape: tuple[int, int, int], device: str, dtype: torch.dtype, spread: float = 1.0):
+    def __init__(
+        self, shape: tuple[int, int, int], device: str, dtype: torch.dtype, spread: float = 1.0,
+        frozen: bool = False,
+    ):  # fmt: skip
         rows, width, columns = shape
         make = torch.Generator(device).manual_seed(0)
         self.hidden = torch.randn(rows, width, generator=make, device=device).to(dtype).requires_grad_()
         weight = torch.randn(columns, width, generator=make, device=device).mul_(spread * width**-0.5)
-        self.weight = weight.to(dtype).requires_grad_()
+        self.weight = weight.to(dtype).requires_grad_(not frozen)
         self.targets = torch.randint(columns, (rows,), generator=make, device=device)
         self.coefficients = torch.randn(rows, generator=make, device=device)
         self.device = device
@@ -136,11 +141,11 @@ def library_matmul(problem: Problem) -> Callable[[], None]:
     return run
 
 
-def cpu_extra_peak(provider: Provider, shape: tuple[int, int, int]) -> int:
+def cpu_extra_peak(provider: Provider, shape: tuple[int, int, int], frozen: bool) -> int:
     """Highest resident memory above the inputs during one step; call it in a fresh process."""
     function = provider.build()
     Problem((64, 64, 2048), "cpu", torch.float32).step(function)  # libraries' own start-up is not the step's
-    problem = Problem(shape, "cpu", torch.float32)
+    problem = Problem(shape, "cpu", torch.float32, frozen=frozen)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
 
     def field(name: str) -> int:
@@ -177,6 +182,7 @@ def extra_peak(
         provider.name,
         "--cases",
         "x".join(map(str, shape)),
+        *([] if problem.weight.requires_grad else ["--frozen-head"]),
     ]
     return json.loads(
         subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
@@ -199,11 +205,12 @@ def prepare(provider: Provider, problem: Problem) -> tuple[LossFunction | None, 
 
 
 def run_case(
-    shape: tuple[int, int, int], device: str, dtype: torch.dtype, repeats: int, budget: float, first: bool
-) -> list[dict[str, Any]]:
+    shape: tuple[int, int, int], device: str, dtype: torch.dtype, repeats: int, budget: float, first: bool,
+    frozen: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
     """All figures of one shape; `first` says that it is the first one, which slow providers run alone."""
-    case = "x".join(map(str, shape))
-    problem = Problem(shape, device, dtype)
+    case = "x".join(map(str, shape)) + (":frozen_head" if frozen else "")
+    problem = Problem(shape, device, dtype, frozen=frozen)
     records, functions = [], {}
     for provider in PROVIDERS:
         if provider.first_only and not first:
@@ -228,7 +235,8 @@ def run_case(
     matmul = float(matmuls.median())
     records.append(record(BENCH, case, "torch:mm", "seconds_matmul", matmul, "s", "2NHV, same run"))
     exact = problem.exact_logprobs()
-    gradients = sum(leaf.numel() * leaf.element_size() for leaf in (problem.hidden, problem.weight))
+    leaves = [leaf for leaf in (problem.hidden, problem.weight) if leaf.requires_grad]
+    gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
     for provider, function in functions.items():
         ahead, back = times[provider.name].median(0).values.tolist()
         seconds = float(times[provider.name].sum(1).median())
@@ -310,10 +318,11 @@ def main() -> None:
     arguments.add_argument("--peak-of", metavar="PROVIDER", help="print that provider's peak memory, and end")
     arguments.add_argument("--budget", type=float, default=None, help="seconds of timing per shape")
     arguments.add_argument("--sparse", action="store_true", help="the certified sparse backward instead")
+    arguments.add_argument("--frozen-head", action="store_true", help="only with a head that is not trained")
     options = arguments.parse_args()
     if options.peak_of:
         provider = next(item for item in PROVIDERS if item.name == options.peak_of)
-        print(cpu_extra_peak(provider, options.cases[0]))
+        print(cpu_extra_peak(provider, options.cases[0], options.frozen_head))
         return
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
@@ -328,7 +337,9 @@ def main() -> None:
                 records += run_sparse(shape, spread, device, dtype, repeats, budget / len(SPREADS))
                 emit(records, options.json, shown="")
         else:
-            records += run_case(shape, device, dtype, repeats, budget, first=place == 0)
+            for frozen in (True,) if options.frozen_head else (False,) if gpu else (False, True):
+                first = place == 0 and frozen == options.frozen_head
+                records += run_case(shape, device, dtype, repeats, budget, first, frozen)
         emit(records, options.json, shown="")  # what is there already survives a time limit
     emit(records, options.json)
     failed = [f"{item['provider']} at {item['case']}" for item in records if item["metric"] == "failed"]

@@ -156,12 +156,14 @@ class _AgroLoss(torch.autograd.Function):
         call: HeadCall, entropy: bool, dropped_mass: float,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         inputs = hidden, weight, bias, targets
-        logprobs, logsumexp, row_entropy, keep, skipped = run_stats(inputs, call, entropy, dropped_mass)
+        logprobs, logsumexp, row_entropy, keep, skipped, gradient = run_stats(
+            inputs, call, entropy, dropped_mass, ctx.needs_input_grad
+        )
         log_ratios, coefficients, row_coefficients, objective = agro_coefficients(
             logprobs, targets, sequence_ids, ref_logprobs, rewards, group_ids, settings, call.ignore_index,
             call.backend,
         )  # fmt: skip
-        ctx.save_for_backward(*inputs, logsumexp, row_coefficients, keep)
+        ctx.save_for_backward(*inputs, logsumexp, row_coefficients, keep, gradient)
         ctx.call = call
         loss = (coefficients * log_ratios).sum()
         if row_entropy is None:
@@ -172,8 +174,10 @@ class _AgroLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        *inputs, logsumexp, coefficients, keep = ctx.saved_tensors
+        *inputs, logsumexp, coefficients, keep, gradient = ctx.saved_tensors
         needed, upstream = ctx.needs_input_grad, coefficients * grads[0]
+        if gradient is not None:
+            return (gradient * upstream[:, None]).to(inputs[0].dtype), *(None for _ in range(11))
         found = run_grads(tuple(inputs), ctx.call, needed, logsumexp, upstream, keep=keep)
         return *found, *(None for _ in range(9))
 

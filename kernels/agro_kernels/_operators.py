@@ -14,6 +14,7 @@ from torch import Tensor
 
 from agro_kernels._backends import launchers
 from agro_kernels._checks import check_target_range
+from agro_kernels._chunked import stats_and_gradient
 from agro_kernels._head import SPARSE_TILE, Head, Upstream, Wanted, combined_entropy, spans, stats_dtype
 from agro_kernels._matmul import exact_products
 from agro_kernels._slices import gradients, statistics
@@ -78,29 +79,35 @@ def _spread(values: Tensor, rows: Tensor | None, count: int, fill: float = 0.0) 
 @torch.library.custom_op("agro_kernels::head_stats", mutates_args=())
 def head_stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: Sequence[float],
-    place: Sequence[int], want_entropy: bool, want_tiles: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    place: Sequence[int], want_entropy: bool, want_tiles: bool, want_gradient: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Softmax statistics of each row over this slice of the vocabulary; arguments as of Inputs and HeadCall.
 
-    Returns logsumexp (N,), target logit (N,), entropy (N,) or (0,), and the logsumexp of each tile of the
-    sparse backward (N, tiles) or (0, 0). Ignored rows hold 0 (their tiles -inf). A target outside the whole
-    vocabulary gives NaN, after the checks of `_checks`.
+    Returns logsumexp (N,), target logit (N,), entropy (N,) or (0,), the logsumexp of each tile of the sparse
+    backward (N, tiles) or (0, 0), and d logprob / d hidden (N, H) or (0, 0): see `makes_gradient`. Ignored
+    rows hold 0 (their tiles -inf). A target outside the whole vocabulary gives NaN, after the checks of
+    `_checks`.
     """
     offset, total_columns, ignore_index = place
     check_target_range(targets, total_columns, ignore_index)
     empty = head_stats_fake(
-        hidden, weight, bias, targets, transform, place, want_entropy, want_tiles, backend
+        hidden, weight, bias, targets, transform, place, want_entropy, want_tiles, want_gradient, backend
     )
     rows = _active_rows(targets != ignore_index)
     active = targets if rows is None else targets[rows]
     if active.numel() == 0:
-        return tuple(part.fill_(fill) for part, fill in zip(empty, (0.0, 0.0, 0.0, -torch.inf), strict=True))
+        fills = (0.0, 0.0, 0.0, -torch.inf, 0.0)
+        return tuple(part.fill_(fill) for part, fill in zip(empty, fills, strict=True))
+    inputs = (
+        hidden if rows is None else hidden[rows], weight, None if bias is None else bias.contiguous(),
+        _local(active, offset, weight.shape[0]), Head(*transform), want_entropy,
+    )  # fmt: skip
+    tiles = gradient = None
     with exact_products(hidden):
-        logsumexp, target_logit, row_entropy, tiles = statistics(
-            hidden if rows is None else hidden[rows], weight, None if bias is None else bias.contiguous(),
-            _local(active, offset, weight.shape[0]), Head(*transform), want_entropy, want_tiles,
-            launchers(backend),
-        )  # fmt: skip
+        if want_gradient:
+            logsumexp, target_logit, row_entropy, gradient = stats_and_gradient(*inputs)
+        else:
+            logsumexp, target_logit, row_entropy, tiles = statistics(*inputs, want_tiles, launchers(backend))
     unknown = (active < 0) | (active >= total_columns)
     target_logit.masked_fill_(unknown, torch.nan)
     count = hidden.shape[0]
@@ -109,19 +116,29 @@ def head_stats(
         _spread(target_logit, rows, count),
         empty[2] if row_entropy is None else _spread(row_entropy, rows, count),
         empty[3] if tiles is None else _spread(tiles, rows, count, -torch.inf),
+        empty[4] if gradient is None else _spread(gradient, rows, count),
     )
 
 
 @head_stats.register_fake
 def head_stats_fake(
-    hidden, weight, bias, targets, transform, place, want_entropy, want_tiles, backend
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden, weight, bias, targets, transform, place, want_entropy, want_tiles, want_gradient, backend
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Results of the right shapes and dtypes, with nothing in them."""
     count, dtype = hidden.shape[0], stats_dtype(hidden.dtype)
     tiles = (count, -(-weight.shape[0] // SPARSE_TILE)) if want_tiles else (0, 0)
-    shapes = ((count,), (count,), (count if want_entropy else 0,), tiles)
-    first, second, third, fourth = (hidden.new_empty(shape, dtype=dtype) for shape in shapes)
-    return first, second, third, fourth
+    gradient = hidden.shape if want_gradient else (0, 0)
+    shapes = ((count,), (count,), (count if want_entropy else 0,), tiles, gradient)
+    first, second, third, fourth, fifth = (hidden.new_empty(shape, dtype=dtype) for shape in shapes)
+    return first, second, third, fourth, fifth
+
+
+def makes_gradient(inputs: Inputs, call: HeadCall, needed: Sequence[bool], dropped_mass: float) -> bool:
+    """Whether the forward makes hidden's gradient at once, up to each row's coefficient: on a CPU, where the
+    head itself is frozen (LoRA). A trained head's gradient needs the coefficients before the products."""
+    frozen = bool(needed[0]) and not needed[1] and not needed[2]
+    plain = call.group is None and call.transform[2] == 0.0 and dropped_mass == 0.0
+    return frozen and plain and call.backend == "chunked" and inputs[0].device.type == "cpu"
 
 
 @torch.library.custom_op("agro_kernels::head_grads", mutates_args=())
@@ -215,12 +232,14 @@ def _(hidden, weight, bias, targets, transform, place):
 
 
 def run_stats(
-    inputs: Inputs, call: HeadCall, entropy: bool, dropped_mass: float
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    inputs: Inputs, call: HeadCall, entropy: bool, dropped_mass: float, needed: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """Log-prob, logsumexp and entropy (each (N,), 0 for ignored rows) over all ranks; the tiles that the
-    backward recomputes (None: all), and the fraction of them that it skips."""
-    logsumexp, target_logit, row_entropy, tiles = head_stats(
-        *inputs, call.transform, call.place, entropy, dropped_mass > 0, call.backend
+    backward recomputes (None: all), and the fraction of them that it skips; d logprob / d hidden (N, H)
+    where `makes_gradient`."""
+    direct = makes_gradient(inputs, call, needed, dropped_mass)
+    logsumexp, target_logit, row_entropy, tiles, gradient = head_stats(
+        *inputs, call.transform, call.place, entropy, dropped_mass > 0, direct, call.backend
     )
     targets, ranks = inputs[3], 1
     if call.group is not None:  # max, then sums, over the ranks: lse = m + log sum_r exp(lse_r - m)
@@ -239,7 +258,8 @@ def run_stats(
     if dropped_mass > 0:  # the ranks share the bound
         keep = keep_tiles(tiles, logsumexp, targets - call.place[0], dropped_mass / ranks)
         skipped = skipped_fraction(keep, targets != call.ignore_index)
-    return target_logit - logsumexp, logsumexp, row_entropy if entropy else None, keep, skipped
+    logprobs, row_entropy = target_logit - logsumexp, row_entropy if entropy else None
+    return logprobs, logsumexp, row_entropy, keep, skipped, gradient if direct else None
 
 
 def run_grads(
@@ -283,9 +303,11 @@ class HeadLogprobs(torch.autograd.Function):
         ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, call: HeadCall,
         entropy: bool, dropped_mass: float, known: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        inputs, keep, row_entropy = (hidden, weight, bias, targets), None, None
+        inputs, keep, row_entropy, gradient = (hidden, weight, bias, targets), None, None, None
         if known is None:
-            logprobs, logsumexp, row_entropy, keep, skipped = run_stats(inputs, call, entropy, dropped_mass)
+            logprobs, logsumexp, row_entropy, keep, skipped, gradient = run_stats(
+                inputs, call, entropy, dropped_mass, ctx.needs_input_grad
+            )
         else:
             target_logit, skipped = target_logits(*inputs, call.transform, call.place), known.new_zeros(())
             if call.group is not None:
@@ -294,7 +316,7 @@ class HeadLogprobs(torch.autograd.Function):
             logprobs = torch.where(targets != call.ignore_index, target_logit - known, 0.0)
         if row_entropy is None:
             row_entropy = logsumexp.new_empty(0)
-        ctx.save_for_backward(*inputs, logsumexp, row_entropy, keep)
+        ctx.save_for_backward(*inputs, logsumexp, row_entropy, keep, gradient)
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(logsumexp, skipped)
@@ -303,11 +325,13 @@ class HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
         d_logprobs, _, d_entropy, _ = grads
-        *inputs, logsumexp, entropy, keep = ctx.saved_tensors
+        *inputs, logsumexp, entropy, keep, gradient = ctx.saved_tensors
         if d_logprobs is None:
             d_logprobs = torch.zeros_like(logsumexp)
         if d_entropy is None or d_entropy.numel() == 0:
             entropy = d_entropy = None
+            if gradient is not None:
+                return (gradient * d_logprobs[:, None]).to(inputs[0].dtype), *(None for _ in range(7))
         else:
             keep = None  # the bound is proved for the log-prob's gradient; the entropy's is computed densely
         needed = ctx.needs_input_grad

@@ -16,7 +16,9 @@ def test_operators_are_registered_rightly(entropy):
     inputs = (given.hidden, given.weight, given.bias, given.targets)
     options = ((0.7, 1.0, 0.0), (0, 40, -100))
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(none.head_stats, (*inputs, *options, entropy, True, "chunked"), test_utils=checks)
+    for tiles in (False, True):
+        wants = (entropy, tiles, not tiles, "chunked")
+        torch.library.opcheck(none.head_stats, (*inputs, *options, *wants), test_utils=checks)
     row = torch.randn(12)
     rows = (row, given.coefficients, row if entropy else None, row if entropy else None, None)
     grads = (*inputs, *options, *rows, (True, True, True), (False, entropy), "chunked")

@@ -234,7 +234,8 @@ def test_ignored_rows_and_zero_coefficients_cost_no_rows(backend, monkeypatch):
     coefficients = given.coefficients.clone()
     coefficients[:25] = 0.0
     hidden = given.hidden.clone().requires_grad_()
-    out = linear_logprobs(hidden, given.weight, given.targets, backend=backend)
+    weight = given.weight.clone().requires_grad_()
+    out = linear_logprobs(hidden, weight, given.targets, backend=backend)
     (coefficients * out.logprobs).sum().backward()
     active = given.targets != -100
     assert sizes == [int(active.sum()), int((active & (coefficients != 0)).sum())]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agro_kernels._chunked import CHUNKED
+from agro_kernels._chunked import CHUNKED, stats_and_gradient
 from agro_kernels._head import Head, Upstream, Wanted, stats_dtype
 from agro_kernels._slices import SLICE_BYTES, gradients, statistics
 
@@ -29,10 +29,14 @@ def head_workspace(func: Any, args: tuple, *, gpu: bool) -> None:
 
 
 def _stats(args: tuple, gpu: bool) -> None:
-    hidden, weight, bias, targets, (temperature, logit_scale, softcap), _, entropy, tiles = args[:8]
+    hidden, weight, bias, targets, (temperature, logit_scale, softcap), _, entropy, *want = args[:9]
     head = Head(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     if not gpu:
-        statistics(hidden, weight, bias, targets, head, entropy, tiles, CHUNKED)
+        tiles, gradient = want
+        if gradient:
+            stats_and_gradient(hidden, weight, bias, targets, head, entropy)
+        else:
+            statistics(hidden, weight, bias, targets, head, entropy, tiles, CHUNKED)
         return
     blocks = -(-weight.shape[0] // TRITON_COLUMNS)
     for _ in range(2 if entropy else 1):
