@@ -88,7 +88,8 @@ def main() -> None:
     with (Path(task.folder) / "metrics.csv").open(newline="") as handle:
         steps = [row for row in csv.DictReader(handle) if row["train/seconds/step"]]
     LockStep.reporter.finish(
-        {name: [float(row[f"train/seconds/{name}"]) for row in steps] for name in PHASES}
+        {name: [float(row[f"train/seconds/{name}"]) for row in steps] for name in PHASES},
+        [float(row["train/rollout_tokens"]) for row in steps],
     )
 
 

@@ -129,7 +129,12 @@ def main() -> None:
     phases.wrap(trainer.accelerator, "backward", lambda *_: "backward")
     trainer.train()
     names = sorted({name for step in phases.steps for name in step} - {"forward_head"})
-    reporter.finish({name: [step.get(name, 0.0) for step in phases.steps] for name in names})
+    size, logged = task.prompts * task.group_size, trainer.state.log_history
+    lengths = [entry[name] for entry in logged if (name := "completions/mean_length") in entry]
+    reporter.finish(
+        {name: [step.get(name, 0.0) for step in phases.steps] for name in names},
+        [length * size for length in lengths],
+    )
 
 
 if __name__ == "__main__":

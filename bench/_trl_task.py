@@ -150,6 +150,6 @@ class Reporter:
                 self._steps_left = self.task.blocks[self._block]
             self.wait(grade)
 
-    def finish(self, phases: dict[str, list[float]]) -> None:
-        """Reports the seconds of each step's phases, and ends."""
-        self._send(phases=phases)
+    def finish(self, phases: dict[str, list[float]], tokens: list[float]) -> None:
+        """Reports the seconds of each step's phases and its completion tokens, and ends."""
+        self._send(phases=phases, tokens=tokens)

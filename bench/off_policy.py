@@ -36,7 +36,7 @@ what is finished and runs nothing.
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def task_records(about: dict[str, Any]) -> Records:
     return [*records, record(BENCH, "start", "other_buffer", "reward", about["other_buffer"], "ratio")]
 
 
-def search_records(plan: Plan, results: Results) -> Records:
+def search_records(plan: Plan, results: Results, *, bench: str = BENCH) -> Records:
     """Every finished point of the searches, and what was chosen."""
     records = []
     for name in plan.providers:
@@ -100,11 +100,10 @@ def search_records(plan: Plan, results: Results) -> Records:
             for run in [run for run in plan.search(name, data) if run in results]:
                 case = f"search/{data}/lr{run.learning_rate:g}_beta{run.beta:g}_weight{run.negative_weight:g}"
                 (point,), stopped = results[run]["points"], results[run]["stopped"]
-                accuracy = point["exact_accuracy"]
-                records.append(record(BENCH, case, name, "exact_accuracy", accuracy, "ratio", stopped))
+                records.append(record(bench, case, name, plan.metric, point[plan.metric], "ratio", stopped))
             chosen = choose(plan, results, name, data)
             for field, value in chosen._asdict().items() if chosen else ():
-                records.append(record(BENCH, f"chosen/{data}", name, field, value, ""))
+                records.append(record(bench, f"chosen/{data}", name, field, value, ""))
     return records
 
 
@@ -192,7 +191,7 @@ def table(records: Records, plan: Plan) -> str:
 def line(result: dict[str, Any]) -> str:
     """What a run came to, in one line."""
     run, last = result["run"], result["points"][-1]
-    figures = ", ".join(f"{name} {last[name]:.3f}" for name in METRICS if name in last)
+    figures = ", ".join(f"{name} {value:.3f}" for name, value in last.items() if name != "step")
     return (
         f"{run['data']} {run['objective']} lr {run['learning_rate']:g} beta {run['beta']:g} weight "
         f"{run['negative_weight']:g} seed {run['seed']} steps {run['steps']}: {figures}, "
@@ -200,7 +199,9 @@ def line(result: dict[str, Any]) -> str:
     )
 
 
-def make_runs(plan: Plan, results: Results, task: Path, workers: int) -> None:
+def make_runs(
+    plan: Plan, results: Results, task: Path, workers: int, train: Callable[[Run, Path], Any] = train
+) -> None:
     """Makes the runs that are lacking, phase by phase, in processes of one thread each."""
     with processes(workers) as run_all:
         for runs in phases(plan, results):

@@ -66,6 +66,11 @@ class Plan:
     """A second comparison of so many steps, with the settings chosen for the first."""
     long_seeds: int = 2
     prompts: int = 8
+    metric: str = "exact_accuracy"
+    """What settings are chosen by."""
+    samples: int = 2
+    """Samples of each validation prompt; see Run."""
+    search_samples: int = 0
 
     def grid(self, provider: str) -> list[Settings]:
         """The provider's settings."""
@@ -77,7 +82,7 @@ class Plan:
         if self.unsearched is not None:
             return []
         return [
-            self._run(provider, data, settings, SEARCH_SEED, self.steps, (self.steps,), samples=0)
+            self._run(provider, data, settings, SEARCH_SEED, self.steps, (self.steps,), self.search_samples)
             for settings in self.grid(provider)
         ]
 
@@ -86,11 +91,11 @@ class Plan:
         steps = self.long_steps if long and self.long_steps else self.steps
         points = (steps,) if long else self.measure_at
         seeds = range(1, (self.long_seeds if long else self.seeds) + 1)
-        return [self._run(provider, data, settings, seed, steps, points) for seed in seeds]
+        return [self._run(provider, data, settings, seed, steps, points, self.samples) for seed in seeds]
 
     def _run(
         self, provider: str, data: str, settings: Settings, seed: int, steps: int,
-        measure_at: tuple[int, ...], samples: int = 2,
+        measure_at: tuple[int, ...], samples: int,
     ) -> Run:  # fmt: skip
         return Run(
             objective=PROVIDERS[provider].objective, data=data, seed=seed, steps=steps, measure_at=measure_at,
@@ -142,7 +147,7 @@ class Results:
 
 
 def choose(plan: Plan, results: Results, provider: str, data: str) -> Settings | None:
-    """The setting with the best exact accuracy at the end of its search run; None before the search's end.
+    """The setting with the best `plan.metric` at the end of its search run; None before the search's end.
 
     A provider of one setting takes the best mean over all kinds of data of the plan but SINGLE.
     """
@@ -155,7 +160,7 @@ def choose(plan: Plan, results: Results, provider: str, data: str) -> Settings |
     if not all(results.have(runs) for runs in searches.values()):
         return None
     totals = [
-        sum(results[run]["points"][-1]["exact_accuracy"] for run in column)
+        sum(results[run]["points"][-1][plan.metric] for run in column)
         for column in zip(*searches.values(), strict=True)
     ]
     return plan.grid(provider)[totals.index(max(totals))]

@@ -25,9 +25,9 @@ TITLES = {
     "offline_reference": "offline, from the reference",
     "offline_other": "offline, from a weaker policy",
     "half": "half live, half offline",
+    "half_reference": "half live, half from the reference",
 }
 COLUMNS = 4
-METRIC = "exact_accuracy"
 Figures = dict[tuple[str, str, str], Any]
 """(case, provider, metric) -> value."""
 
@@ -40,20 +40,20 @@ def steps_of(records: list[dict[str, Any]], data: str, last: int) -> dict[int, s
     return dict(sorted(found.items()))
 
 
-def draw(axes: Axes, found: Figures, steps: dict[int, str]) -> None:
+def draw(axes: Axes, found: Figures, steps: dict[int, str], metric: str) -> None:
     """Accuracy against steps, one line a provider, with its interval."""
-    start = found["start", "start", METRIC]
+    start = found["start", "start", metric]
     for provider, (color, label) in LOOKS.items():
-        if any((case, provider, METRIC) not in found for case in steps.values()):
+        if any((case, provider, metric) not in found for case in steps.values()):
             continue
-        middle = [start, *(found[case, provider, METRIC] for case in steps.values())]
-        half = [0.0, *(found[case, provider, f"{METRIC}_interval"] or 0.0 for case in steps.values())]
+        middle = [start, *(found[case, provider, metric] for case in steps.values())]
+        half = [0.0, *(found[case, provider, f"{metric}_interval"] or 0.0 for case in steps.values())]
         low, high = ([m + sign * h for m, h in zip(middle, half, strict=True)] for sign in (-1, 1))
         axes.fill_between([0, *steps], low, high, color=color, alpha=0.12, linewidth=0)
         axes.plot([0, *steps], middle, color=color, linewidth=2.4 if provider == "ours" else 1.4, label=label)
 
 
-def plot(records: list[dict[str, Any]], path: Path, last: int) -> None:
+def plot(records: list[dict[str, Any]], path: Path, last: int, *, metric: str = "exact_accuracy") -> None:
     """One panel for each kind of data that was finished, written to `path`; `last` is the number of steps."""
     found: Figures = {(r["case"], r["provider"], r["metric"]): r["value"] for r in records}
     kinds = [data for data in TITLES if steps_of(records, data, last)]
@@ -63,12 +63,12 @@ def plot(records: list[dict[str, Any]], path: Path, last: int) -> None:
         canvas = Figure(figsize=(13, 2.9 * rows + 0.5), layout="constrained")
         panels = list(canvas.subplots(rows, COLUMNS, squeeze=False, sharey=True).flat)
         for axes, data in zip(panels, kinds, strict=False):
-            draw(axes, found, steps_of(records, data, last))
+            draw(axes, found, steps_of(records, data, last), metric)
             axes.set(title=TITLES[data], xlabel="steps")
             axes.grid(color="#e6e6e6", linewidth=0.6)
         for axes in panels[len(kinds) :]:
             axes.remove()
-        panels[0].set(ylabel="exact accuracy")
+        panels[0].set(ylabel=metric.replace("_", " "))
         lines, labels = panels[0].get_legend_handles_labels()
         canvas.legend(lines, labels, frameon=False, ncols=4, loc="outside lower center")
         canvas.savefig(path, dpi=110)

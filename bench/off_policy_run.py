@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -21,6 +21,7 @@ from agro_lightning.data.prompts.dataset import PromptSettings
 from agro_lightning.data.sources import Live, Offline, Source
 from agro_lightning.models.config import PolicySettings
 from agro_lightning.objectives import Agro, Grpo, Objective, RegularizedPG, RlooFrozenKL
+from agro_lightning.rewards import ExactMatch, Reward
 from agro_lightning.rollout import AutoEngine, Generation, RolloutEngine, Sampling
 from agro_lightning.training.callbacks.non_finite import NonFiniteError, NonFiniteGuard
 from agro_lightning.training.callbacks.step_metrics import StepMetrics
@@ -48,6 +49,10 @@ NEEDS_EVERY_LOGPROB = ("rloo_frozen_kl", "topr")
 LAGS = {"live": 0, "stale4": 4, "stale16": 16, "stale64": 64, "half": 0, "single_logged": 0}
 """How many updates old the weights are that generate, by kind of data; the other kinds generate nothing."""
 DATA = ("live", "stale4", "stale16", "stale64", "offline_reference", "offline_other", "half", "single_logged")
+KINDS = (*DATA, "half_reference")
+"""With half_reference, half live and half from the reference, which only `bench.real_offline` asks for."""
+Measure = Callable[[Any, Any, Sequence[Prompt], int], dict[str, float]]
+"""A policy's figures: from its module, its tokenizer, prompts, and the number of samples of each prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +74,40 @@ class Run:
     group_size: int = 8
 
 
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What runs train, on which task, and how they measure it."""
+
+    folder: Path
+    """Where the buffers are."""
+    policy: PolicySettings
+    train: PromptSettings
+    validation: PromptSettings
+    sampling: Sampling
+    measure: Measure
+    rewards: Sequence[Reward] = (ExactMatch(),)
+    warmup_steps: int = 10
+    schedule: Literal["constant", "cosine"] = "cosine"
+    clip: float = 0.5
+    """Largest norm of the gradient."""
+
+
+def arithmetic(task: Path) -> Subject:
+    """The small policy and the arithmetic of `prepare`."""
+
+    def figures(module: Any, tokenizer: Any, prompts: Sequence[Prompt], samples: int) -> dict[str, float]:
+        return measure(module.policy, module.reference.policy, tokenizer, prompts, samples=samples)
+
+    return Subject(
+        folder=task,
+        policy=PolicySettings(path=str(task / "policy")),
+        train=PromptSettings(path=str(task / "train.jsonl")),
+        validation=PromptSettings(path=str(task / "val.jsonl")),
+        sampling=SAMPLING,
+        measure=figures,
+    )
+
+
 class StaleEngine(RolloutEngine):
     """Generates with the policy's weights of `lag` updates ago: at first, with those of the start.
 
@@ -85,7 +124,7 @@ class StaleEngine(RolloutEngine):
     def attach(self, policy: Any, tokenizer: Any) -> None:
         """Binds the engine to the policy, whose weights it will keep copies of."""
         self._engine.attach(policy, tokenizer)
-        self._parameters = list(policy.parameters())
+        self._parameters = [p for p in policy.parameters() if p.requires_grad]
 
     def update_weights(self, policy_version: int) -> int:
         """Keeps the new weights; returns the version of those that generate."""
@@ -121,8 +160,9 @@ class StaleEngine(RolloutEngine):
 class Watch(Callback):
     """Measures accuracy and KL after some steps, and notes the staleness that the trainer logs."""
 
-    def __init__(self, run: Run, others: Mapping[str, Sequence[Prompt]]) -> None:
+    def __init__(self, run: Run, measure: Measure, others: Mapping[str, Sequence[Prompt]]) -> None:
         self.steps, self.samples, self.others = frozenset(run.measure_at), run.samples, others
+        self.measure = measure
         self.points: list[dict[str, float]] = []
         self.logged: list[dict[str, float]] = []
 
@@ -138,10 +178,9 @@ class Watch(Callback):
     def figures(self, trainer: L.Trainer, module: Any) -> dict[str, float]:
         """What is measured of the policy as it is, on the validation prompts and on the others."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        models = module.policy, module.reference.policy, data.tokenizer
-        found = measure(*models, list(data.val_prompts), samples=self.samples)
+        found = self.measure(module, data.tokenizer, list(data.val_prompts), self.samples)
         for name, prompts in self.others.items():
-            figures = measure(*models, prompts, samples=self.samples)
+            figures = self.measure(module, data.tokenizer, prompts, self.samples)
             found |= {f"{name}/{metric}": value for metric, value in figures.items()}
         return found
 
@@ -150,8 +189,9 @@ def sources_of(run: Run, task: Path) -> list[Source]:
     """Where the run's groups come from."""
     scored = "other_scored" if run.objective in NEEDS_EVERY_LOGPROB else "other"
     other = Offline(paths=[str(task / scored)], repeat=True, name="other")
-    if run.data == "offline_reference":
-        return [Offline(paths=[str(task / "reference")], repeat=True, name="reference")]
+    reference = Offline(paths=[str(task / "reference")], repeat=True, name="reference")
+    if run.data in ("offline_reference", "half_reference"):
+        return [reference] if run.data == "offline_reference" else [Live(), reference]
     if run.data == "offline_other":
         return [other]
     if run.data == "single_logged":
@@ -160,19 +200,20 @@ def sources_of(run: Run, task: Path) -> list[Source]:
     return [Live(), other] if run.data == "half" else [Live()]
 
 
-def data_of(run: Run, task: Path) -> AgroDataModule:
+def data_of(run: Run, subject: Subject) -> AgroDataModule:
     """The run's data module."""
-    if run.data not in DATA:
-        raise ValueError(f"data is {run.data!r}; accepted are {', '.join(DATA)}")
+    if run.data not in KINDS:
+        raise ValueError(f"data is {run.data!r}; accepted are {', '.join(KINDS)}")
     lag = LAGS.get(run.data, 0)
     engine: RolloutEngine = StaleEngine(lag) if lag else AutoEngine()
     return AgroDataModule(
-        train=PromptSettings(path=str(task / "train.jsonl")),
-        validation=PromptSettings(path=str(task / "val.jsonl")),
-        sources=sources_of(run, task),
+        train=subject.train,
+        validation=subject.validation,
+        sources=sources_of(run, subject.folder),
+        rewards=subject.rewards,
         batch_size=run.prompts,
         group_size=run.group_size,
-        sampling=SAMPLING,
+        sampling=subject.sampling,
         engine=engine,
         mixing="within_group" if run.data == "single_logged" else "per_group",
         zero_reward_rollouts=0,
@@ -199,15 +240,22 @@ def quietly() -> Iterator[None]:
             logger.setLevel(level)
 
 
-@quietly()
 def train(
     run: Run, task: Path, others: Mapping[str, Sequence[Prompt]] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Makes the run on the task in the folder that `prepare` filled; see :func:`train_subject`."""
+    return train_subject(run, arithmetic(task), others)
+
+
+@quietly()
+def train_subject(
+    run: Run, subject: Subject, others: Mapping[str, Sequence[Prompt]] = MappingProxyType({})
 ) -> dict[str, Any]:
     """Makes the run.
 
     Args:
         run: its settings.
-        task: the folder that `prepare` filled.
+        subject: the policy and its task.
         others: prompts, besides the validation prompts, to measure on, by name; figures get it as a prefix.
 
     Returns:
@@ -217,18 +265,20 @@ def train(
     started = time.perf_counter()
     L.seed_everything(run.seed, verbose=False)
     module = AgroModule(
-        policy=PolicySettings(path=str(task / "policy")),
+        policy=subject.policy,
         objective=OBJECTIVES[run.objective](run.beta, run.negative_weight),
-        optimizer=OptimizerSettings(learning_rate=run.learning_rate, warmup_steps=10, schedule="cosine"),
+        optimizer=OptimizerSettings(
+            learning_rate=run.learning_rate, warmup_steps=subject.warmup_steps, schedule=subject.schedule
+        ),
     )
-    watch, stopped = Watch(run, others), None
+    watch, stopped = Watch(run, subject.measure, others), None
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
             accelerator="cpu",
             devices=1,
             max_steps=run.steps,
             max_epochs=-1,
-            gradient_clip_val=0.5,
+            gradient_clip_val=subject.clip,
             num_sanity_val_steps=0,
             limit_val_batches=0,
             logger=False,
@@ -240,7 +290,7 @@ def train(
             callbacks=[StepMetrics(), NonFiniteGuard(), watch],
         )
         try:
-            trainer.fit(module, datamodule=data_of(run, task))
+            trainer.fit(module, datamodule=data_of(run, subject))
         except NonFiniteError as error:
             stopped = str(error)
             lasting = watch.figures(trainer, module)  # skipped steps change nothing

@@ -13,121 +13,35 @@ Cases:
   compared with TRL's RLOO, whose gradient is the same on fresh completions.
 - `.../step<n>`: greedy accuracy, seconds of training and completions after n steps, means over the seeds.
 - `vocab32k/...`: the quick start's policy with 32,000 tokens and longer completions, for the memory.
+- `smollm2/grpo` (`--model smollm2`, and nothing else then): SmolLM2-135M-Instruct, all weights trained, 4
+  prompts of GSM8K in its chat template x 8 completions of up to 64 tokens. `matmul_share` is the operations
+  that a step needs over its seconds and the machine's own fp32 matmul rate.
 
 `peak_bytes` is the most that the process held in memory while it trained, less what it held once everything
 was imported; `process_peak_bytes` is the whole.
 """
 
+import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from agro_lightning import quickstart
 from bench._records import emit, parser, record
 from bench._trl_environment import trl_python, versions
+from bench._trl_race import Racer, one_by_one, race
+from bench._trl_smollm2 import GSM8K, matmul_rate, operations, smollm2_task
 from bench._trl_task import Task
 
 BENCH = "versus_trl"
-ROOT = Path(__file__).parents[1]
 COUNTERPART = {"rloo": "rloo", "grpo": "grpo", "agro": "rloo"}
 """The objective of TRL's that each of ours is compared with."""
 VOCABULARY = 32_000
-
-
-@dataclass
-class Racer:
-    """One trainer's process, and what it reported."""
-
-    provider: str
-    task: Task
-    process: subprocess.Popen[str]
-    blocks: list[dict[str, Any]] = field(default_factory=list)
-    """Of each block: seconds of its steps, accuracy after it, memory. The first entry precedes training."""
-    phases: dict[str, list[float]] = field(default_factory=dict)
-
-    @classmethod
-    def start(cls, provider: str, task: Task, python: Path, threads: int) -> "Racer":
-        module = "bench._trl_ours" if provider == "ours" else "bench._trl_peer"
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        command = [python, "-m", module, task.to_json()]
-        pipe = subprocess.PIPE
-        with (Path(task.folder) / "log.txt").open("w") as log:
-            process = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=log, text=True, cwd=ROOT, env=environment
-            )
-        return cls(provider, task, process)
-
-    def stop(self) -> None:
-        """Ends the process, wherever it is, and closes its pipes."""
-        self.process.kill()
-        self.process.communicate()
-
-    def _report(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            log = (Path(self.task.folder) / "log.txt").read_text()
-            raise RuntimeError(f"{self.provider} with {self.task.objective} ended early:\n{log[-3000:]}")
-        return json.loads(line)
-
-    def prepare(self) -> None:
-        """Waits until the process has built its trainer and graded the policy."""
-        self.blocks.append(self._report())
-
-    def _go(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-
-    def run_block(self) -> None:
-        """Lets the process train for one block, while this one waits."""
-        self._go()
-        self.blocks.append(self._report())
-
-    def finish(self) -> None:
-        self._go()
-        self.phases = self._report()["phases"]
-        self.process.wait()
-
-    @property
-    def timed(self) -> list[dict[str, Any]]:
-        """The blocks after the one that warms up."""
-        return self.blocks[2:]
-
-    def median(self, key: str) -> float:
-        return statistics.median(value for block in self.timed for value in block[key])
-
-    def median_phase(self, name: str) -> float:
-        return statistics.median(self.phases[name][self.task.blocks[0] :])
-
-
-def race(entries: Iterable[tuple[str, Task]], folder: Path, peer: Path, threads: int) -> list[Racer]:
-    """Runs trainers in turns, block by block."""
-    racers: list[Racer] = []
-    try:
-        for provider, task in entries:
-            place = folder / f"{provider}-{task.objective}-{task.seed}"
-            place.mkdir(parents=True)
-            python = Path(sys.executable) if provider == "ours" else peer
-            racers.append(Racer.start(provider, replace(task, folder=str(place)), python, threads))
-            racers[-1].prepare()
-        for block in range(len(racers[0].task.blocks)):
-            shift = block % len(racers)
-            for racer in racers[shift:] + racers[:shift]:
-                racer.run_block()
-        for racer in racers:
-            racer.finish()
-    finally:
-        for racer in racers:
-            racer.stop()
-    return racers
 
 
 def widened_policy(folder: Path) -> Path:
@@ -175,6 +89,8 @@ def figures(case: str, racers: list[Racer], note: str) -> list[dict[str, Any]]:
     above = middle(r.blocks[-1]["peak_bytes"] - r.blocks[-1]["imports_bytes"] for r in racers)
     out.append(figure("peak_bytes", int(above), "bytes", "training's peak less what imports hold"))
     out.append(figure("process_peak_bytes", int(peak), "bytes"))
+    tokens = middle(statistics.fmean(r.tokens[r.task.blocks[0] :]) for r in racers)
+    out.append(figure("completion_tokens_per_step", tokens, "tokens"))
     return out
 
 
@@ -208,13 +124,17 @@ def comparison(case: str, ours: list[Racer], trl: list[Racer], against: str) -> 
         r.median("processor_seconds") for r in ours
     )
 
-    def peak(racers: list[Racer]) -> float:
-        return statistics.median(r.blocks[-1]["peak_bytes"] - r.blocks[-1]["imports_bytes"] for r in racers)
+    def peak(racers: list[Racer], *, imports: int) -> float:
+        last = [racer.blocks[-1] for racer in racers]
+        return statistics.median(block["peak_bytes"] - imports * block["imports_bytes"] for block in last)
 
     out = [
         record(BENCH, case, "ours", "steps_per_second_over_trl", speed, "ratio", f"{note}; median of turns"),
         record(BENCH, case, "ours", "processor_seconds_saved_over_trl", work, "ratio", note),
-        record(BENCH, case, "ours", "peak_bytes_over_trl", peak(ours) / peak(trl), "ratio", note),
+        *(
+            record(BENCH, case, "ours", metric, peak(ours, imports=k) / peak(trl, imports=k), "ratio", note)
+            for metric, k in (("peak_bytes_over_trl", 1), ("process_peak_bytes_over_trl", 0))
+        ),
     ]
     if ours[0].task.grade:
 
@@ -266,6 +186,7 @@ def summary(records: list[dict[str, Any]]) -> str:
         "seconds/backward": ("backward", "{:.3f}"),
         "seconds/optimizer": ("optimiser", "{:.3f}"),
         "peak_bytes": ("peak bytes", "{:,}"),
+        "completion_tokens_per_step": ("tokens", "{:.0f}"),
         "greedy_accuracy": ("accuracy", "{:.3f}"),
     }
     entries: dict[tuple[str, str], dict[str, Any]] = {}
@@ -284,13 +205,8 @@ def summary(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    arguments = parser(__doc__)
-    arguments.add_argument("--seeds", type=int, default=3, help="runs of each side, for the accuracies")
-    arguments.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each process")
-    arguments.add_argument("--learning-rate", type=float, default=3e-5)
-    options = arguments.parse_args()
-    peer = trl_python()
+def small_races(options: argparse.Namespace, peer: Path, note: str) -> list[dict[str, Any]]:
+    """The quick start's policy, as it is and with a vocabulary of 32,000."""
     entries = [("ours", "agro"), ("trl", "rloo"), ("ours", "rloo"), ("trl", "grpo"), ("ours", "grpo")]
     task = Task(
         policy=str(quickstart.FOLDER / "policy"),
@@ -301,17 +217,13 @@ def main() -> None:
         blocks=(4, 5, 5) if options.quick else (5, *(11,) * 5),
         learning_rate=options.learning_rate,
     )
-    records = []
-    load = os.getloadavg()[0]
-    note = f"{options.threads} threads; load {load:.1f} on {os.cpu_count()} cores at the start"
-    note += "; " + ", ".join(f"{name} {version}" for name, version in versions(peer).items())
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         racers = []
         for seed in range(1 if options.quick else options.seeds):
             runs = [(side, replace(task, objective=name, seed=seed)) for side, name in entries]
             racers += race(runs[:3] if options.quick else runs, folder, peer, options.threads)
-        records += records_of("quickstart", racers, note)
+        records = records_of("quickstart", racers, note)
         wide = replace(
             task,
             policy=str(widened_policy(folder / "vocab32k")),
@@ -321,12 +233,50 @@ def main() -> None:
             blocks=(1, 1) if options.quick else (1, 1, 1),
             grade=False,
         )
-        large = [  # one after another: together they would take more memory than a small machine has
-            racer
-            for side, o in (entries[:2] if options.quick else entries)
-            for racer in race([(side, replace(wide, objective=o))], folder / "large", peer, options.threads)
-        ]
-        records += records_of("vocab32k", large, note)
+        runs = [(side, replace(wide, objective=o)) for side, o in (entries[:2] if options.quick else entries)]
+        return records + records_of(
+            "vocab32k", one_by_one(runs, folder / "large", peer, options.threads), note
+        )
+
+
+def large_race(options: argparse.Namespace, peer: Path, note: str) -> list[dict[str, Any]]:
+    """SmolLM2-135M on GSM8K's prompts, our GRPO against TRL's, and how near the machine's matmuls come."""
+    steps = options.steps or (1 if options.quick else 3)
+    with tempfile.TemporaryDirectory() as place:
+        task = smollm2_task(Path(place), options.gsm8k, blocks=(1,) * (steps + 1), quick=options.quick)
+        runs = [("ours", replace(task, objective="grpo")), ("trl", replace(task, objective="grpo"))]
+        racers = one_by_one(runs, Path(place), peer, options.threads)
+        records = records_of("smollm2", racers, note)
+        rate = matmul_rate(options.threads)
+        records.append(record(BENCH, "smollm2", "machine", "matmul_rate", rate, "FLOP/s", "fp32"))
+        for racer in racers:
+            (tokens,) = [
+                item["value"]
+                for item in records
+                if item["provider"] == racer.provider and item["metric"] == "completion_tokens_per_step"
+            ]
+            done = operations(task, tokens) / racer.median("seconds")
+            note = "operations that a step needs, over its seconds and the machine's fp32 matmul rate"
+            records.append(
+                record(BENCH, "smollm2/grpo", racer.provider, "matmul_share", done / rate, "ratio", note)
+            )
+    return records
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--model", choices=("quickstart", "smollm2"), default="quickstart")
+    arguments.add_argument("--seeds", type=int, default=3, help="runs of each side, for the accuracies")
+    arguments.add_argument("--steps", type=int, help="of smollm2, after one that warms up (default 3)")
+    arguments.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each process")
+    arguments.add_argument("--learning-rate", type=float, default=3e-5)
+    arguments.add_argument("--gsm8k", type=Path, default=GSM8K, metavar="PATH", help="prompts of smollm2")
+    options = arguments.parse_args()
+    peer = trl_python()
+    load = os.getloadavg()[0]
+    note = f"{options.threads} threads; load {load:.1f} on {os.cpu_count()} cores at the start"
+    note += "; " + ", ".join(f"{name} {version}" for name, version in versions(peer).items())
+    records = (large_race if options.model == "smollm2" else small_races)(options, peer, note)
     emit(records, options.json, shown=summary(records))
 
 

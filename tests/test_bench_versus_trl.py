@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agro_lightning import quickstart
 from bench import versus_trl
 from bench._records import FIELDS
+from bench._trl_smollm2 import operations
 from bench._trl_task import Task, parity, rows
 
 
@@ -32,6 +35,7 @@ def check(racers, case):
     provider = racers[0].provider
     assert figures[case, provider, "seconds_per_step"] > 0
     assert figures[case, provider, "peak_bytes"] > 0
+    assert 4 <= figures[case, provider, "completion_tokens_per_step"] <= 20
     assert 0 <= figures[case, provider, "greedy_accuracy"] <= 1
     assert figures[f"{case}/step3", provider, "completions"] == 12
     for phase in ("generate", "score", "reference", "forward", "backward", "optimizer"):
@@ -69,7 +73,8 @@ def racer(provider, objective, seconds, accuracy, peak):
         for taken, reached in (([], 0.5), ([9.0], 0.6), (seconds, accuracy))
     ]
     made = Task(policy="", train="", validation="", objective=objective, folder="", blocks=(1, len(seconds)))
-    return versus_trl.Racer(provider, made, None, blocks, {"generate": [9.0, *seconds]})  # type: ignore[arg-type]
+    phases, tokens = {"generate": [9.0, *seconds]}, [9.0, *(2 * second for second in seconds)]
+    return versus_trl.Racer(provider, made, None, blocks, phases, tokens)  # type: ignore[arg-type]
 
 
 def test_the_figures_of_a_race_by_hand():
@@ -83,11 +88,28 @@ def test_the_figures_of_a_race_by_hand():
     assert found["q/agro", "ours", "seconds/generate"] == 1.0
     assert found["q/agro", "ours", "steps_per_second_over_trl"] == 3.0
     assert found["q/agro", "ours", "peak_bytes_over_trl"] == (200 - 100) / (350 - 100)
+    assert found["q/agro", "ours", "process_peak_bytes_over_trl"] == 200 / 350
+    assert found["q/agro", "ours", "completion_tokens_per_step"] == pytest.approx(8 / 3)
     assert found["q/agro", "ours", "accuracy_less_trl"] == pytest.approx(((0.6 + 0.9) - (0.6 + 0.7)) / 2)
     assert found["q/rloo/step4", "trl", "training_seconds"] == 9 + 14
     assert found["q/rloo", "trl", "greedy_accuracy"] == 0.7
     assert ("q/rloo", "trl", "steps_per_second_over_trl") not in found
     assert "q/agro ours" in versus_trl.summary(versus_trl.records_of("q", racers, ""))
+
+
+def test_the_operations_of_a_step_are_those_that_a_counter_finds(tmp_path):
+    prompt, answer = "16+70=", 4
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": prompt, "answer": "86"}) + "\n")
+    made = task(tmp_path, prompts=1, group_size=1, train=str(tmp_path / "train.jsonl"))
+    tokenizer = AutoTokenizer.from_pretrained(made.policy)
+    lm = AutoModelForCausalLM.from_pretrained(made.policy, attn_implementation="sdpa")
+    ids = torch.tensor([tokenizer(prompt)["input_ids"] + [5] * answer])
+    with FlopCounterMode(display=False) as counter:
+        lm.model(input_ids=ids)
+    matmuls = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+    head = 2 * answer * lm.config.hidden_size * lm.config.vocab_size
+    attention = 4 * lm.config.num_hidden_layers * lm.config.hidden_size * ids.numel() ** 2 / 2
+    assert operations(made, answer) / 5 == pytest.approx(matmuls + head + attention)
 
 
 def test_a_trainer_that_fails_is_reported_with_its_log(tmp_path):

@@ -489,6 +489,14 @@ def test_the_order_is_the_same_on_every_machine(tmp_path):
     assert data.order(0, 0).tolist() == [10, 7, 3, 2, 4, 6, 0, 5, 1, 8, 11, 9]
 
 
+def test_without_shuffle_the_order_is_the_files_and_belongs_to_what_a_resumed_run_compares(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": str(i)} for i in range(12)])
+    kept, shuffled = load(path, shuffle=False), load(path)
+    assert [kept.order(seed, epoch).tolist() for seed, epoch in ((0, 0), (3, 5))] == [list(range(12))] * 2
+    assert shuffled.order(0, 0).tolist() != list(range(12))
+    assert kept.fingerprint != shuffled.fingerprint == load(path, shuffle=True).fingerprint
+
+
 def test_every_place_is_as_likely_in_every_position():
     data = load("quickstart-val", make_tokenizer(), limit=10)
     counts = np.zeros((10, 10))

@@ -1,6 +1,7 @@
 """The real small model that comes out of a package, and its prompts."""
 
 import json
+import re
 
 import pytest
 from test_cli import output_of
@@ -19,13 +20,30 @@ def test_without_its_packages_the_line_says_what_to_install(monkeypatch, tmp_pat
     assert not (tmp_path / "models").exists()
 
 
+def shipped(name):
+    files = [FOLDER / f"{name}_{part}.jsonl" for part in ("train", "val")]
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+
+
 def test_the_prompts_are_those_of_their_maker_and_nothing_held_out_is_trained_on():
     from bench.make_larger_number import TRAIN, rows
 
-    files = [FOLDER / f"larger_number_{part}.jsonl" for part in ("train", "val")]
-    train, held_out = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    train, held_out = shipped("larger_number")
     assert train + held_out == rows() and len(train) == TRAIN
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+
+
+def test_the_curriculum_is_its_makers_and_holds_out_pairs_of_numbers_in_any_order_and_form():
+    from bench.make_apples import LARGEST, SUMS, parts
+
+    train, held_out = shipped("apples")
+    assert (train, held_out) == parts()
+    assert [" + " in row["prompt"] for row in train] == [True] * SUMS + [False] * (len(train) - SUMS)
+    pairs = [{frozenset(re.findall(r"\d+", row["prompt"])) for row in part} for part in (train, held_out)]
+    assert not pairs[0] & pairs[1]
+    for row in train + held_out:
+        numbers = [int(digits) for digits in re.findall(r"\d+", row["prompt"])]
+        assert sum(numbers) == int(row["answer"]) <= LARGEST and len(numbers) == 2
 
 
 @pytest.mark.slow

@@ -76,6 +76,8 @@ class PromptSettings:
     """Rows to leave out at the start."""
     limit: int | None = None
     """Most rows to read after that; None: all."""
+    shuffle: bool = True
+    """Whether each epoch has an order of its own; else prompts come in the file's order: a curriculum."""
     options: dict[str, Any] = field(default_factory=dict)
     """With `format: gym`: the task's own options, such as size and seed."""
     first: int | None = None
@@ -100,7 +102,7 @@ class PromptSettings:
 
 
 class PromptDataset:
-    """The prompts of a data set: sized, indexable, and shuffled anew for every epoch."""
+    """The prompts of a data set: sized, indexable, and (unless settings say otherwise) shuffled every epoch."""
 
     def __init__(
         self,
@@ -198,13 +200,13 @@ class PromptDataset:
         return iter(self._prompts)
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """(len(self),) int64: the indices in the order of an epoch."""
-        return _permutation(len(self), seed, epoch)
+        """(len(self),) int64: the indices in the order of an epoch; the file's order without shuffle."""
+        return _permutation(len(self), seed, epoch) if self.settings.shuffle else np.arange(len(self))
 
     @property
     def fingerprint(self) -> str:
         """A hash of all prompts, answers and fields in order; a run that resumes compares it."""
-        digest = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b(b"" if self.settings.shuffle else b"in file order", digest_size=16)
         for prompt in self._prompts:
             known = (prompt.prompt_id, prompt.prompt_ids, prompt.answer)
             fields = json.dumps(prompt.fields, default=str, skipkeys=True)

@@ -29,6 +29,8 @@ SHIPPED = {
     "quickstart-val": "prompts_val.jsonl",
     "larger-number-train": "larger_number_train.jsonl",
     "larger-number-val": "larger_number_val.jsonl",
+    "apples-train": "apples_train.jsonl",
+    "apples-val": "apples_val.jsonl",
     "guess": "guess.jsonl",
 }
 SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
