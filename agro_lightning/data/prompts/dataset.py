@@ -102,7 +102,7 @@ class PromptSettings:
 
 
 class PromptDataset:
-    """The prompts of a data set: sized, indexable, and (unless settings say otherwise) shuffled every epoch."""
+    """The prompts of a data set: sized, indexable, and shuffled anew for every epoch unless settings forbid."""
 
     def __init__(
         self,
