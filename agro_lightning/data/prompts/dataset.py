@@ -102,7 +102,7 @@ class PromptSettings:
 
 
 class PromptDataset:
-    """The prompts of a data set: sized, indexable, and shuffled anew for every epoch unless settings forbid."""
+    """The prompts of a data set: sized, indexable, and and where settings let it, shuffled every epoch."""
 
     def __init__(
         self,
