@@ -46,11 +46,12 @@ OBJECTIVES: dict[str, Callable[[float, float], Objective]] = {
 """From beta and the weight of negatives, which AGRO's and regularized_pg read."""
 NEEDS_EVERY_LOGPROB = ("rloo_frozen_kl", "topr")
 """Trained on the weaker policy's log-probs of its whole buffer, the right answers in it included."""
-LAGS = {"live": 0, "stale4": 4, "stale16": 16, "stale64": 64, "half": 0, "single_logged": 0}
+LAGS = {"live": 0, "stale4": 4, "stale16": 16, "stale64": 64, "half": 0, "single_logged": 0, "stale256": 256}
 """How many updates old the weights are that generate, by kind of data; the other kinds generate nothing."""
 DATA = ("live", "stale4", "stale16", "stale64", "offline_reference", "offline_other", "half", "single_logged")
-KINDS = (*DATA, "half_reference")
-"""With half_reference, half live and half from the reference, which only `bench.real_offline` asks for."""
+KINDS = (*DATA, "half_reference", "stale256")
+"""With half_reference, half live and half from the reference, which only `bench.real_offline` asks for, and
+stale256, which only `bench.long_staleness` does."""
 Measure = Callable[[Any, Any, Sequence[Prompt], int], dict[str, float]]
 """A policy's figures: from its module, its tokenizer, prompts, and the number of samples of each prompt."""
 
