@@ -73,12 +73,12 @@ def fit(rank, world, config, folder, options, kill=None, room=None):
                 if room is not None and (rank, trainer.global_step) == room[:2]:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (room[2], resource.RLIM_INFINITY))
 
-        original = fit.AgroCLI._instantiate_trainer
+        original = fit.AgroCLI.make_trainer
 
         def with_misfortune(self, config, callbacks):
             return original(self, config, [*callbacks, Misfortune()])
 
-        fit.AgroCLI._instantiate_trainer = with_misfortune
+        fit.AgroCLI.make_trainer = with_misfortune
     try:
         cli.main(["fit", "--config", config, "--run_dir", folder, "--trainer.devices", str(world), *options])
     except SystemExit as leave:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch.utils._pytree import tree_leaves
+
+from agro_lightning.primitives.compat import tree_leaves
 
 log = logging.getLogger(__name__)
 

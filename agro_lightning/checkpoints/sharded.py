@@ -26,7 +26,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
 from agro_lightning.checkpoints.files import (
     MARKER,
@@ -42,6 +41,7 @@ from agro_lightning.checkpoints.files import (
 from agro_lightning.checkpoints.safe_dcp import read_everything, read_tensors
 from agro_lightning.distributed.fsdp import DataRank
 from agro_lightning.primitives.atomic_files import disk_full_error, is_disk_full, sync_directory
+from agro_lightning.primitives.compat import tree_map_only
 from agro_lightning.primitives.dtensor import fill
 
 

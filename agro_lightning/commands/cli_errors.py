@@ -18,6 +18,8 @@ from typing import Any
 
 import yaml
 
+from agro_lightning.commands.compat import options_of, type_of
+
 log = logging.getLogger(__name__)
 
 PACKAGES = ("agro_lightning", "agro_kernels")
@@ -233,16 +235,15 @@ def _unknown_keys(message: str) -> list[str]:
 def valid_keys(parser: Any) -> set[str]:
     """All keys of the parser, nested ones with dots, those of class options included."""
     keys: set[str] = set()
-    for action in parser._actions:
+    for action in options_of(parser):
         if action.dest and action.dest not in ("help", "==SUPPRESS=="):
             keys.add(action.dest)
             keys.update(action.dest.rsplit(".", depth)[0] for depth in range(1, action.dest.count(".") + 1))
         choices = getattr(action, "choices", None)
         if isinstance(choices, dict):
             for name, sub in choices.items():
-                if hasattr(sub, "_actions"):
-                    keys |= {key for inner in valid_keys(sub) for key in (inner, f"{name}.{inner}")}
-        keys |= {f"{action.dest}.{name}" for name in _class_options(getattr(action, "_typehint", None))}
+                keys |= {key for inner in valid_keys(sub) for key in (inner, f"{name}.{inner}")}
+        keys |= {f"{action.dest}.{name}" for name in _class_options(type_of(action))}
     return keys
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from agro_lightning import rewards
+from agro_lightning.commands.compat import is_nested, keep_as_settings, options_of, wrap_check
 
 
 def replace_whole_values(parser: argparse.ArgumentParser) -> None:
@@ -26,13 +27,9 @@ def replace_whole_values(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: its actions, and those of its subcommands, are changed.
     """
-    for action in parser._actions:
-        check = getattr(action, "_check_type", None)
-        if check is not None and not hasattr(check, "__wrapped__"):
-            action._check_type = _replacing(action, check)  # type: ignore[attr-defined]
-        if "class_path" in getattr(getattr(action, "basetype", None), "__dataclass_fields__", {}):
-            # the parser takes a value of class_path and init_args alone for another class than the settings'
-            action.resolve_subclass_spec = lambda value: value  # type: ignore[attr-defined]
+    for action in options_of(parser):
+        wrap_check(action, _replacing)
+        keep_as_settings(action)
         choices = getattr(action, "choices", None)
         for inner in choices.values() if isinstance(choices, dict) else ():
             if isinstance(inner, argparse.ArgumentParser):
@@ -53,7 +50,7 @@ def _replacing(action: argparse.Action, check: Any) -> Any:
         if cfg is None or former is None or known.get("append"):
             return check(value, **known)
         if isinstance(former, list):
-            if type(value).__name__ == "NestedArg":  # one option of the last entry
+            if is_nested(value):  # one option of the last entry
                 return check(value, **known)
             return check(value, **{**known, "cfg": None})
         found = check(copy.deepcopy(value), **known)

@@ -5,12 +5,12 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from agro_lightning.checkpoints.single_file import DurableCheckpointIO
-from agro_lightning.commands.cli_errors import explained
 from agro_lightning.commands.defaults import DATA_DEFAULTS, TRAINER_DEFAULTS
+from agro_lightning.commands.lightning_compat import ExplainedCLI
 from agro_lightning.commands.parser import PROGRAM, AgroParser
 from agro_lightning.commands.run_settings import config_of_checkpoint
 from agro_lightning.distributed.launch import (
@@ -39,7 +39,7 @@ from agro_lightning.training.strategy import Sharded
 TRAINING_COMMANDS = ("fit", "validate")
 
 
-class AgroCLI(LightningCLI):
+class AgroCLI(ExplainedCLI):
     """Model, data and trainer from one YAML file and the command line."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -58,18 +58,6 @@ class AgroCLI(LightningCLI):
             name: {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule"}
             for name in TRAINING_COMMANDS
         }
-
-    def _set_seed(self) -> None:
-        with explained(building=True):
-            super()._set_seed()
-
-    def instantiate_classes(self) -> None:
-        with explained(building=True):
-            super().instantiate_classes()
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        with explained():
-            super()._run_subcommand(subcommand)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -106,21 +94,18 @@ class AgroCLI(LightningCLI):
         parser.link_arguments("data.sampling.temperature", "model.temperature")
         parser.set_defaults({f"data.{key}": value for key, value in DATA_DEFAULTS.items()})
 
-    def _parse_ckpt_path(self) -> None:
-        """Lightning would take settings from the checkpoint; here they stand in the config alone."""
-
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list) -> L.Trainer:
+    def make_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         """Adds what every run has to what the config asks for: run folder, loggers, callbacks, durable
         checkpoints."""
         check_nodes(config)
-        given_dir = self._get(self.config_init, "run_dir")
+        given_dir = self.get("run_dir")
         may_be_new = bool(given_dir) or was_launched()
         folder = run_folder(given_dir)
         config["default_root_dir"] = str(folder)
         fitting = self.subcommand == "fit"
         config["logger"] = loggers(config.get("logger"), folder, fitting=fitting)
         mine = [StepMetrics(), NonFiniteGuard(), Summary(), SampleTable(), StopOnSignal(), NameLostRank()]
-        mine.append(TensorBoardErrors(self._get(self.config_init, "on_tensorboard_error")))
+        mine.append(TensorBoardErrors(self.get("on_tensorboard_error")))
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         if not any(isinstance(callback, ProgressBar) for callback in given):
@@ -129,9 +114,9 @@ class AgroCLI(LightningCLI):
         kept = [callback for callback in mine if not any(type(other) is type(callback) for other in given)]
         last = any(isinstance(callback, ModelCheckpoint) and callback.save_last for callback in given)
         if config.get("enable_checkpointing") is not False and not last:
-            every = self._get(self.config_init, "checkpoint_every")
+            every = self.get("checkpoint_every")
             if not config.get("fast_dev_run"):
-                ckpt_path = self._get(self.config_init, "ckpt_path")
+                ckpt_path = self.get("ckpt_path")
                 check_start(folder, ckpt_path, fitting=fitting, may_be_new=may_be_new)
             # before the given ones: the trainer's first checkpoint callback is asked for the last checkpoint
             given = [RunCheckpoint(folder / "checkpoints", every=every), *given]
@@ -149,7 +134,7 @@ class AgroCLI(LightningCLI):
             isinstance(p, DurableCheckpointIO) for p in plugins
         ):
             config["plugins"] = [*plugins, DurableCheckpointIO()]
-        return super()._instantiate_trainer(config, callbacks)
+        return super().make_trainer(config, callbacks)
 
 
 def loggers(

@@ -34,6 +34,11 @@ def set_attention(decoder: Any, name: str) -> None:
     decoder.config._attn_implementation = name
 
 
+def takes_flash_attention(lm: Any) -> bool:
+    """Whether the architecture declares that it works with flash attention."""
+    return bool(lm._supports_flash_attn)
+
+
 def file_of(folder: str, name: str) -> Path | None:
     """A file of a model folder or hub id; None where there is none of that name."""
     found = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)

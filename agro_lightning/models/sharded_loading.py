@@ -28,6 +28,7 @@ from agro_lightning.models.pretrained import (
     require_safetensors,
     resolve_path,
 )
+from agro_lightning.primitives.compat import map_buffers, map_tensors, own_parameters
 from agro_lightning.primitives.dtensor import communication_device, fill, local_part
 
 log = logging.getLogger(__name__)
@@ -119,9 +120,7 @@ def empty_policy(
     offloaded = frozen and sharding.offload_reference
     materialise(policy, torch.device("cpu") if offloaded else device)
     for module in policy.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+        map_buffers(module, lambda buffer: buffer.to(device))
     return policy
 
 
@@ -172,10 +171,9 @@ def materialise(module: nn.Module, device: torch.device) -> None:
     """Gives meta parameters uninitialised memory on the device; parameters that were shared stay shared."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for inner in module.modules():
-        for name, parameter in inner._parameters.items():
-            if parameter is not None:
-                places.setdefault(id(parameter), []).append((inner, name))
-    module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+        for name, parameter in own_parameters(inner):
+            places.setdefault(id(parameter), []).append((inner, name))
+    map_tensors(module, lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
     for (first, name), *others in places.values():
         for other, other_name in others:
             setattr(other, other_name, getattr(first, name))

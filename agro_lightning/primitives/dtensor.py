@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from agro_lightning.primitives.compat import compute_local_shape_and_global_offset
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto import event_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.distributed import distributed_c10d
 
 from agro_lightning.primitives.atomic_files import append
 
@@ -114,8 +113,3 @@ def convert_loops(checkpoint: dict[str, Any], accumulate: int) -> None:
     for counts in (progress["total"], progress["current"]):
         ahead = counts["ready"] - counts["completed"]
         counts.update(ready=ready, started=ready, processed=ready, completed=ready - ahead)
-
-
-def default_store() -> Any:
-    """The key-value store that the ranks met at."""
-    return distributed_c10d._get_default_store()

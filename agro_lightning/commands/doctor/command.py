@@ -32,6 +32,7 @@ from agro_lightning.commands.doctor.report import (
     traffic_table,
 )
 from agro_lightning.commands.fit import AgroCLI
+from agro_lightning.commands.lightning_compat import tensor_parallel_size
 from agro_lightning.distributed.launch import number_of_ranks, run_folder
 from agro_lightning.primitives.quiet import quiet
 from agro_lightning.training.datamodule import AgroDataModule
@@ -98,12 +99,7 @@ class DoctorCLI(AgroCLI):
         """A new module, new data, and the trainer's settings."""
         with explained(building=True):
             self.config_init = self.parser.instantiate_classes(self.config)
-        trainer = dict(self._get(self.config_init, "trainer"))
-        return self._get(self.config_init, "model"), self._get(self.config_init, "data"), trainer
-
-    def get(self, key: str) -> Any:
-        """An option's value."""
-        return self._get(self.config_init, key)
+        return self.get("model"), self.get("data"), dict(self.get("trainer"))
 
     def proposal(self) -> str:
         """A configuration that fits, as YAML.
@@ -211,7 +207,7 @@ def _examine(cli: DoctorCLI, checks: Checks) -> None:
         "arithmetic",
         data.arithmetic(
             accumulate=cli.trainer_config.get("accumulate_grad_batches") or 1,
-            ranks=max(1, ranks // _tensor_parallel(cli.trainer_config)),
+            ranks=max(1, ranks // tensor_parallel_size(cli.trainer_config.get("strategy"))),
         ),
     )
     if ranks > 1 and not launched:
@@ -336,7 +332,7 @@ def _workload(cli: DoctorCLI, ranks: int, *, gpu: bool, prompt_tokens: int, cach
     limit = (engine.memory_bytes or cache) if hasattr(engine, "memory_bytes") else 0  # others have their own
     return Workload(
         ranks=ranks,
-        tensor_parallel=_tensor_parallel(config),
+        tensor_parallel=tensor_parallel_size(config.get("strategy")),
         gpu=gpu,
         groups=data.batch_size,
         group_size=data.group_size,
@@ -346,11 +342,6 @@ def _workload(cli: DoctorCLI, ranks: int, *, gpu: bool, prompt_tokens: int, cach
         clip=config.get("gradient_clip_val"),
         cache_bytes=limit,
     )
-
-
-def _tensor_parallel(config: dict[str, Any]) -> int:
-    size = getattr(config.get("strategy"), "_tensor_parallel_size", 1)
-    return size if isinstance(size, int) else 1
 
 
 @contextlib.contextmanager
@@ -384,4 +375,4 @@ def architecture(cli: DoctorCLI) -> Iterator[str]:
 
 
 def _config_files(cli: DoctorCLI) -> list[Any]:
-    return list(cli._get(cli.config, "config") or [])
+    return list(cli.text("config") or [])

@@ -11,7 +11,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from agro_lightning.checkpoints.export import export
@@ -26,6 +25,7 @@ from agro_lightning.distributed.launch import number_of_ranks, slurm_plugins
 from agro_lightning.models.batch import TokenBatch, pack_groups
 from agro_lightning.models.head_check import check_logprobs
 from agro_lightning.models.policy import Policy
+from agro_lightning.primitives.compat import local_tensor
 from agro_lightning.rewards.environment import with_environment_reward
 from agro_lightning.rollout.logprob_gap import check_logprob_gap, logprob_gap
 from agro_lightning.training.checkpointing import RunCheckpoint
@@ -342,8 +342,9 @@ def digest(policy: Policy, optimizer: torch.optim.Optimizer | None) -> str:
 
     def add(tensors: Iterator[Tensor]) -> None:
         for tensor in tensors:
-            local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-            plain = local.detach().cpu().contiguous().clone()  # numpy would forbid FSDP to resize it
+            plain = (
+                local_tensor(tensor).detach().cpu().contiguous().clone()
+            )  # numpy would forbid FSDP to resize it
             found.update(plain.view(-1).view(torch.uint8).numpy().tobytes())
 
     reshard(policy)

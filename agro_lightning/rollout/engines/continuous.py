@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from agro_lightning.models.compat import takes_flash_attention
 from agro_lightning.rollout.engines.base import Generation, Sampling
 from agro_lightning.rollout.engines.hf_generate import HFGenerate
 from agro_lightning.rollout.engines.transformers_engine import (
@@ -28,7 +29,7 @@ def flash_attention(lm: Any) -> bool:
     """Whether this model can use flash attention here: on a GPU, in half precision, package installed."""
     installed = is_flash_attn_2_available() or is_flash_attn_3_available()
     fitting = lm.device.type == "cuda" and lm.dtype in (torch.float16, torch.bfloat16)
-    return bool(installed and fitting and lm._supports_flash_attn)
+    return installed and fitting and takes_flash_attention(lm)
 
 
 class ContinuousBatching(TransformersEngine):

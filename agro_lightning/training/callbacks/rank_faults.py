@@ -9,7 +9,7 @@ import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
-from agro_lightning.training.compat import default_store
+from agro_lightning.primitives.compat import default_store
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ from torch.distributed._tools.fake_collectives import CollectiveOp, collective_o
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from agro_kernels import _linear_logprobs as kernels
 
@@ -25,7 +24,5 @@ __all__ = [
     "collective_ops",
     "is_traceable_wrapper_subclass",
     "kernels",
-    "tree_leaves",
-    "tree_map_only",
     "unset_fake_temporarily",
 ]

@@ -18,7 +18,6 @@ from agro_lightning.commands.doctor.memory.compat import (
     FakeTensorMode,
     TorchDispatchMode,
     kernels,
-    tree_map_only,
     unset_fake_temporarily,
 )
 from agro_lightning.commands.doctor.memory.tracker import MASKS, MemoryTracker
@@ -26,6 +25,7 @@ from agro_lightning.models import packed_attention as attention
 from agro_lightning.models import policy, reference
 from agro_lightning.models.batch import TokenBatch
 from agro_lightning.models.positions import LengthClasses
+from agro_lightning.primitives.compat import map_buffers, map_tensors, replace_parameters, tree_map_only
 from agro_lightning.training import module
 
 
@@ -156,16 +156,9 @@ def _map_tensors(record: Any, function: Callable[[Tensor], Tensor]) -> Any:
 def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """nn.Module._apply with new parameters; torch's swaps old ones in place, which fake ones do not allow."""
     for child in module.children() if recurse else ():
-        child._apply(function)
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            with torch.no_grad():
-                changed = function(parameter)
-            if changed is not parameter:
-                module._parameters[name] = nn.Parameter(changed, parameter.requires_grad)
-    for name, buffer in module._buffers.items():
-        if buffer is not None:
-            module._buffers[name] = function(buffer)
+        map_tensors(child, function)
+    replace_parameters(module, function)
+    map_buffers(module, function)
     return module
 
 

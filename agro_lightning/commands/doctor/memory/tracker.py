@@ -19,8 +19,8 @@ from agro_lightning.commands.doctor.memory.compat import (
     TorchDispatchMode,
     collective_ops,
     is_traceable_wrapper_subclass,
-    tree_leaves,
 )
+from agro_lightning.primitives.compat import local_tensor, tree_leaves
 
 PARAMETERS, GRADIENTS, OPTIMIZER, REFERENCE = "parameters", "gradients", "optimiser", "reference"
 ACTIVATIONS, MASKS, HEAD = "activations", "attention masks", "head"
@@ -291,7 +291,7 @@ class MemoryTracker(TorchDispatchMode):
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     """The memory behind a tensor; of a wrapper, that of what it wraps."""
     if isinstance(tensor, DTensor):
-        yield from _storages(tensor._local_tensor)
+        yield from _storages(local_tensor(tensor))
     elif is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _storages(getattr(tensor, name))
