@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
+from os.path import commonprefix
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "error"]
+TokenSequence = tuple[tuple[int, ...], tuple[bool, ...]]
+"""Token ids, and which of them the policy chose."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +46,10 @@ class Completion:
     """Which of completion_ids the policy chose; the others (tool results, user turns, tokens of the chat
     template) are context: read, never trained on. None: all. Trailing tokens that it did not choose are left
     out of the record, since nothing depends on them."""
+    branch_lengths: tuple[int, ...] | None = None
+    """Tokens of each of several sequences that completion_ids holds end to end: a compacted context, a
+    subagent. Each is read behind the prompt alone; the reward and s are those of all together. With them
+    there is a policy_mask, in which each branch has a chosen token. None: one sequence."""
     reward: float
     """The weighted total that the objective uses; NaN in a file's row that nobody has scored yet."""
     reward_parts: Mapping[str, float] = field(default_factory=dict)
@@ -75,17 +82,28 @@ class Completion:
     """File and row number ("file:row"), so that one row is never drawn twice into a group; "" when live."""
 
     def __post_init__(self) -> None:
-        mask = self.policy_mask
-        if not mask or len(mask) != len(self.completion_ids) or mask[-1] is not False or True not in mask:
-            return  # a mask that does not fit is refused where rows are packed or written
-        end = len(mask) - mask[::-1].index(True)
-        object.__setattr__(self, "completion_ids", self.completion_ids[:end])
-        object.__setattr__(self, "policy_mask", mask[:end])
+        if self.policy_mask is None or completion_problem(self):
+            return  # what does not fit is refused where rows are packed or written
+        for name, value in joined_sequences(trimmed(self.sequences()), masked=True).items():
+            object.__setattr__(self, name, value)
 
     @property
     def num_chosen(self) -> int:
         """Tokens that the policy chose: those that count."""
         return len(self.completion_ids) if self.policy_mask is None else sum(self.policy_mask)
+
+    def sequences(self) -> list[TokenSequence]:
+        """(ids, which of them the policy chose) of each branch; of one sequence without branches."""
+        mask, found, at = self.policy_mask or (True,) * len(self.completion_ids), [], 0
+        for length in self.branch_lengths or (len(self.completion_ids),):
+            found.append((self.completion_ids[at : at + length], mask[at : at + length]))
+            at += length
+        return found
+
+    def behind(self, ids: Sequence[int]) -> "Completion":
+        """The completion behind a prompt without its last tokens `ids`, which each sequence reads instead."""
+        moved = [((*ids, *own), ((False,) * len(ids) + mask)) for own, mask in self.sequences()]
+        return replace(self, **joined_sequences(moved))
 
     def runs(self) -> list[tuple[bool, tuple[int, ...]]]:
         """(whether the policy chose them, their ids) of neighbouring tokens, in order."""
@@ -124,6 +142,48 @@ def mask_problem(mask: Sequence[Any] | None, num_tokens: int) -> str | None:
             f"policy_mask chooses none of the {num_tokens} tokens; there is nothing to train on: leave it out"
         )
     return None
+
+
+def completion_problem(completion: Completion) -> str | None:
+    """What is wrong with a completion's policy_mask or branch_lengths; None where nothing is."""
+    mask, branches, tokens = completion.policy_mask, completion.branch_lengths, len(completion.completion_ids)
+    if (problem := mask_problem(mask, tokens)) or branches is None:
+        return problem
+    if mask is None:
+        return "branch_lengths without a policy_mask; say which tokens of the branches the policy chose"
+    if not branches or min(branches) < 1 or sum(branches) != tokens:
+        return (
+            f"branch_lengths {list(branches)[:20]} must be positive and add up to the {tokens} completion_ids"
+        )
+    none = next((i for i, (_, flags) in enumerate(completion.sequences()) if True not in flags), None)
+    return None if none is None else f"the policy chose no token of branch {none}; leave that branch out"
+
+
+def joined_sequences(sequences: Sequence[TokenSequence], *, masked: bool = False) -> dict[str, Any]:
+    """completion_ids, policy_mask and branch_lengths of a Completion that consists of these.
+
+    Args:
+        sequences: in order, each with a chosen token.
+        masked: with a policy_mask where the policy chose all tokens, too.
+    """
+    mask = tuple(flag for _, flags in sequences for flag in flags)
+    several = len(sequences) > 1
+    return {
+        "completion_ids": tuple(token for ids, _ in sequences for token in ids),
+        "policy_mask": mask if masked or several or not all(mask) else None,
+        "branch_lengths": tuple(len(ids) for ids, _ in sequences) if several else None,
+    }
+
+
+def trimmed(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+    """The sequences up to their last chosen tokens: nothing depends on what follows."""
+    ends = [len(mask) - mask[::-1].index(True) for _, mask in sequences]
+    return [(ids[:end], mask[:end]) for (ids, mask), end in zip(sequences, ends, strict=True)]
+
+
+def shared_prompt(sequences: Sequence[TokenSequence]) -> tuple[int, ...]:
+    """The tokens that all sequences have in common before the policy's first one: their prompt."""
+    return tuple(commonprefix([list(ids[: mask.index(True)]) for ids, mask in sequences]))
 
 
 def answer_to_text(answer: str | tuple[str, ...] | None) -> str | None:

@@ -279,11 +279,6 @@ def trace(**changes):
         (trace(completion_token_ids=[20, True]), "token_outside_vocabulary", "the token id True"),
         (trace(loss_mask=[1]), "wrong_type", "a loss_mask of one number for each"),
         (trace(loss_mask=[0] * len(trace()["turns"][0]["loss_mask"])), "empty_completion", "no token that"),
-        (
-            {"turns": [*trace()["turns"], *trace()["turns"]], "reward": 1.0},
-            "dropped_branches",
-            "turn 1 does not go on from the former ones",
-        ),
     ],
 )  # fmt: skip
 def test_traces_that_cannot_be_used(tmp_path, capsys, row, reason, message):
@@ -293,16 +288,47 @@ def test_traces_that_cannot_be_used(tmp_path, capsys, row, reason, message):
     assert f"refused: 1 ({reason} 1)" in capsys.readouterr().out
 
 
-def test_branches_and_other_tokenizers_traces_are_refused(tmp_path, capsys):
+def test_another_tokenizers_traces_are_refused(tmp_path, capsys):
     row = json.loads((LOGS / "traces.jsonl").read_text().splitlines()[0])
-    nodes = row["traces"][0]["nodes"]
-    nodes[2]["parent"] = 0
-    log = write(tmp_path / "t.jsonl", row)
-    assert "branches (compaction, subagents)" in refused(capsys, log, tmp_path)
-    nodes[2]["parent"], nodes[1]["token_ids"][-2] = 1, 65
-    log = write(tmp_path / "t.jsonl", row)
-    error = refused(capsys, log, tmp_path)
+    row["traces"][0]["nodes"][1]["token_ids"][-2] = 65
+    error = refused(capsys, write(tmp_path / "t.jsonl", row), tmp_path)
     assert "the chosen ids read" in error and "give the policy that sampled them" in error
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_trace_with_branches_is_one_row(tmp_path, order):
+    """The second answer has a context of its own; the row joins one of its task without branches."""
+    rows = [json.loads(line) for line in (LOGS / "traces.jsonl").read_text().splitlines()[:2]]
+    nodes = rows[1]["traces"][0]["nodes"]
+    nodes[2] |= {name: nodes[2][name][1:] for name in ("token_ids", "mask")} | {"parent": None}
+    (made,) = imported(write(tmp_path / "t.jsonl", *rows[::order]), tmp_path)
+    whole, branched = sorted(made.completions, key=lambda c: len(c.branch_lengths or ()))
+    assert whole.branch_lengths is None and len(made.prompt.prompt_ids) == 6
+    read = [[*made.prompt.prompt_ids, *ids] for ids, _ in (*whole.sequences(), *branched.sequences())]
+    logged = rows[0]["traces"][0]["nodes"], nodes[:2], nodes[2:]
+    assert read == [[token for node in part for token in node["token_ids"]] for part in logged]
+    for completion, part in ((whole, logged[0]), (branched, nodes)):
+        flags = [flag for node in part for flag in node["mask"]]
+        tokens = [token for node in part for token in node["token_ids"]]
+        chosen = [t for ids, mask in completion.sequences() for t, m in zip(ids, mask, strict=True) if m]
+        assert chosen == [token for token, flag in zip(tokens, flags, strict=True) if flag]
+        assert len(completion.behavior_logprobs) == len(chosen)
+
+
+def test_openenv_turns_that_do_not_go_on_are_branches(tmp_path):
+    row = {"turns": [*trace()["turns"], *trace(completion_token_ids=[21, 257])["turns"]], "reward": 1.0}
+    (made,) = imported(write(tmp_path / "t.jsonl", row, row), tmp_path)
+    for completion in made.completions:
+        assert completion.sequences() == [((20, 257), (True, True)), ((21, 257), (True, True))]
+
+
+def test_branches_of_texts_alone_are_refused(tmp_path, capsys):
+    row = json.loads((LOGS / "traces.jsonl").read_text().splitlines()[0])
+    for node in row["traces"][0]["nodes"]:
+        del node["token_ids"], node["mask"], node["logprobs"]
+    row["traces"][0]["nodes"][2]["parent"] = 0
+    error = refused(capsys, write(tmp_path / "t.jsonl", row), tmp_path)
+    assert "branches (compaction, subagents) without token ids" in error
 
 
 def test_a_damaged_archive_is_named(tmp_path, capsys):

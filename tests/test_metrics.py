@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from agro_lightning.models.batch import pack_groups, select_completions
+from agro_lightning.models.batch import pack_groups, select_sequences
 from agro_lightning.training.callbacks.step_metrics import over_ranks
 from agro_lightning.training.metrics import StepResult, batch_metrics, combined, plain_sums
 from agro_lightning.types import Completion, Prompt, PromptGroup
@@ -119,7 +119,7 @@ def test_mean_of_each_reward_over_what_it_scored():
     found = {name: combined(f"reward/{name}", [sums[f"reward/{name}"]]) for name in names}
     assert found["exact"] == pytest.approx(2 / 3) and found["brevity"] == -2 and math.isnan(found["silent"])
     assert "reward/foreign" not in sums
-    part = select_completions(batch, [1, 2])
+    part = select_sequences(batch, [1, 2])
     halves = [plain_sums(batch_metrics(p, result_of(p), rewards=names)) for p in (part, part)]
     assert combined("reward/exact", [half["reward/exact"] for half in halves]) == 0.5
 

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, tiny_lm
 
-from agro_lightning.models.batch import pack_groups, repeat_prompts, select_completions
+from agro_lightning.models.batch import pack_groups, repeat_prompts, select_sequences
 from agro_lightning.models.config import LoraSettings, PolicySettings
 from agro_lightning.models.head_check import check_logprobs
 from agro_lightning.models.pieces import Pieces, split_batch
@@ -132,9 +132,9 @@ def test_pieces_hold_the_same_logprobs_in_order(max_tokens):
     )
 
 
-def test_select_completions_keeps_rows_and_renumbers():
+def test_select_sequences_keeps_rows_and_renumbers():
     batch = pack_groups(make_groups(), num_groups=4)
-    part = select_completions(batch, [1, 2, 5, 10])
+    part = select_sequences(batch, [1, 2, 5, 10])
     assert part.group_ids.tolist() == [0, 0, 1, 2]
     assert part.prompt_ids == ("p0", "p2", "p3")
     assert part.sequence_ids.max() == 3 and part.num_groups == 4.0

@@ -19,7 +19,7 @@ from agro_lightning.data.buffer.schema import (
     tokenizer_id,
 )
 from agro_lightning.data.buffer.writer import append_rollouts
-from agro_lightning.models.batch import pack_groups, select_completions
+from agro_lightning.models.batch import pack_groups, select_sequences
 from agro_lightning.models.config import PolicySettings
 from agro_lightning.models.pieces import split_batch
 from agro_lightning.models.policy import Policy
@@ -73,7 +73,7 @@ def test_chosen_tokens_have_the_logprobs_of_their_sequences_alone(name, packing,
     torch.testing.assert_close(got, full[chosen], atol=1e-5, rtol=1e-5)
     assert batch.target_lengths.tolist() == [c.num_chosen for g in groups for c in g.completions]
     assert [len(p.targets) for p in pieces.parts] == [int(p.target_lengths.sum()) for p in pieces.parts]
-    part = select_completions(batch, [1, 4, 9])
+    part = select_sequences(batch, [1, 4, 9])
     rows = torch.repeat_interleave(
         torch.tensor([i in (1, 4, 9) for i in range(batch.num_completions)]), batch.target_lengths
     )
@@ -347,6 +347,6 @@ def test_a_mask_changes_a_files_fingerprint(quickstart_tokenizer, tmp_path):
 
 def test_a_file_of_a_later_version_is_refused(quickstart_tokenizer, tmp_path):
     path = write_parquet(tmp_path / "r.parquet", [token_row()] * 2)
-    pq.write_table(pq.read_table(path).replace_schema_metadata({VERSION_KEY: b"3"}), path)
-    with pytest.raises(BadFileError, match="schema version 3; this version reads 1 to 2"):
+    pq.write_table(pq.read_table(path).replace_schema_metadata({VERSION_KEY: b"4"}), path)
+    with pytest.raises(BadFileError, match="schema version 4; this version reads 1 to 3"):
         open_buffer(path, quickstart_tokenizer, tmp_path)

@@ -10,7 +10,7 @@ import torch
 from agro_lightning.data.buffer.buffer import RolloutBuffer
 from agro_lightning.data.buffer.schema import FILE_SCHEMA, BadRowError, tokenizer_id
 from agro_lightning.data.buffer.writer import append_rollouts
-from agro_lightning.models.batch import pack_groups, select_completions
+from agro_lightning.models.batch import pack_groups, select_sequences
 from agro_lightning.training.metrics import _ages
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
@@ -55,7 +55,7 @@ def test_the_writer_refuses_what_no_reader_would_take(tmp_path):
 def test_staleness_is_of_tokens():
     batch = pack_groups([group(((4, 1), (7, 3)), None)], num_groups=1, policy_version=8)
     assert _ages(batch).tolist() == [4, 1, 1, 1, 4, 4, 4, 4]
-    assert _ages(select_completions(batch, [1])).tolist() == [4, 4, 4, 4]
+    assert _ages(select_sequences(batch, [1])).tolist() == [4, 4, 4, 4]
     assert batch.policy_versions.tolist() == [4, 4]
     foreign = pack_groups(
         [PromptGroup(prompt=PROMPT, completions=(completion(policy_version=-1),) * 2)], num_groups=1

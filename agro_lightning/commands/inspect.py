@@ -296,7 +296,9 @@ def sample_text(group: PromptGroup, completion: Completion, tokenizer: PreTraine
     trained = _tokens(completion.completion_ids, tokenizer, "[{}]", completion.policy_mask)
     count = f"{len(completion)} tokens, trained on"
     if completion.policy_mask is not None:
-        count = f"{len(completion)} tokens, {completion.num_chosen} of them (in brackets) trained on"
+        lengths = " + ".join(map(str, completion.branch_lengths or ()))
+        count = f"{len(completion)} tokens{f' in branches of {lengths}' if lengths else ''}, "
+        count += f"{completion.num_chosen} of them (in brackets) trained on"
     return "\n".join(
         [
             head,

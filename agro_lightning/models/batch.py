@@ -3,6 +3,7 @@
 import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -10,27 +11,30 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from agro_lightning.types import Completion, PromptGroup, mask_problem
+from agro_lightning.types import Completion, PromptGroup, completion_problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch:
     """Whole prompt groups, packed into one row of tokens without padding; each prompt's tokens stand once.
 
-    A group is laid out as its prompt followed by its completions. A completion's last token predicts nothing
-    and is left out of the input, so a completion of n tokens takes n - 1 places. A token that the policy did
-    not choose is an input without being a target. T input tokens, N targets, B completions, G groups.
+    A group is laid out as its prompt followed by its completions' sequences, of which a completion has one
+    unless it has branches. A sequence's last token predicts nothing and is left out of the input, so n tokens
+    take n - 1 places. A token that the policy did not choose is an input without being a target. T input
+    tokens, N targets, S sequences, B completions, G groups.
     """
 
     input_ids: Int[Tensor, " T"]
     position_ids: Int[Tensor, " T"]
-    """Position within the token's own sequence: completions continue their prompt's count."""
+    """Position within the token's own sequence, which continues its prompt's count."""
     prompt_lengths: Int[Tensor, " G"]
     """Input tokens of each group's prompt (on the CPU; the layout is planned there)."""
-    completion_lengths: Int[Tensor, " B"]
-    """Input tokens of each completion, its length - 1 (on the CPU)."""
-    target_lengths: Int[Tensor, " B"]
-    """Targets of each completion, the tokens that the policy chose: 1 to its length (on the CPU)."""
+    completion_lengths: Int[Tensor, " S"]
+    """Input tokens of each sequence behind its prompt, its length - 1 (on the CPU)."""
+    target_lengths: Int[Tensor, " S"]
+    """Targets of each sequence, the tokens that the policy chose: 1 to its length (on the CPU)."""
+    owners: Int[Tensor, " S"]
+    """For each sequence, the completion (0..B-1) that it belongs to, rising (on the CPU)."""
     predictors: Int[Tensor, " N"]
     """For each target, the input place whose hidden state predicts it."""
     targets: Int[Tensor, " N"]
@@ -66,9 +70,24 @@ class TokenBatch:
     def num_completions(self) -> int:
         return self.rewards.numel()
 
+    @property
+    def num_sequences(self) -> int:
+        """As many as completions, where none has branches."""
+        return self.owners.numel()
+
+    @property
+    def sequence_groups(self) -> Int[Tensor, " S"]:
+        """For each sequence, its group (on the CPU)."""
+        return self.group_ids.cpu()[self.owners]
+
+    @property
+    def target_sequences(self) -> Int[Tensor, " N"]:
+        """For each target, its sequence (on the CPU)."""
+        return torch.repeat_interleave(torch.arange(self.num_sequences), self.target_lengths)
+
     def to(self, device: torch.device | str) -> "TokenBatch":
         """The batch with its tensors on `device`; the length tensors stay on the CPU."""
-        stay = {"prompt_lengths", "completion_lengths", "target_lengths"}
+        stay = {"prompt_lengths", "completion_lengths", "target_lengths", "owners"}
         moved = {
             name: value.to(device, non_blocking=True)
             for name in self.__dataclass_fields__
@@ -84,9 +103,10 @@ def pack_groups(
     policy_version: int = 0,
     reference_id: str | None = None,
 ) -> TokenBatch:
-    """Packs groups into one row of tokens: each prompt once, then its completions without their last token.
+    """Packs groups into one row of tokens: each prompt once, then its sequences without their last token.
 
-    The targets are the tokens that the policy chose (`Completion.policy_mask`).
+    The targets are the tokens that the policy chose (`Completion.policy_mask`). A completion's branches are
+    sequences of their own, whose targets all belong to it.
 
     Args:
         groups: whole prompt groups; every prompt and completion has at least one token.
@@ -97,19 +117,22 @@ def pack_groups(
 
     Raises:
         ValueError: no groups, a group of fewer than 2 completions, an empty prompt or completion, or a
-            policy_mask or log-probs that do not fit their completion.
+            policy_mask, branch_lengths or log-probs that do not fit their completion.
     """
     _check(groups)
     completions = [completion for group in groups for completion in group.completions]
     sizes = np.array([len(group) for group in groups])
     prompt_lengths = np.array([len(group.prompt.prompt_ids) for group in groups])
-    lengths = np.array([len(completion) for completion in completions])
+    by_group = [[c.sequences() for c in group.completions] for group in groups]
+    branches = [each for group in by_group for each in group]
+    owners = np.repeat(np.arange(len(completions)), [len(each) for each in branches])
+    lengths = np.array([len(ids) for each in branches for ids, _ in each])
     group_ids = np.repeat(np.arange(len(groups)), sizes)
 
     pieces: list[Sequence[int]] = []
     positions: list[np.ndarray] = []
     at = 0
-    starts = np.empty(len(completions), dtype=np.int64)  # place of each completion's first input token
+    starts = np.empty(len(lengths), dtype=np.int64)  # place of each sequence's first input token
     prompt_ends = np.empty(len(groups), dtype=np.int64)  # place of each prompt's last token
     row = 0
     for g, group in enumerate(groups):
@@ -118,22 +141,20 @@ def pack_groups(
         positions.append(np.arange(prompt_length))
         at += prompt_length
         prompt_ends[g] = at - 1
-        for completion in group.completions:
-            pieces.append(completion.completion_ids[:-1])
-            positions.append(np.arange(prompt_length, prompt_length + len(completion) - 1))
+        for ids, _ in chain.from_iterable(by_group[g]):
+            pieces.append(ids[:-1])
+            positions.append(np.arange(prompt_length, prompt_length + len(ids) - 1))
             starts[row] = at
-            at += len(completion) - 1
+            at += len(ids) - 1
             row += 1
 
-    sequence_ids = np.repeat(np.arange(len(completions)), lengths)
-    within = np.arange(len(sequence_ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    sequences = np.repeat(np.arange(len(lengths)), lengths)
+    within = np.arange(len(sequences)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     predictors = np.where(
-        within == 0, prompt_ends[group_ids][sequence_ids], starts[sequence_ids] + within - 1
+        within == 0, prompt_ends[group_ids[owners]][sequences], starts[sequences] + within - 1
     )
-    chosen = np.concatenate(
-        [np.ones(len(c), bool) if c.policy_mask is None else np.array(c.policy_mask) for c in completions]
-    )
-    target_lengths = np.array([c.num_chosen for c in completions])
+    chosen = np.concatenate([np.array(mask) for each in branches for _, mask in each])
+    counts = np.array([c.num_chosen for c in completions])
     cached = reference_id is not None and all(
         c.ref_logprobs is not None and c.reference_id == reference_id for c in completions
     )
@@ -142,19 +163,20 @@ def pack_groups(
         position_ids=torch.from_numpy(np.concatenate(positions)),
         prompt_lengths=torch.from_numpy(prompt_lengths),
         completion_lengths=torch.from_numpy(lengths - 1),
-        target_lengths=torch.from_numpy(target_lengths),
+        target_lengths=torch.tensor([sum(mask) for each in branches for _, mask in each]),
+        owners=torch.from_numpy(owners),
         predictors=torch.from_numpy(predictors[chosen]),
         targets=torch.from_numpy(
             np.concatenate([np.asarray(c.completion_ids, dtype=np.int64) for c in completions])[chosen]
         ),
-        sequence_ids=torch.from_numpy(sequence_ids[chosen]),
+        sequence_ids=torch.from_numpy(owners[sequences][chosen]),
         group_ids=torch.from_numpy(group_ids),
         rewards=torch.tensor([c.reward for c in completions], dtype=torch.float32),
-        ref_logprobs=_tokens([c.ref_logprobs for c in completions], target_lengths) if cached else None,
-        behavior_logprobs=_tokens([c.behavior_logprobs for c in completions], target_lengths),
+        ref_logprobs=_tokens([c.ref_logprobs for c in completions], counts) if cached else None,
+        behavior_logprobs=_tokens([c.behavior_logprobs for c in completions], counts),
         truncated=torch.tensor([c.finish_reason == "length" for c in completions]),
         policy_versions=torch.tensor([c.policy_version for c in completions]),
-        token_versions=torch.from_numpy(_versions(completions, target_lengths)),
+        token_versions=torch.from_numpy(_versions(completions, counts)),
         sources=tuple(c.source for c in completions),
         prompt_ids=tuple(group.prompt.prompt_id for group in groups),
         reward_parts=tuple(c.reward_parts for c in completions),
@@ -182,7 +204,7 @@ def _check(groups: Sequence[PromptGroup]) -> None:
                 raise ValueError(
                     f"{which} is empty; it needs at least one token, the EOS: drop it, or append the EOS"
                 )
-            if problem := mask_problem(completion.policy_mask, len(completion)):
+            if problem := completion_problem(completion):
                 raise ValueError(f"{which}: {problem}")
             for column in ("ref_logprobs", "behavior_logprobs"):
                 values = getattr(completion, column)
@@ -211,12 +233,15 @@ def _versions(completions: Sequence[Completion], lengths: np.ndarray) -> Int[np.
     return np.repeat(versions, tokens)
 
 
-def select_completions(batch: TokenBatch, rows: Sequence[int]) -> TokenBatch:
-    """The packed batch that holds only the given completions (indices in rising order) and their prompts."""
+def select_sequences(batch: TokenBatch, rows: Sequence[int]) -> TokenBatch:
+    """The packed batch that holds only the given sequences (indices in rising order), their completions and
+    prompts. A completion may lie in several such parts: sums over it are made from the whole batch."""
     device = batch.input_ids.device
-    prompts, lengths, groups = batch.prompt_lengths, batch.completion_lengths, batch.group_ids.cpu()
+    prompts, lengths, groups = batch.prompt_lengths, batch.completion_lengths, batch.sequence_groups
     keep = torch.zeros(lengths.numel(), dtype=torch.bool)
     keep[list(rows)] = True
+    whole = torch.zeros(batch.num_completions, dtype=torch.bool)
+    whole[batch.owners[keep]] = True
     keep_group = torch.zeros(prompts.numel(), dtype=torch.bool)
     keep_group[groups[keep]] = True
     new_group = torch.cumsum(keep_group, 0) - 1
@@ -229,8 +254,8 @@ def select_completions(batch: TokenBatch, rows: Sequence[int]) -> TokenBatch:
     kept_inputs = torch.repeat_interleave(torch.cat(flags), torch.cat(sizes)).to(device)
     kept_targets = torch.repeat_interleave(keep, batch.target_lengths).to(device)
     new_place = torch.cumsum(kept_inputs, 0) - 1
-    new_row = (torch.cumsum(keep, 0) - 1).to(device)
-    on_device = keep.to(device)
+    new_row = torch.cumsum(whole, 0) - 1
+    on_device = whole.to(device)
 
     def tokens(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[kept_targets]
@@ -242,9 +267,10 @@ def select_completions(batch: TokenBatch, rows: Sequence[int]) -> TokenBatch:
         prompt_lengths=prompts[keep_group],
         completion_lengths=lengths[keep],
         target_lengths=batch.target_lengths[keep],
+        owners=new_row[batch.owners[keep]],
         predictors=new_place[batch.predictors[kept_targets]],
         targets=batch.targets[kept_targets],
-        sequence_ids=new_row[batch.sequence_ids[kept_targets]],
+        sequence_ids=new_row.to(device)[batch.sequence_ids[kept_targets]],
         group_ids=new_group.to(device)[batch.group_ids[on_device]],
         rewards=batch.rewards[on_device],
         ref_logprobs=tokens(batch.ref_logprobs),
@@ -252,9 +278,9 @@ def select_completions(batch: TokenBatch, rows: Sequence[int]) -> TokenBatch:
         truncated=batch.truncated[on_device],
         policy_versions=batch.policy_versions[on_device],
         token_versions=batch.token_versions[kept_targets],
-        sources=tuple(source for source, kept in zip(batch.sources, keep.tolist(), strict=True) if kept),
+        sources=tuple(source for source, kept in zip(batch.sources, whole.tolist(), strict=True) if kept),
         reward_parts=tuple(
-            parts for parts, kept in zip(batch.reward_parts, keep.tolist(), strict=True) if kept
+            parts for parts, kept in zip(batch.reward_parts, whole.tolist(), strict=True) if kept
         ),
         prompt_ids=tuple(
             name for name, kept in zip(batch.prompt_ids, keep_group.tolist(), strict=True) if kept
@@ -263,7 +289,7 @@ def select_completions(batch: TokenBatch, rows: Sequence[int]) -> TokenBatch:
 
 
 class PlainRows(NamedTuple):
-    """Completions with their prompts in rows, one after another, each behind its own copy of the prompt."""
+    """Sequences with their prompts in rows, one after another, each behind its own copy of the prompt."""
 
     places: Int[Tensor, "rows width"]
     """The place in the packed batch whose token stands there; 0 behind a row's last sequence."""
@@ -274,7 +300,7 @@ class PlainRows(NamedTuple):
 
 
 def repeat_prompts(batch: TokenBatch, *, rows: Literal["one", "full", "single"] = "full") -> PlainRows:
-    """Completions behind copies of their prompts.
+    """Sequences behind copies of their prompts.
 
     Args:
         batch: whole groups.
@@ -283,19 +309,19 @@ def repeat_prompts(batch: TokenBatch, *, rows: Literal["one", "full", "single"] 
             mask, one row would take the square of all tokens).
     """
     device = batch.input_ids.device
-    prompts, lengths, groups = batch.prompt_lengths, batch.completion_lengths, batch.group_ids.cpu()
+    prompts, lengths, groups = batch.prompt_lengths, batch.completion_lengths, batch.sequence_groups
     per_group = torch.zeros_like(prompts).index_add_(0, groups, lengths)
     group_starts = torch.cumsum(prompts + per_group, 0) - prompts - per_group
     within = torch.cumsum(lengths, 0) - lengths - (torch.cumsum(per_group, 0) - per_group)[groups]
     completion_starts = group_starts[groups] + prompts[groups] + within
 
-    pieces = torch.stack([prompts[groups], lengths], 1)  # (B, 2): a prompt, then a completion
+    pieces = torch.stack([prompts[groups], lengths], 1)  # (S, 2): a prompt, then a completion
     starts = torch.stack([group_starts[groups], completion_starts], 1)
     sizes = pieces.flatten()
     offsets = torch.cumsum(sizes, 0) - sizes
     sources = torch.arange(int(sizes.sum())) + torch.repeat_interleave(starts.flatten() - offsets, sizes)
 
-    whole = pieces.sum(1)  # (B,) tokens of each sequence
+    whole = pieces.sum(1)  # (S,) tokens of each sequence
     width = int(whole.sum() if rows == "one" else whole.max())
     row_of, columns = _fill_rows(whole.tolist(), width)
     if rows == "single":
@@ -306,7 +332,7 @@ def repeat_prompts(batch: TokenBatch, *, rows: Literal["one", "full", "single"] 
     table[0, targets_at], table[1, targets_at] = sources, position_ids
 
     # the prompt's last token predicts a completion's first token, the completion's own tokens the others
-    owner = batch.sequence_ids.cpu()
+    owner = batch.target_sequences
     prompt_ends = (row_of * width + columns + prompts[groups] - 1)[owner]
     predictors = prompt_ends + (batch.predictors.cpu() - completion_starts[owner] + 1).clamp(min=0)
     places, position_ids = table.view(2, -1, width).to(device)

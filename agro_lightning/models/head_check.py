@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from agro_lightning.distributed.fsdp import unsharded
-from agro_lightning.models.batch import TokenBatch, pack_groups, select_completions
+from agro_lightning.models.batch import TokenBatch, pack_groups, select_sequences
 from agro_lightning.models.policy import Packing, Policy
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
@@ -93,7 +93,7 @@ def _check_packing(policy: Policy) -> float:
 def _alone(policy: Policy, batch: TokenBatch) -> Tensor:
     """The fused log-probs of every sequence computed by itself."""
     policy.use_packing("single")
-    parts = [select_completions(batch, [row]) for row in range(batch.num_completions)]
+    parts = [select_sequences(batch, [row]) for row in range(batch.num_sequences)]
     return torch.cat([policy.logprobs(part).logprobs for part in parts])
 
 

@@ -72,7 +72,7 @@ class PackedLayout:
     inverse: Int[Tensor, " T"]
     """For each token, its place among the blocks' queries laid end to end."""
     segments: Int[Tensor, " T"]
-    """2 * group for prompt tokens, 2 * completion + 1 for completion tokens."""
+    """2 * group for prompt tokens, 2 * sequence + 1 for those of a completion's sequence."""
     groups: Int[Tensor, " T"]
     positions: Int[Tensor, " T"]
     flex: bool
@@ -90,7 +90,7 @@ def plan_layout(batch: TokenBatch, *, flex: bool) -> PackedLayout:
     """
     device = batch.input_ids.device
     prompts, completions = batch.prompt_lengths, batch.completion_lengths
-    group_of = batch.group_ids.cpu()
+    group_of = batch.sequence_groups
     num_groups = prompts.numel()
     per_group = torch.zeros(num_groups, dtype=torch.long).index_add_(0, group_of, completions)
     starts = torch.cumsum(prompts + per_group, 0) - prompts - per_group

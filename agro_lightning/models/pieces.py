@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from agro_lightning.models.batch import TokenBatch, select_completions
+from agro_lightning.models.batch import TokenBatch, select_sequences
 
 PADDING = 0.05
 """Most padding of a bucket, as a share of its places."""
@@ -36,25 +36,23 @@ class Pieces:
 
 
 def split_batch(batch: TokenBatch, max_tokens: int) -> Pieces:
-    """Cuts a packed batch into pieces of at most max_tokens input tokens, each holding whole completions.
+    """Cuts a packed batch into pieces of at most max_tokens input tokens, each holding whole sequences.
 
-    A single completion longer than the budget makes a piece of its own. Group ids are renumbered in each
+    A single sequence longer than the budget makes a piece of its own. Group ids are renumbered in each
     piece, so statistics over groups must be made from the whole batch.
     """
     if batch.num_tokens <= max_tokens:
         return Pieces([batch], [])
-    groups = batch.group_ids.cpu()
-    rows = plan_pieces(
-        batch.prompt_lengths.tolist(), batch.completion_lengths.tolist(), groups.tolist(), max_tokens
-    )
+    groups = batch.sequence_groups.tolist()
+    rows = plan_pieces(batch.prompt_lengths.tolist(), batch.completion_lengths.tolist(), groups, max_tokens)
     if len(rows) == 1:
         return Pieces([batch], [])
-    owner = torch.empty(batch.num_completions, dtype=torch.long)
+    owner = torch.empty(batch.num_sequences, dtype=torch.long)
     for index, members in enumerate(rows):
         owner[members] = index
-    of_target = owner.to(batch.sequence_ids.device)[batch.sequence_ids]
+    of_target = owner[batch.target_sequences].to(batch.sequence_ids.device)
     return Pieces(
-        [select_completions(batch, members) for members in rows],
+        [select_sequences(batch, members) for members in rows],
         [torch.nonzero(of_target == index).flatten() for index in range(len(rows))],
     )
 
@@ -62,16 +60,16 @@ def split_batch(batch: TokenBatch, max_tokens: int) -> Pieces:
 def plan_pieces(
     prompt_lengths: Sequence[int], lengths: Sequence[int], group_ids: Sequence[int], max_tokens: int
 ) -> list[list[int]]:
-    """The completions of each piece, in rising order; pieces in the order of their first completions.
+    """The sequences of each piece, in rising order; pieces in the order of their first sequences.
 
     The largest groups come first, whole where they fit, each into the fullest piece that has room; or
-    completion by completion where that takes fewer pieces and repeats few prompts. Pieces are thus few and
+    sequence by sequence where that takes fewer pieces and repeats few prompts. Pieces are thus few and
     full, however long-tailed the lengths are.
 
     Args:
         prompt_lengths: tokens of each group's prompt, which stands once in each piece that holds some of it.
-        lengths: input tokens of each completion.
-        group_ids: the group of each completion.
+        lengths: input tokens of each sequence.
+        group_ids: the group of each sequence.
         max_tokens: the budget.
     """
     members: list[list[int]] = [[] for _ in prompt_lengths]
@@ -101,7 +99,7 @@ class _Filling:
         """Tokens of prompts that stand in a piece after their first."""
 
     def add(self, group: int, units: list[list[int]]) -> None:
-        """Adds a group's completions, unit by unit."""
+        """Adds a group's sequences, unit by unit."""
         prompt, mine = self._prompts[group], set[int]()
         for unit in units:
             size = sum(self._lengths[row] for row in unit)
@@ -125,8 +123,8 @@ class _Filling:
 
 
 def like_lengths(batch: TokenBatch, rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The sets of completions, each parted so that sequences of like lengths stand together."""
-    lengths = (batch.prompt_lengths[batch.group_ids.cpu()] + batch.completion_lengths).tolist()
+    """The sets of sequences, each parted so that sequences of like lengths stand together."""
+    lengths = (batch.prompt_lengths[batch.sequence_groups] + batch.completion_lengths).tolist()
     return [
         [members[index] for index in bucket]
         for members in rows

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from agro_kernels import linear_agro_loss, linear_logprobs, linear_logprobs_known
 from agro_lightning.distributed.fsdp import common_forwards, unsharded
 from agro_lightning.models import packed_attention as attention
-from agro_lightning.models.batch import TokenBatch, repeat_prompts, select_completions
+from agro_lightning.models.batch import TokenBatch, repeat_prompts, select_sequences
 from agro_lightning.models.compat import attention_name, decoder_of, set_attention
 from agro_lightning.models.config import PolicySettings
 from agro_lightning.models.pieces import like_lengths
@@ -186,12 +186,12 @@ class Policy(nn.Module):
         """The decoder's last hidden states at the places that predict the batch's targets."""
         if self.length_classes is None and self.packing != "single":
             return self._hidden_states(batch)
-        rows = [list(range(batch.num_completions))]
+        rows = [list(range(batch.num_sequences))]
         if self.length_classes is not None:
             rows = self.length_classes.parts(batch)
         if self.packing == "single":  # each sequence is padded to the longest beside it
             rows = like_lengths(batch, rows)
-        parts = [batch] if len(rows) == 1 else [select_completions(batch, members) for members in rows]
+        parts = [batch] if len(rows) == 1 else [select_sequences(batch, members) for members in rows]
         idle = common_forwards(self, len(parts)) - len(parts)
         found = [self._hidden_states(part) for part in parts]
         hidden = found[0] if len(rows) == 1 else joined(found, rows, batch)

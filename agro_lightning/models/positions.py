@@ -32,8 +32,8 @@ class LengthClasses:
         return None
 
     def parts(self, batch: TokenBatch) -> list[list[int]]:
-        """The completions that may be computed together, by index in the batch."""
-        lengths = batch.prompt_lengths[batch.group_ids.cpu()] + batch.completion_lengths
+        """The sequences that may be computed together, by index in the batch."""
+        lengths = batch.prompt_lengths[batch.sequence_groups] + batch.completion_lengths
         over = (lengths - self.limit).clamp(min=0)
         _, kinds = torch.unique(over if self.each_length else over > 0, return_inverse=True)
         return [torch.nonzero(kinds == kind).flatten().tolist() for kind in range(int(kinds.max()) + 1)]
@@ -48,8 +48,8 @@ class LengthClasses:
 
 def joined(parts: list[Tensor], rows: list[list[int]], batch: TokenBatch) -> Tensor:
     """Values of each part's targets, in the order of the whole batch's targets."""
-    owner = torch.empty(batch.num_completions, dtype=torch.long)
+    owner = torch.empty(batch.num_sequences, dtype=torch.long)
     for index, members in enumerate(rows):
         owner[members] = index
-    of_target = owner.to(batch.sequence_ids.device)[batch.sequence_ids]
+    of_target = owner[batch.target_sequences].to(batch.sequence_ids.device)
     return torch.cat(parts)[torch.argsort(torch.argsort(of_target, stable=True))]

@@ -221,7 +221,7 @@ def with_ref_logprobs(
     """
     batch = pack_groups(groups, num_groups=len(groups)).to(device)
     values = reference.logprobs(batch, max_tokens=max_tokens).cpu()
-    pieces = iter(values.split(batch.target_lengths.tolist()))
+    pieces = iter(values.split([c.num_chosen for group in groups for c in group.completions]))
     known = reference.reference_id
     return [
         replace(

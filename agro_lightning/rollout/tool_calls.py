@@ -136,7 +136,8 @@ def results_text(
         raise ValueError(f"the chat template writes no tool results: {error}") from error
     assert isinstance(text, str)
     at = text.rfind(_MARK)
-    ends = [(text.find(token, at), len(token)) for token in special_tokens(tokenizer)]
+    closing = special_tokens(tokenizer) - {"</tool_call>"}  # special in some tokenizers, and ends no turn
+    ends = [(text.find(token, at), len(token)) for token in closing]
     found = min(((place, size) for place, size in ends if place >= 0), default=None)
     if at < 0 or found is None:
         raise ValueError("the chat template writes no tool calls, or no token that ends a turn")

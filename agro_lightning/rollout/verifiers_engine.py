@@ -10,7 +10,6 @@ import threading
 from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
 from functools import cache
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +19,14 @@ from agro_lightning.primitives.atomic_files import replace_text
 from agro_lightning.rollout.engines.auto import AutoEngine
 from agro_lightning.rollout.engines.base import EpisodeEngine, Generation, RolloutEngine, Sampling
 from agro_lightning.rollout.token_server import TokenServer
-from agro_lightning.types import Completion, Prompt, PromptGroup
+from agro_lightning.types import (
+    Completion,
+    Prompt,
+    PromptGroup,
+    joined_sequences,
+    shared_prompt,
+    trimmed,
+)
 
 HARNESS = "agro_lightning_in_process"
 """The id under which verifiers finds the harness of in_process_harness.py."""
@@ -37,7 +43,7 @@ class EnvironmentEngine(EpisodeEngine):
     ids and asks a TokenServer over `engine`; token ids are extended from turn to turn, never made anew from
     text. What comes back is one completion an episode: the policy's own tokens are chosen (`policy_mask`),
     those of the environment and the chat template are context. The prompt is what a task's episodes have in
-    common before the first chosen token.
+    common before the first chosen token. An episode with branches is one completion of several sequences.
 
     The prompts of the run name tasks: `write_tasks` makes their file. `data.rewards` is not asked. The
     validation's prompts are answered by `engine`, in one turn.
@@ -113,7 +119,7 @@ class EnvironmentEngine(EpisodeEngine):
     def play(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int, seed: int, source: str
     ) -> list[PromptGroup]:
-        """n episodes of each prompt's task; what failed or branched is left out and counted.
+        """n episodes of each prompt's task; what failed is left out and counted.
 
         Args:
             prompts: their column `task` is the task's place in the taskset.
@@ -214,14 +220,15 @@ class EnvironmentEngine(EpisodeEngine):
                 answer = answer_of_trace(record)
                 if not any(answer.chosen):
                     raise RowError("no_token", "the policy chose no token")
+                if not shared_prompt(answer.sequences()):
+                    raise RowError("dropped_branches", "branches without a first token in common")
                 answers.append((record, answer))
             except RowError as error:
                 kind = _kind(record) if error.reason == "failed" else error.reason
                 self._counts[
                     "dropped_branches" if kind == "dropped_branches" else f"generation_failures/{kind}"
                 ] += 1
-        before = [list(answer.ids[: answer.chosen.index(True)]) for _, answer in answers]
-        common = tuple(commonprefix(before)) if before else ()
+        common = shared_prompt([each for _, answer in answers for each in answer.sequences()])
         completions = tuple(
             self._completion(record, answer, len(common), sampling, source, version)
             for record, answer in answers
@@ -247,12 +254,11 @@ class EnvironmentEngine(EpisodeEngine):
         source: str,
         version: int,
     ) -> Completion:
-        ids, chosen = tuple(answer.ids[start:]), tuple(answer.chosen[start:])
+        made = joined_sequences(trimmed([(ids[start:], mask[start:]) for ids, mask in answer.sequences()]))
         parts = {name: part["score"] for name, part in record["rewards"].items() if part is not None}
         return Completion(
-            completion=self._tokenizer.decode(list(ids), skip_special_tokens=True),
-            completion_ids=ids,
-            policy_mask=None if all(chosen) else chosen,
+            completion=self._tokenizer.decode(list(made["completion_ids"]), skip_special_tokens=True),
+            **made,
             reward=answer.reward,
             reward_parts=parts,
             finish_reason="length" if answer.truncated else "stop",

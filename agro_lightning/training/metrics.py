@@ -134,7 +134,7 @@ def batch_metrics(
         "advantage_spread": MetricSum(completions, result.advantages.sum(), result.advantages.square().sum()),
         "completion_length": _mean(lengths),
         "observation_fraction": MetricSum(
-            batch.completion_lengths.sum() + completions,
+            batch.completion_lengths.sum() + batch.num_sequences,
             (batch.completion_lengths + 1 - batch.target_lengths).sum(),
         ),
         "truncated_fraction": _mean(batch.truncated.float()),

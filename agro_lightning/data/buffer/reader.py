@@ -20,8 +20,8 @@ from agro_lightning.data.buffer.row_files import (
     read_json_lines,
 )
 from agro_lightning.data.buffer.schema import (
+    BRANCHED_VERSION,
     FIX_FILE,
-    MASKED_VERSION,
     READ_SCHEMA,
     SCHEMA_VERSION,
     VERSION_KEY,
@@ -150,10 +150,10 @@ def _is_chat(found: pa.DataType) -> bool:
 def _check_columns(path: Path, found: pa.Schema, needed: _Needed) -> list[str]:
     """The known columns of a file, once what is required is there and every type can be read."""
     version = (found.metadata or {}).get(VERSION_KEY, str(SCHEMA_VERSION).encode())
-    if not version.isdigit() or not SCHEMA_VERSION <= int(version) <= MASKED_VERSION:
+    if not version.isdigit() or not SCHEMA_VERSION <= int(version) <= BRANCHED_VERSION:
         raise BadFileError(
             f"{path} has rollout schema version {version.decode(errors='replace')}; this version reads 1 to "
-            f"{MASKED_VERSION}. Update agro-lightning, or export the file again. {FIX_FILE}"
+            f"{BRANCHED_VERSION}. Update agro-lightning, or export the file again. {FIX_FILE}"
         )
     doubled = sorted(
         {name for name in found.names if name in READ_SCHEMA.names and found.names.count(name) > 1}

@@ -21,6 +21,8 @@ SCHEMA_VERSION = 1
 MASKED_VERSION = 2
 """Of files with a policy_mask: a reader that does not know masks refuses them, instead of training on what
 tools and users said."""
+BRANCHED_VERSION = 3
+"""Of files with branch_lengths: a reader that does not know branches would take them for one sequence."""
 VERSION_KEY = b"agro_lightning.schema_version"
 FINISH_REASONS: tuple[str, ...] = get_args(FinishReason)
 
@@ -57,6 +59,10 @@ FILE_SCHEMA = pa.schema(
 MASK_FIELD = pa.field("policy_mask", pa.list_(pa.bool_()))
 """A column that a file has, and then with MASKED_VERSION, only where a completion has a policy_mask."""
 
+BRANCHES_FIELD = pa.field("branch_lengths", _TOKENS)
+"""A column that a file has, and then with BRANCHED_VERSION, only where a completion has branches: the tokens
+of each of its sequences, which completion_ids holds end to end."""
+
 VERSIONS_FIELD = pa.field("policy_versions", _TOKENS)
 """A column that a file has only where weights changed amid a completion: a version, the number of tokens that
 it drew, the next version, its number of tokens, and so on."""
@@ -64,7 +70,7 @@ it drew, the next version, its number of tokens, and so on."""
 READ_SCHEMA = pa.schema(
     [
         (field.name, pa.list_(pa.int64()) if field.type == _TOKENS else field.type)
-        for field in (*FILE_SCHEMA, VERSIONS_FIELD, MASK_FIELD)
+        for field in (*FILE_SCHEMA, VERSIONS_FIELD, MASK_FIELD, BRANCHES_FIELD)
         if field.name != "created_at"
     ]
 )

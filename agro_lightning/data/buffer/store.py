@@ -34,7 +34,7 @@ from agro_lightning.primitives.cache import CACHE_VARIABLE, cache_folder
 from agro_lightning.primitives.ragged import Ragged
 from agro_lightning.types import Completion, Prompt, answer_from_text
 
-FORMAT = 4
+FORMAT = 5
 """Version of records and index; part of every cache key."""
 LARGE_FILE_BYTES = 8 << 20
 """Files from this size on are packed once and cached; every process packs smaller ones anew."""
@@ -47,8 +47,8 @@ _ARRAYS = {"prompt_ids": "<i4", "completion_ids": "<i4", "behavior_logprobs": "<
 _LENGTHS = struct.Struct(f"<{len(_ARRAYS)}I")
 """A record: the arrays' sizes in bytes, the arrays, and a JSON list of the row's other values.
 
-Where there is a policy_mask (text of 0 and 1) or policy_versions, an object with them ends that list: rows
-without keep the hash that earlier releases gave them, so that runs on them go on."""
+Where there is a policy_mask (text of 0 and 1), policy_versions or branch_lengths, an object with them ends
+that list: rows without keep the hash that earlier releases gave them, so that runs on them go on."""
 _VALUES = (
     "prompt_id",
     "prompt",
@@ -168,6 +168,7 @@ class Record:
             **values,
             policy_versions=tuple(zip(runs[::2], runs[1::2], strict=True)) or None,
             completion_ids=self._tuple("completion_ids"),
+            branch_lengths=tuple(self._rare.get("branch_lengths", ())) or None,
             policy_mask=mask and tuple(flag == "1" for flag in mask),
             behavior_logprobs=self._tuple("behavior_logprobs") or None,
             ref_logprobs=self._tuple("ref_logprobs") or None,
@@ -314,7 +315,7 @@ def _records(batch: pa.RecordBatch, numbers: np.ndarray) -> tuple[bytes, np.ndar
 def _rare_values(batch: pa.RecordBatch) -> list[list[dict[str, Any]]]:
     """What few rows have: of each row no object, or one."""
     found: list[dict[str, Any]] = [{} for _ in range(batch.num_rows)]
-    for name in ("policy_mask", "policy_versions"):
+    for name in ("policy_mask", "policy_versions", "branch_lengths"):
         column = Ragged.of(batch.column(name))
         for row in np.flatnonzero(column.present & (column.lengths > 0)).tolist():
             value = column[row].tolist()

@@ -232,8 +232,8 @@ def _trimmed(columns: dict[str, pa.Array]) -> dict[str, pa.Array]:
     """The columns, without the tokens behind the last one that the policy chose."""
     mask, ids = Ragged.of(columns["policy_mask"]), Ragged.of(columns["completion_ids"])
     fits = mask.present & ~mask.nulls & ~ids.nulls & (mask.lengths == ids.lengths) & (mask.sums > 0)
-    cut = fits.copy()
-    cut[fits] = ~mask.values[mask.offsets[1:][fits] - 1]
+    cut = fits & ~_mask(columns["branch_lengths"].is_valid())  # of those, Completion trims each branch
+    cut[cut] = ~mask.values[mask.offsets[1:][cut] - 1]
     if not cut.any():
         return columns
     ends = {row: int(np.flatnonzero(mask[row])[-1]) + 1 for row in np.flatnonzero(cut).tolist()}

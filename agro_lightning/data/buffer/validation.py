@@ -78,6 +78,7 @@ class RowChecker:
         yield from _value_problems(batch, unscored=self.unscored)
         tokens, mask = Ragged.of(batch.column("completion_ids")), Ragged.of(batch.column("policy_mask"))
         yield from _mask_problems(mask, tokens)
+        yield from _branch_problems(Ragged.of(batch.column("branch_lengths")), mask, tokens)
         chosen = np.where(mask.present, mask.sums, tokens.lengths)
         yield from _logprob_problems(batch, "behavior_logprobs", chosen, finite=False)
         yield from _logprob_problems(batch, "ref_logprobs", chosen, finite=True)
@@ -149,6 +150,27 @@ def _mask_problems(mask: Ragged, tokens: Ragged) -> Iterator[BadRows]:
         mask.present & (mask.sums == 0),
         lambda row: f"policy_mask chooses none of the {tokens.lengths[row]} tokens: nothing to train on",
     )
+
+
+def _branch_problems(branches: Ragged, mask: Ragged, tokens: Ragged) -> Iterator[BadRows]:
+    null = "branch_lengths has a null in it; give the tokens of each branch, or no list"
+    yield "wrong_type", branches.nulls, lambda _: null
+    without = "has branch_lengths and no policy_mask; say which tokens of the branches the policy chose"
+    yield "bad_branches", branches.present & ~mask.present, lambda _: without
+    sums = np.where(branches.rows_with(branches.values < 1), -1, branches.sums)
+    yield (
+        "bad_branches",
+        branches.present & (sums != tokens.lengths),
+        lambda row: (
+            f"branch_lengths is {branches[row].tolist()[:20]}; they must be positive and add up to the "
+            f"{tokens.lengths[row]} completion_ids"
+        ),
+    )
+    idle = np.zeros(len(branches.present), dtype=bool)
+    for row in np.flatnonzero((sums > 0) & mask.present & (sums == mask.lengths)).tolist():
+        idle[row] = not np.add.reduceat(mask[row], np.cumsum([0, *branches[row][:-1]])).all()
+    chosen = "the policy chose no token of one of its branches: leave that branch out"
+    yield "bad_branches", idle, lambda _: chosen
 
 
 def _logprob_problems(

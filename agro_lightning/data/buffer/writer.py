@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from agro_lightning.data.buffer.schema import (
+    BRANCHED_VERSION,
+    BRANCHES_FIELD,
     FILE_SCHEMA,
     FINISH_REASONS,
     MASK_FIELD,
@@ -18,7 +20,7 @@ from agro_lightning.data.buffer.schema import (
     VERSIONS_FIELD,
 )
 from agro_lightning.primitives.atomic_files import sync_directory, write_once
-from agro_lightning.types import Completion, Prompt, PromptGroup, answer_to_text, mask_problem
+from agro_lightning.types import Completion, Prompt, PromptGroup, answer_to_text, completion_problem
 
 
 def append_rollouts(
@@ -65,11 +67,12 @@ def append_rollouts(
         raise ValueError(f"no completions to append as {name!r}; pass at least one")
     moment = created_at or datetime.now(UTC)
     schema = FILE_SCHEMA
-    for field in (VERSIONS_FIELD, MASK_FIELD):
+    for field in (VERSIONS_FIELD, MASK_FIELD, BRANCHES_FIELD):
         if any(row[field.name] is not None for row in rows):
             schema = schema.append(field)
-    if MASK_FIELD.name in schema.names:
-        schema = schema.with_metadata({VERSION_KEY: str(MASKED_VERSION).encode()})
+    for field, version in ((MASK_FIELD, MASKED_VERSION), (BRANCHES_FIELD, BRANCHED_VERSION)):
+        if field.name in schema.names:
+            schema = schema.with_metadata({VERSION_KEY: str(version).encode()})
     table = pa.Table.from_pylist([{**row, "created_at": moment} for row in rows], schema=schema)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
@@ -106,7 +109,7 @@ def _row(prompt: Prompt, completion: Completion, tokenizer: str, unscored: bool)
         raise ValueError(
             f"{where} has finish_reason {completion.finish_reason!r}; only stop and length are written"
         )
-    if problem := mask_problem(completion.policy_mask, count):
+    if problem := completion_problem(completion):
         raise ValueError(f"{where}: {problem}")
     for column in ("behavior_logprobs", "ref_logprobs"):
         values, chosen = getattr(completion, column), completion.num_chosen
@@ -126,7 +129,7 @@ def _row(prompt: Prompt, completion: Completion, tokenizer: str, unscored: bool)
     row = {name: getattr(prompt, name) for name in ("prompt_id", "prompt", "prompt_ids")}
     row |= {
         name: getattr(completion, name)
-        for name in (*FILE_SCHEMA.names, MASK_FIELD.name)
+        for name in (*FILE_SCHEMA.names, MASK_FIELD.name, BRANCHES_FIELD.name)
         if hasattr(completion, name)
     }
     row["reward_parts"] = list(completion.reward_parts.items())

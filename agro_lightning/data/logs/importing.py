@@ -59,12 +59,31 @@ class ImportedLogs:
             RowError: the task has another prompt in an earlier row.
         """
         known, completions = self.groups.setdefault(prompt.prompt_id, (prompt, []))
+        if any(each.branch_lengths for each in (completion, *completions)):
+            known, completions, prompt, completion = _with_branches(known, completions, prompt, completion)
+            self.groups[prompt.prompt_id] = known, completions
         if known.prompt_ids != prompt.prompt_ids:
             said = f"task {prompt.prompt_id!r} begins with another prompt than in an earlier row"
             raise RowError(
                 "prompt_mismatch", f"{said}; completions of one prompt are compared with each other"
             )
         completions.append(completion)
+
+
+def _with_branches(
+    known: Prompt, completions: list[Completion], prompt: Prompt, completion: Completion
+) -> tuple[Prompt, list[Completion], Prompt, Completion]:
+    """A group and a row that joins it, both behind the shorter of their prompts where that begins the other:
+    what branches have in common is less than the prompt of a row without."""
+    short, long = sorted((known, prompt), key=lambda one: len(one.prompt_ids))
+    size = len(short.prompt_ids)
+    if long.prompt_ids[:size] == short.prompt_ids:
+        if long is known:
+            completions = [each.behind(long.prompt_ids[size:]) for each in completions]
+        else:
+            completion = completion.behind(long.prompt_ids[size:])
+        known = prompt = short
+    return known, completions, prompt, completion
 
 
 def import_logs(

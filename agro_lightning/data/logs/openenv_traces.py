@@ -5,7 +5,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from agro_lightning.data.chat import RowError
-from agro_lightning.data.logs.records import REWARD_NAMES, LoggedAnswer, Row, numbers_in, pick_reward, text_of
+from agro_lightning.data.logs.records import (
+    REWARD_NAMES,
+    LoggedAnswer,
+    Row,
+    numbers_in,
+    of_branches,
+    pick_reward,
+    text_of,
+)
 
 _IDS = ("prompt_token_ids", "completion_token_ids")
 
@@ -28,16 +36,15 @@ class OpenEnvTraces:
 
     def answers(self, row: Row) -> Iterator[LoggedAnswer]:
         turns = [turn for turn in _turns(row) or [] if not turn.get("discarded")]
-        ids: list[int] = []
-        chosen: list[bool] = []
+        parts: list[tuple[list[int], list[bool]]] = []
         logprobs: list[Any] = []
         for number, turn in enumerate(turns):
             prompt, completion, mask = _checked(turn, number)
-            if prompt[: len(ids)] != ids:
-                said = f"turn {number} does not go on from the former ones (a branch, a rewritten history)"
-                raise RowError("dropped_branches", f"{said}; one sequence is needed")
-            ids, context = prompt + completion, len(prompt) - len(ids)
-            chosen += [False] * context + mask
+            if not parts or prompt[: len(parts[-1][0])] != parts[-1][0]:
+                parts.append(([], []))  # a branch, a rewritten history
+            before, chosen = parts[-1]
+            chosen += [False] * (len(prompt) - len(before)) + mask
+            before[:] = prompt + completion
             values = turn.get("per_token_logps") or [None] * len(completion)
             logprobs += [value for value, flag in zip(values, mask, strict=False) if flag]
         if not turns:
@@ -49,8 +56,7 @@ class OpenEnvTraces:
         choices = (last.get("response") or {}).get("choices") or [{}]
         yield LoggedAnswer(
             reward=pick_reward(numbers_in(row), self.reward, (*REWARD_NAMES, "env_reward")),
-            ids=ids,
-            chosen=chosen,
+            **of_branches(parts),
             logprobs=None if None in logprobs else logprobs,
             prompt_id=text_of(row.get("task_id")) or text_of(row.get("task_name")),
             truncated="length" in (choices[0].get("finish_reason"), last.get("finish_reason")),

@@ -4,9 +4,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol
 
 from agro_lightning.data.chat import Message, RowError, shown
+from agro_lightning.types import TokenSequence
 
 NO_REWARD = "none"
 """The value of `reward` by which rows are taken without one: a source with `score: true` scores them."""
@@ -34,6 +36,8 @@ class LoggedAnswer:
     """Tokens of prompt and answer as they were sampled; without them, texts are tokenised."""
     chosen: Sequence[bool] = ()
     """Which of `ids` the policy chose."""
+    branches: Sequence[int] = ()
+    """Of `ids` that hold several sequences end to end, the tokens of each; none: one sequence."""
     logprobs: Sequence[float] | None = None
     """One for each chosen token, under the policy that sampled it."""
     prompt_id: str | None = None
@@ -46,6 +50,24 @@ class LoggedAnswer:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+
+    def sequences(self) -> list[TokenSequence]:
+        """The tokens of each branch, prompt included."""
+        ends = list(accumulate(self.branches or (len(self.ids),)))
+        return [
+            (tuple(self.ids[start:end]), tuple(map(bool, self.chosen[start:end])))
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]
+
+
+def of_branches(parts: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> dict[str, Any]:
+    """ids, chosen and branches of a LoggedAnswer; of several sequences, those with a chosen token."""
+    kept = [part for part in parts if len(parts) == 1 or any(part[1])]
+    return {
+        "ids": [token for ids, _ in kept for token in ids],
+        "chosen": [flag for _, flags in kept for flag in flags],
+        "branches": [len(ids) for ids, _ in kept] if len(kept) > 1 else (),
+    }
 
 
 class LogForm(Protocol):

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.data.buffer.schema import prompt_id_of
@@ -12,7 +11,18 @@ from agro_lightning.data.buffer.tokenization import encode_completions, encode_p
 from agro_lightning.data.chat import ChatWriter, Message, RowError, check_size, special_tokens
 from agro_lightning.data.logs.records import LoggedAnswer
 from agro_lightning.data.prompts.formats import PromptWriter
-from agro_lightning.types import Completion, FinishReason, Prompt
+from agro_lightning.types import (
+    Completion,
+    FinishReason,
+    Prompt,
+    TokenSequence,
+    joined_sequences,
+    shared_prompt,
+    trimmed,
+)
+
+Answer = tuple[Prompt, list[TokenSequence]]
+"""A prompt, and what was read and chosen behind it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +46,13 @@ class LogTokens:
             RowError: it cannot be used.
         """
         if answer.ids:
-            prompt, ids, chosen = self._of_ids(answer)
+            prompt, sequences = self._of_ids(answer)
         elif answer.messages:
-            prompt, ids, chosen = self._of_chat(answer)
+            prompt, sequences = self._of_chat(answer)
         else:
-            prompt, ids, chosen = self._of_texts(answer)
-        last = int(np.flatnonzero(chosen)[-1]) + 1  # what follows the last chosen token changes nothing
-        ids, chosen = ids[:last], chosen[:last]
+            prompt, sequences = self._of_texts(answer)
+        made = joined_sequences(trimmed(sequences))
+        ids = made["completion_ids"]
         finish: FinishReason = "length" if answer.truncated else "stop"
         for side, tokens, limit in (
             ("prompt", prompt.prompt_ids, self.max_prompt_tokens),
@@ -51,10 +61,10 @@ class LogTokens:
             if limit is not None and len(tokens) > limit:
                 message = f"the {side} has {len(tokens)} tokens; max_{side}_tokens is {limit}"
                 raise RowError(f"{side}_too_long", message)
-        logprobs = answer.logprobs
+        logprobs, chosen = answer.logprobs, [flag for _, mask in trimmed(sequences) for flag in mask]
         return prompt, Completion(
             completion=str(self.tokenizer.decode(ids, skip_special_tokens=True)),
-            completion_ids=tuple(ids),
+            **made,
             reward=float("nan") if answer.reward is None else answer.reward,
             finish_reason=finish,
             source=answer.source,
@@ -62,7 +72,6 @@ class LogTokens:
             top_p=answer.top_p,
             top_k=answer.top_k,
             behavior_logprobs=tuple(logprobs) if logprobs and len(logprobs) == sum(chosen) else None,
-            policy_mask=None if all(chosen) else tuple(chosen),
         )
 
     def _prompt(self, answer: LoggedAnswer, ids: Sequence[int], text: str | None = None) -> Prompt:
@@ -73,8 +82,9 @@ class LogTokens:
             answer=answer.answer,
         )
 
-    def _of_ids(self, answer: LoggedAnswer) -> tuple[Prompt, list[int], list[bool]]:
-        """Tokens as they were sampled; the prompt ends where the policy first chose one."""
+    def _of_ids(self, answer: LoggedAnswer) -> Answer:
+        """Tokens as they were sampled; the prompt ends where the policy first chose one, and is what
+        branches have in common."""
         ids, chosen = list(answer.ids), [bool(flag) for flag in answer.chosen]
         wrong = next((i for i in ids if type(i) is not int or not 0 <= i < self.vocab_size), None)
         if wrong is not None:
@@ -87,13 +97,16 @@ class LogTokens:
             )
         if True not in chosen[1:]:
             raise RowError("empty_completion", "has no token that the policy chose after a prompt")
-        first = chosen.index(True)
-        if first == 0:
-            raise RowError(
-                "empty_prompt", "begins with a token that the policy chose; a prompt must come before"
+        sequences = answer.sequences()
+        prompt = shared_prompt(sequences)
+        if not prompt:
+            said = (
+                "has branches without a first token in common" if answer.branches else "begins with a token"
             )
+            raise RowError("empty_prompt", f"{said} that the policy chose; a prompt must come before")
         self._check_text(answer, ids, chosen)
-        return self._prompt(answer, ids[:first]), ids[first:], chosen[first:]
+        start = len(prompt)
+        return self._prompt(answer, prompt), [(own[start:], mask[start:]) for own, mask in sequences]
 
     def _check_text(self, answer: LoggedAnswer, ids: list[int], chosen: list[bool]) -> None:
         """Refuses ids of another vocabulary where the log says what the text was."""
@@ -106,7 +119,7 @@ class LogTokens:
                     raise RowError("foreign_tokenizer", f"{said}; give the policy that sampled them")
                 return
 
-    def _of_texts(self, answer: LoggedAnswer) -> tuple[Prompt, list[int], list[bool]]:
+    def _of_texts(self, answer: LoggedAnswer) -> Answer:
         if not answer.completion:
             raise RowError("empty_completion", "the completion is empty")
         check_size(answer.completion, "the completion")
@@ -116,9 +129,9 @@ class LogTokens:
         else:
             prompt = self._encode(text)
         ids = self._ended(self._encode(answer.completion), answer)
-        return self._prompt(answer, prompt, text), ids, [True] * len(ids)
+        return self._prompt(answer, prompt, text), [(tuple(ids), (True,) * len(ids))]
 
-    def _of_chat(self, answer: LoggedAnswer) -> tuple[Prompt, list[int], list[bool]]:
+    def _of_chat(self, answer: LoggedAnswer) -> Answer:
         """The chat in the tokenizer's template: each chosen turn from its header's end to the token that
         closes it, pieces tokenised one by one, as they are when the policy generates them."""
         if not self.tokenizer.chat_template:
@@ -140,7 +153,7 @@ class LogTokens:
             chosen += [place % 2 == 0] * len(tokens)
         if not any(chosen):
             raise RowError("empty_completion", "the assistant's turns are empty")
-        return self._prompt(answer, prompt, pieces[0]), ids, chosen
+        return self._prompt(answer, prompt, pieces[0]), [(tuple(ids), tuple(chosen))]
 
     def _pieces(self, messages: list[Message], turns: list[int], answer: LoggedAnswer) -> list[str]:
         """The chat's text: what the policy read, what it wrote, what it then read, and so on."""

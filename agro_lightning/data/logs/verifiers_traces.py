@@ -1,11 +1,18 @@
 """verifiers' traces.jsonl: an episode a line, whose traces are graphs of messages with their tokens."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from agro_lightning.data.chat import RowError
-from agro_lightning.data.logs.records import LoggedAnswer, Row, needed, pick_reward, text_of
+from agro_lightning.data.logs.records import (
+    LoggedAnswer,
+    Row,
+    needed,
+    of_branches,
+    pick_reward,
+    text_of,
+)
 
 CUT = ("max_turns", "max_input_tokens", "max_output_tokens", "max_total_tokens", "compaction_failed")
 """Stop conditions of traces that were cut off."""
@@ -45,7 +52,7 @@ def answer_of_trace(trace: Row, reward: str | None = None) -> LoggedAnswer:
         reward: one of its rewards or metrics; None: the weighted sum of its rewards.
 
     Raises:
-        RowError: it failed, has several branches, or lacks something.
+        RowError: it failed, has branches without token ids, or lacks something.
     """
     nodes = needed(trace, "nodes", list, "the list of messages")
     if not nodes or not all(
@@ -55,8 +62,9 @@ def answer_of_trace(trace: Row, reward: str | None = None) -> LoggedAnswer:
     if trace.get("ok") is False:
         errors = trace.get("errors") or [{}]
         raise RowError("failed", f"failed: {errors[-1].get('type')}: {errors[-1].get('message')}"[:300])
-    if [node.get("parent") for node in nodes] != [None, *range(len(nodes) - 1)]:
-        said = "branches (compaction, subagents); one sequence is needed"
+    paths, with_tokens = _paths(nodes), any(node.get("token_ids") for node in nodes)
+    if len(paths) > 1 and not with_tokens:
+        said = "branches (compaction, subagents) without token ids; as texts, one sequence is needed"
         raise RowError("dropped_branches", f"has {said}")
     calls = [call for call in trace.get("calls") or [] if not call.get("error")]
     sampling = (calls[-1].get("sampling") if calls else None) or {}
@@ -77,15 +85,40 @@ def answer_of_trace(trace: Row, reward: str | None = None) -> LoggedAnswer:
     messages = [node["message"] for node in nodes]
     turns = frozenset(i for i, node in enumerate(nodes) if node.get("sampled"))
     fields |= {"messages": messages, "chosen_turns": turns, "template_variables": {"tools": _schemas(tools)}}
-    if not any(node.get("token_ids") for node in nodes):
-        return LoggedAnswer(**fields)
-    logprobs = [value for node in nodes for value in node.get("logprobs") or []]
-    return LoggedAnswer(
-        **fields,
-        ids=[token for node in nodes for token in node.get("token_ids") or []],
-        chosen=[flag for node in nodes for flag in node.get("mask") or []],
-        logprobs=logprobs or None,
-    )
+    return LoggedAnswer(**fields, **(_tokens(nodes, paths) if with_tokens else {}))
+
+
+def _paths(nodes: Sequence[Row]) -> list[list[int]]:
+    """The nodes from a root to each leaf, by place; without vain attempts at a compaction."""
+    parents = [node.get("parent") for node in nodes]
+    if any(parent is not None and parent not in range(place) for place, parent in enumerate(parents)):
+        raise RowError("wrong_type", "'nodes' has a parent that is no earlier entry")
+    links = [node.get("semantic_parents") or [] for node in nodes]
+    resumed = {link.get("node") for each in links for link in each if link.get("type") == "compaction"}
+    paths = []
+    for leaf in sorted(set(range(len(nodes))) - set(parents)):
+        if leaf not in resumed and any(link.get("type") == "compaction_attempt" for link in links[leaf]):
+            continue
+        path = [leaf]
+        while (parent := parents[path[-1]]) is not None:
+            path.append(parent)
+        paths.append(path[::-1])
+    return paths
+
+
+def _tokens(nodes: Sequence[Row], paths: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """The tokens of all paths. What the policy chose on several of them counts on the first."""
+    parts, logprobs, counted = [], [], set[int]()
+    for path in paths:
+        ids = [token for place in path for token in nodes[place].get("token_ids") or []]
+        chosen = [flag and place not in counted for place in path for flag in nodes[place].get("mask") or []]
+        if len(paths) > 1 and len(ids) != len(chosen):
+            raise RowError("wrong_type", f"has {len(ids)} tokens in a branch and a mask of {len(chosen)}")
+        own = [nodes[place] for place in path if place not in counted]
+        logprobs += [value for node in own for value in node.get("logprobs") or []]
+        counted.update(path)
+        parts.append((ids, chosen))
+    return {**of_branches(parts), "logprobs": logprobs or None}
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -74,7 +74,7 @@ class NonFiniteGuard(StepCallback):
 def _suspects(batch: TokenBatch, log_ratios: Tensor) -> list[dict[str, Any]]:
     """The batch's completions, and whether a log-prob of each (policy's or reference's) is not finite."""
     bad = ~torch.isfinite(log_ratios)
-    groups, lengths = batch.group_ids.tolist(), batch.target_lengths.tolist()
+    groups, lengths = batch.group_ids.tolist(), torch.bincount(batch.sequence_ids).tolist()
     ids = [tokens.tolist() for tokens in batch.targets.split(lengths)]
     return [
         {

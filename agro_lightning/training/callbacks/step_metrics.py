@@ -48,7 +48,7 @@ class StepMetrics(StepCallback):
     def on_micro_batch_end(self, trainer: L.Trainer, module: "AgroModule", batch: Any) -> None:
         module.timer.end("optimizer", module.device)
         self._parts.append(module.last_metrics)
-        self._tokens += int(batch.completion_lengths.sum()) + batch.num_completions
+        self._tokens += int(batch.completion_lengths.sum()) + batch.num_sequences
         data_of(trainer).completions_used += batch.num_completions
 
     def on_step_end(self, trainer: L.Trainer, module: "AgroModule", data: "AgroDataModule") -> None:

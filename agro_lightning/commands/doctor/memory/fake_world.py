@@ -115,7 +115,7 @@ def fake_tensors(tracker: MemoryTracker, tensor_parallel: int) -> Iterator[FakeT
         replace(module, "batch_metrics", lambda *_, **__: {})
         for user in (reference, policy):
             replace(user, "common_forwards", lambda _, forwards: forwards)
-        for name in ("repeat_prompts", "select_completions", "like_lengths"):
+        for name in ("repeat_prompts", "select_sequences", "like_lengths"):
             replace(policy, name, really(getattr(policy, name)))
         replace(LengthClasses, "parts", really(LengthClasses.parts))
         replace(reference, "weights_hash", lambda policy: "simulated")
