@@ -1,8 +1,10 @@
 """A multi-turn taskset in verifiers' own form: the policy names a letter, the environment says yes or no."""
 
+import asyncio
 from collections.abc import Iterator
 
 import verifiers.v1 as vf
+from slow_games import pause_between_turns
 
 LETTERS = "abcdefgh"
 
@@ -37,6 +39,7 @@ class GuessEnv(vf.Env[GuessEnvConfig]):
             for turn in range(1, task.data.turns):
                 if segment.terminated:
                     break
+                await asyncio.to_thread(pause_between_turns)
                 hit = task.data.letter in segment.last_reply
                 segment = await interaction.turn(f"{turn} {'yes' if hit else 'no'}")
         found = [

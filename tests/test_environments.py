@@ -185,7 +185,9 @@ class Calculator:
 
 
 class Scripted(RolloutEngine):
-    """Says one turn after another, by how many it has had."""
+    """Says one turn after another, by how many headers of turns there are beyond those before its first."""
+
+    header, before = "<|im_start|>assistant", 1
 
     def __init__(self, *turns):
         self.turns = turns
@@ -202,7 +204,7 @@ class Scripted(RolloutEngine):
     def generate(self, prompts, sampling, *, n, seed):
         rows = []
         for prompt in prompts:
-            said = self.turns[self.tokenizer.decode(prompt).count("<|im_start|>assistant") - 1]
+            said = self.turns[self.tokenizer.decode(prompt).count(self.header) - self.before]
             ids = tuple(self.tokenizer(said, add_special_tokens=False).input_ids)
             made = Generation(completion_ids=ids, finish_reason="stop", behavior_logprobs=(-1.0,) * len(ids))
             rows.append([made] * n)

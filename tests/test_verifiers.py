@@ -3,16 +3,20 @@
 import csv
 import json
 import os
+import shutil
 import string
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from slow_games import PAUSE
+from test_environment_runs import finish, kill_at
+from test_fit import assert_same, command, final_state, metrics
 from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from agro_lightning.models.batch import pack_groups
 from agro_lightning.models.config import PolicySettings
 from agro_lightning.models.policy import Policy
 from agro_lightning.rollout import Sampling
@@ -122,11 +126,17 @@ def test_equal_seeds_give_equal_episodes_whatever_runs_beside_them(engine):
     assert alone.play(PROMPTS, SAMPLING, n=3, seed=6, source="live") != first
 
 
-def test_episodes_with_branches_are_left_out_and_counted(engine):
+def test_an_episode_with_branches_is_one_completion(engine, policy):
+    """A renderer that makes the chat anew writes other tokens into the past than were sampled."""
     rerendering = engine(renderer={"name": "default"})
     groups = rerendering.play(PROMPTS, SAMPLING, n=4, seed=0, source="live")
-    dropped = rerendering.take_counts()["dropped_branches"]
-    assert dropped > 0 and sum(map(len, groups)) == 12 - dropped
+    assert "dropped_branches" not in rerendering.take_counts() and [len(group) for group in groups] == [4] * 3
+    branched = [one for group in groups for one in group.completions if one.branch_lengths]
+    assert branched and all(one.num_chosen == len(one.behavior_logprobs) for one in branched)
+    with torch.no_grad():
+        logprobs = policy.logprobs(pack_groups(groups, num_groups=3)).logprobs
+    sampled = [value for group in groups for one in group.completions for value in one.behavior_logprobs]
+    torch.testing.assert_close(logprobs, torch.tensor(sampled), atol=1e-4, rtol=0)
 
 
 def test_an_episode_that_outgrows_the_context_is_no_silent_zero(engine):
@@ -156,31 +166,82 @@ def test_tasks_are_written_and_missing_ones_named(engine, tmp_path):
         EnvironmentEngine({})
 
 
-def test_a_run_trains_on_episodes(folder, tmp_path):
+@pytest.mark.slow
+def test_a_text_game_of_verifiers(folder, tokenizer, tmp_path, monkeypatch):
+    """TextArena's Hangman, with words of ours in the place of the list that it would fetch."""
     pytest.importorskip("verifiers")
+    nltk = pytest.importorskip("nltk", reason="verifiers' text games come with its extra ta")
+    pytest.importorskip("textarena", reason="verifiers' text games come with its extra ta")
+    words = tmp_path / "nltk" / "corpora" / "words"
+    words.mkdir(parents=True)
+    for name in ("README", "en", "en-basic"):
+        (words / name).write_text("apple\nriver\nstone\ncloud\n")
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk")])
+    monkeypatch.setattr(nltk, "download", lambda *args, **options: True)
+    shutil.copytree(folder, tmp_path / "policy")
+    config = json.loads((tmp_path / "policy" / "config.json").read_text())
+    (tmp_path / "policy" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    roomy = Policy(PolicySettings(path=str(tmp_path / "policy"), packing="plain"))
+    playing = EnvironmentEngine(
+        {"taskset": {"id": "textarena", "game": "Hangman-v0"}}, max_turns=3, max_concurrent=1
+    )
+    playing.attach(roomy, tokenizer)
+    groups = playing.play(PROMPTS[:2], SAMPLING, n=2, seed=0, source="live")
+    assert playing.take_counts() == {} and [len(group) for group in groups] == [2, 2]
+    for one in (one for group in groups for one in group.completions):
+        turns = [run for chosen, run in one.runs() if chosen]
+        read = [tokenizer.decode(list(run)) for chosen, run in one.runs() if not chosen]
+        assert 1 < len(turns) <= 3 and all("<s>user:" in text for text in read)
+        assert set(one.reward_parts) == {"game_reward"} and len(one.behavior_logprobs) == one.num_chosen
+    assert all("You are playing Hangman" in group.prompt.prompt for group in groups)
+    assert playing.play(PROMPTS[:2], SAMPLING, n=2, seed=0, source="live") == groups
+    playing.close()
+
+
+def run_options(folder, tmp_path, **more):
     write_tasks(tmp_path / "tasks.jsonl", GUESS)
     engine = {
         "class_path": "agro_lightning.rollout.verifiers_engine.EnvironmentEngine",
         "init_args": {"env": GUESS},
     }
     options = {
-        "--run_dir": tmp_path / "run",
-        "--trainer.max_steps": 2,
-        "--trainer.accelerator": "cpu",
-        "--model.policy.path": folder,
-        "--data.train.path": tmp_path / "tasks.jsonl",
-        "--data.validation": "null",
-        "--data.sources": json.dumps([{"class_path": "Live", "init_args": {"name": "live"}}]),
-        "--data.engine": json.dumps(engine),
-        "--data.sampling.max_new_tokens": 6,
-        "--data.batch_size": 2,
-        "--data.group_size": 4,
+        "trainer.accelerator": "cpu",
+        "model.policy.path": folder,
+        "data.train.path": tmp_path / "tasks.jsonl",
+        "data.validation": "null",
+        "data.sources": json.dumps([{"class_path": "Live", "init_args": {"name": "live"}}]),
+        "data.engine": json.dumps(engine),
+        "data.sampling.max_new_tokens": 6,
+        "data.batch_size": 2,
+        "data.group_size": 4,
+        **more,
     }
-    command = [sys.executable, "-m", "agro_lightning", "fit", *(f"{k}={v}" for k, v in options.items())]
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def start(run_dir, *options, **env):
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
-    assert done.returncode == 0, done.stderr[-3000:]
+    return command("fit", "--run_dir", run_dir, *options, PYTHONPATH=paths, **env)
+
+
+def test_a_run_trains_on_episodes(folder, tmp_path):
+    pytest.importorskip("verifiers")
+    finish(start(tmp_path / "run", *run_options(folder, tmp_path, **{"trainer.max_steps": 2})))
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row.get("train/reward")]
     assert len(rows) == 2
     assert all(float(row["train/logprob_gap_max"]) < 1e-3 for row in rows)
+
+
+@pytest.mark.slow
+def test_a_run_killed_between_turns_resumes_bitwise(folder, tmp_path):
+    pytest.importorskip("verifiers")
+    options = run_options(folder, tmp_path, **{"trainer.max_steps": 8, "checkpoint_every": 3})
+    finish(start(tmp_path / "whole", *options))
+    killed = tmp_path / "killed"
+    kill_at(start(killed, *options, **{PAUSE: str(killed)}), killed / "between-turns")
+    finish(start(killed, *options, "--ckpt_path=last"))
+    whole, resumed = final_state(tmp_path / "whole"), final_state(killed)
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "AgroDataModule"):
+        assert_same(whole[key], resumed[key], key)
+    assert metrics(killed) == metrics(tmp_path / "whole")
