@@ -342,9 +342,8 @@ def digest(policy: Policy, optimizer: torch.optim.Optimizer | None) -> str:
 
     def add(tensors: Iterator[Tensor]) -> None:
         for tensor in tensors:
-            plain = (
-                local_tensor(tensor).detach().cpu().contiguous().clone()
-            )  # numpy would forbid FSDP to resize it
+            # a copy: numpy would forbid FSDP to resize the tensor itself
+            plain = local_tensor(tensor).detach().cpu().contiguous().clone()
             found.update(plain.view(-1).view(torch.uint8).numpy().tobytes())
 
     reshard(policy)

@@ -21,7 +21,7 @@ def head_workspace(func: Any, args: tuple, *, gpu: bool) -> None:
         args: its arguments.
         gpu: as the Triton backend would; else by running the chunked backend.
     """
-    name = func._schema.name
+    name = func.name()
     if name == "agro_kernels::head_stats":
         _stats(args, gpu)
     elif name == "agro_kernels::head_grads":
