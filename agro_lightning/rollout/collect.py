@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.rewards import RewardSet
+from agro_lightning.rewards.base import Score
 from agro_lightning.rewards.environment import with_environment_reward
 from agro_lightning.rollout.engines.base import EpisodeEngine, Generation, RolloutEngine, Sampling
 from agro_lightning.rollout.episodes import Episodes
@@ -187,22 +188,44 @@ def score(
         if result.reward is None:
             scored.append(result.failure or "abstained")
             continue
-        runs = generation.policy_versions or ((policy_version, len(generation.completion_ids)),)
         scored.append(
-            Completion(
-                completion=text,
-                completion_ids=generation.completion_ids,
-                policy_mask=generation.policy_mask,
-                reward=result.reward,
-                reward_parts=dict(result.parts),
-                finish_reason=generation.finish_reason,
-                source=source,
-                policy_version=min(version for version, _ in runs),
-                policy_versions=runs if len(runs) > 1 else None,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                behavior_logprobs=generation.behavior_logprobs,
-            )
+            completion_of(generation, text, result, sampling, source=source, policy_version=policy_version)
         )
     return scored
+
+
+def completion_of(
+    generation: Generation,
+    text: str,
+    score: Score,
+    sampling: Sampling,
+    *,
+    source: str,
+    policy_version: int,
+) -> Completion:
+    """What an engine generated, with its reward; 0 where it has none.
+
+    Args:
+        generation: that is usable.
+        text: its decoded completion.
+        score: what the rewards gave for it.
+        sampling: how it was sampled.
+        source: name of the source in metrics and files.
+        policy_version: where the generation does not name the versions that drew it.
+    """
+    runs = generation.policy_versions or ((policy_version, len(generation.completion_ids)),)
+    return Completion(
+        completion=text,
+        completion_ids=generation.completion_ids,
+        policy_mask=generation.policy_mask,
+        reward=0.0 if score.reward is None else score.reward,
+        reward_parts=dict(score.parts),
+        finish_reason=generation.finish_reason,
+        source=source,
+        policy_version=min(version for version, _ in runs),
+        policy_versions=runs if len(runs) > 1 else None,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        behavior_logprobs=generation.behavior_logprobs,
+    )

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from agro_lightning.rewards import RewardSet
 from agro_lightning.rewards.environment import with_environment_reward
 from agro_lightning.rollout import RolloutEngine, Sampling
+from agro_lightning.rollout.collect import completion_of, is_usable
 from agro_lightning.rollout.engines.base import Generation
 from agro_lightning.rollout.episodes import Episodes
 from agro_lightning.types import Completion, Prompt
@@ -93,14 +94,15 @@ def answer_prompts(
             return engine.generate([prompt.prompt_ids for prompt in prompts], drawn, n=n, seed=seed)
         return episodes.play(engine, prompts, drawn, n=n, seed=seed, max_positions=max_positions)
 
-    greedy = answers_of(replace(sampling, temperature=0.0, top_p=1.0, top_k=0), 1, 0)
+    first = replace(sampling, temperature=0.0, top_p=1.0, top_k=0)
+    greedy = answers_of(first, 1, 0)
     sampled = answers_of(sampling, samples, seed)
-    rows = [[*first, *rest] for first, rest in zip(greedy, sampled, strict=True)]
+    rows = [[*one, *rest] for one, rest in zip(greedy, sampled, strict=True)]
     made = [
         (with_environment_reward(prompt, generation.environment_reward), generation)
         for prompt, row in zip(prompts, rows, strict=True)
         for generation in row
-        if _is_answer(generation)
+        if is_usable(generation)
     ]
     # one by one: batch_decode gives [""] for no completions
     texts = [str(tokenizer.decode(list(g.completion_ids), skip_special_tokens=True)) for _, g in made]
@@ -109,26 +111,14 @@ def answer_prompts(
     for prompt, row in zip(prompts, rows, strict=True):
         answers, failed = [], 0
         for i, generation in enumerate(row):
-            text, score = next(scored) if _is_answer(generation) else ("", None)
+            text, score = next(scored) if is_usable(generation) else ("", None)
             failed += score is None or score.failure is not None
             if score is not None and score.reward is not None:
-                drawn = (
-                    Sampling(max_new_tokens=sampling.max_new_tokens, temperature=0.0) if i == 0 else sampling
-                )
+                drawn = sampling if i else first
+                known = replace(generation, behavior_logprobs=None, policy_versions=None)
+                name = "sampled" if i else "greedy"
                 answers.append(
-                    Completion(
-                        completion=text,
-                        completion_ids=generation.completion_ids,
-                        policy_mask=generation.policy_mask,
-                        reward=score.reward,
-                        reward_parts=dict(score.parts),
-                        finish_reason=generation.finish_reason,
-                        source="sampled" if i else "greedy",
-                        policy_version=policy_version,
-                        temperature=drawn.temperature,
-                        top_p=drawn.top_p,
-                        top_k=drawn.top_k,
-                    )
+                    completion_of(known, text, score, drawn, source=name, policy_version=policy_version)
                 )
         results.append(_result(prompt, answers, failed=failed, correct_reward=correct_reward))
     return results
@@ -152,11 +142,6 @@ def _result(
             for name in names
         },
     )
-
-
-def _is_answer(generation: Generation) -> bool:
-    """Whether the engine has generated it; the engine's failures are no answers."""
-    return generation.finish_reason != "error" and bool(generation.completion_ids)
 
 
 def summarize(results: Sequence[PromptResult], *, ks: Sequence[int] = ()) -> dict[str, float]:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,12 +28,13 @@ from agro_lightning.models.head_check import check_logprobs
 from agro_lightning.models.policy import Policy
 from agro_lightning.primitives.compat import local_tensor
 from agro_lightning.rewards.environment import with_environment_reward
+from agro_lightning.rollout.collect import completion_of, is_usable
 from agro_lightning.rollout.logprob_gap import check_logprob_gap, logprob_gap
 from agro_lightning.training.checkpointing import RunCheckpoint
 from agro_lightning.training.datamodule import AgroDataModule
 from agro_lightning.training.module import AgroModule
 from agro_lightning.training.strategy import Sharded
-from agro_lightning.types import Completion, PromptGroup
+from agro_lightning.types import PromptGroup
 
 SAMPLES = 4
 
@@ -205,7 +207,7 @@ class _First(Callback):
                 seed=data.seed,
                 max_positions=policy.max_positions,
             )
-        made = [g for g in row if g.finish_reason != "error" and g.completion_ids]
+        made = [g for g in row if is_usable(g)]
         if len(made) < 2:
             raise CheckFailed(
                 f"{SAMPLES - len(made)} of {SAMPLES} completions failed in {type(engine).__name__}"
@@ -215,17 +217,8 @@ class _First(Callback):
             [with_environment_reward(prompt, g.environment_reward) for g in made], texts
         )
         completions = tuple(
-            Completion(
-                completion=text,
-                completion_ids=generation.completion_ids,
-                policy_mask=generation.policy_mask,
-                reward=0.0 if score.reward is None else score.reward,
-                reward_parts=dict(score.parts),
-                finish_reason=generation.finish_reason,
-                source="doctor",
-                policy_version=0,
-                temperature=data.sampling.temperature,
-                behavior_logprobs=generation.behavior_logprobs,
+            replace(
+                completion_of(generation, text, score, data.sampling, source="doctor", policy_version=0),
                 row_id="of the policy",
             )
             for generation, text, score in zip(made, texts, scores, strict=True)

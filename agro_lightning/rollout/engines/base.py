@@ -34,6 +34,20 @@ class Sampling:
         if self.top_k < 0:
             raise ValueError(f"sampling.top_k is {self.top_k}; it must be 0 (all tokens) or positive")
 
+    def request_fields(self, stop: Sequence[int]) -> dict[str, Any]:
+        """The distribution and where it stops, by the names of vLLM's and SGLang's requests.
+
+        All of them are given, so that a model's generation_config changes none.
+        """
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k or -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "stop_token_ids": list(stop),
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:

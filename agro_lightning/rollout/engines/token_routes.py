@@ -51,12 +51,7 @@ class TokenRoute:
                 "n": n,
                 "seed": seed,
                 "max_tokens": sampling.max_new_tokens,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k or -1,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-                "stop_token_ids": list(stop),
+                **sampling.request_fields(stop),
                 "logprobs": 0,
             },
         }
@@ -90,12 +85,7 @@ class SGLangRoute:
         """The request for n completions of one prompt."""
         params = {
             "max_new_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k or -1,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "stop_token_ids": list(stop),
+            **sampling.request_fields(stop),
             "skip_special_tokens": False,
         }
         return {

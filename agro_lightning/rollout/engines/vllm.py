@@ -299,12 +299,7 @@ class VLLMEngine(RolloutEngine):
             "n": n,
             "seed": seed,
             "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k or -1,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "stop_token_ids": list(self._eos),
+            **sampling.request_fields(self._eos),
             "logprobs": 0,
             "return_token_ids": True,
         }
