@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from prompt_rows import load
 from rollout_files import open_buffer, text_rows, token_row, write_jsonl, write_parquet
-from test_prompts import load
 
 from agro_lightning.data.buffer.reader import read_rows
 from agro_lightning.data.buffer.schema import VERSION_KEY, BadFileError, BadRowError, Rejections

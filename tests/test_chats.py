@@ -6,8 +6,8 @@ import logging
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from prompt_rows import load, make_tokenizer
 from rollout_files import write_jsonl
-from test_prompts import load, make_tokenizer
 
 from agro_lightning.data.buffer.buffer import RolloutBuffer
 from agro_lightning.data.buffer.schema import BadRowError

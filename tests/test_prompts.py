@@ -1,62 +1,19 @@
-"""Prompt data sets: sources, schemas, templates, bad rows, order; and a fuzz test of rows and files."""
+"""Prompt data sets: schemas, bad rows, templates, order and settings."""
 
 import json
 import logging
 import math
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from prompt_rows import CHATTY, TOKENIZER, answers, load, make_tokenizer, write_rows
 
-from agro_lightning.data.buffer.schema import BadFileError, BadRowError, prompt_id_of
+from agro_lightning.data.buffer.schema import BadRowError, prompt_id_of
 from agro_lightning.data.prompts.dataset import PromptDataset, PromptSettings
 from agro_lightning.rewards import ExactMatch
-
-CHAT = (
-    "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
-    "<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% if thinking %}hm {% endif %}{% endif %}"
-)
-
-
-def make_tokenizer(post=None, chat_template=None):
-    """A tokenizer of the 256 bytes with <s>, </s>; `post` such as "<s> $A" adds them to every text."""
-    vocab = {text: i for i, text in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab={**vocab, "<s>": 256, "</s>": 257}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    if post is not None:
-        special = [("<s>", 256), ("</s>", 257)]
-        tokenizer.post_processor = processors.TemplateProcessing(single=post, special_tokens=special)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.chat_template = chat_template
-    return fast
-
-
-TOKENIZER = make_tokenizer()
-CHATTY = make_tokenizer(post="<s> $A", chat_template=CHAT)
-
-
-def load(path, tokenizer=TOKENIZER, on_bad_row="error", vocab_size=None, **options):
-    return PromptDataset(
-        PromptSettings(path=str(path), **options),
-        tokenizer=tokenizer,
-        on_bad_row=on_bad_row,
-        vocab_size=vocab_size,
-    )
 
 
 @pytest.fixture
@@ -68,10 +25,6 @@ def jsonl(tmp_path):
         return path
 
     return write
-
-
-def answers(data):
-    return [prompt.answer for prompt in data]
 
 
 # ---------------------------------------------------------------- schemas
@@ -306,165 +259,6 @@ def test_a_tokenizer_that_ends_prompts_with_eos_is_refused(jsonl):
         load(jsonl({"prompt": "q"}), make_tokenizer(post="$A </s>"))
 
 
-# ---------------------------------------------------------------- sources
-
-
-ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(5)]
-
-
-def write_rows(path, rows=ROWS):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    else:
-        path.write_text("\ufeff" + "\n\n".join(json.dumps(row) for row in rows))
-    return path
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet"])
-def test_files_of_every_kind_give_the_same_prompts(tmp_path, name):
-    data = load(write_rows(tmp_path / name))
-    assert answers(data) == ["0", "2", "4", "6", "8"]
-    assert data.fingerprint == load(write_rows(tmp_path / "other" / "again.jsonl")).fingerprint
-    assert data.fingerprint != load(write_rows(tmp_path / "less.jsonl", ROWS[:4])).fingerprint
-
-
-def test_saved_data_sets_and_their_splits(tmp_path):
-    data = datasets.Dataset.from_list(ROWS)
-    data.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": data, "test": data.select([3])}).save_to_disk(tmp_path / "two")
-    assert answers(load(tmp_path / "one")) == ["0", "2", "4", "6", "8"]
-    assert answers(load(tmp_path / "two", split="test")) == ["6"]
-    with pytest.raises(BadFileError, match="has the splits train, test, none called 'dev'"):
-        load(tmp_path / "two", split="dev")
-    for file in (tmp_path / "one").glob("*.arrow"):
-        file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(BadFileError, match="no readable folder of save_to_disk"):
-        load(tmp_path / "one")
-
-
-def test_folders_are_read_by_split_and_subset(tmp_path):
-    write_rows(tmp_path / "main" / "train-00000-of-00002.parquet", ROWS[:2])
-    write_rows(tmp_path / "main" / "train-00001-of-00002.parquet", ROWS[2:])
-    write_rows(tmp_path / "main" / "test-00000-of-00001.parquet", ROWS[:1])
-    write_rows(tmp_path / "socratic" / "train.jsonl", ROWS[4:])
-    (tmp_path / "dataset_info.json").write_text("{}")
-    assert answers(load(tmp_path, subset="main")) == ["0", "2", "4", "6", "8"]
-    assert answers(load(tmp_path, subset="main", split="test")) == ["0"]
-    assert answers(load(tmp_path, subset="socratic")) == ["8"]
-    assert answers(load(tmp_path / "*" / "test-*.parquet")) == ["0"]
-    with pytest.raises(BadFileError, match="has the subsets main, socratic; set subset"):
-        load(tmp_path)
-    with pytest.raises(BadFileError, match="no file in .* belongs to subset 'extra'; it holds main/"):
-        load(tmp_path, subset="extra")
-    with pytest.raises(BadFileError, match="has the splits test, train, none called 'validation'"):
-        load(tmp_path, subset="main", split="validation")
-
-
-def test_a_folder_without_split_names_is_read_whole(tmp_path):
-    write_rows(tmp_path / "a.jsonl", ROWS[:2])
-    write_rows(tmp_path / "b.jsonl", ROWS[2:])
-    write_rows(tmp_path / ".hidden" / "c.jsonl", [{}])
-    assert answers(load(tmp_path)) == ["0", "2", "4", "6", "8"]
-
-
-def test_a_part_of_the_rows(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl")
-    assert answers(load(path, skip=1, limit=2)) == ["2", "4"]
-    assert answers(load(path, skip=3)) == ["6", "8"]
-
-
-def test_the_old_name_of_skip_is_accepted_with_a_warning(tmp_path):
-    with pytest.warns(FutureWarning, match="prompts.first is now prompts.skip"):
-        data = load(write_rows(tmp_path / "rows.jsonl"), first=3)
-    assert answers(data) == ["6", "8"] and (data.settings.skip, data.settings.first) == (3, None)
-
-
-def test_the_shipped_prompts(quickstart_tokenizer):
-    train = load("quickstart-train", quickstart_tokenizer)
-    held_out = load("quickstart-val", quickstart_tokenizer)
-    assert len(train) > len(held_out) > 100
-    assert not {prompt.prompt_id for prompt in train} & {prompt.prompt_id for prompt in held_out}
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda folder: folder / "none.jsonl", "none.jsonl' does not exist. Give a .jsonl"),
-        (lambda folder: folder / "*.jsonl", "no file matches"),
-        (lambda folder: folder, "holds no .jsonl, .json, .parquet file"),
-        (
-            lambda folder: _write(folder / "a.csv", b"prompt\n"),
-            "a.csv is no file of prompts; accepted are .jsonl",
-        ),
-        (lambda folder: _write(folder / "a.json", b"[1,"), "a.json is no JSON"),
-        (
-            lambda folder: _write(folder / "a.parquet", b"PAR1 torn"),
-            "a.parquet is not a readable Parquet file, torn",
-        ),
-        (
-            lambda folder: _write(folder / "b.parquet", _torn_parquet(folder)),
-            "b.parquet is not a readable Parquet",
-        ),
-    ],
-)
-def test_what_cannot_be_read_is_named(tmp_path, make, message):
-    with pytest.raises(BadFileError, match=message):
-        load(make(tmp_path), on_bad_row="drop")
-
-
-def _write(path, content):
-    path.write_bytes(content)
-    return path
-
-
-def _torn_parquet(folder):
-    whole = write_rows(folder / "whole.parquet").read_bytes()
-    return whole[: len(whole) // 2]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"prompt": ', "line 2: is no JSON"),
-        (b"[1, 2]", "line 2: is a list; an object with a prompt"),
-        (b'{"prompt": "\xff"}', "line 2: is no JSON"),
-        (b"[" * 100_000, "line 2: is no JSON"),
-        (b'{"prompt": 1' + b"0" * 10_000 + b"}", "line 2: is no JSON"),
-    ],
-)
-def test_lines_that_are_no_rows(tmp_path, line, message):
-    path = _write(tmp_path / "rows.jsonl", b'{"prompt": "a"}\n' + line + b'\n{"prompt": "b"}\n')
-    with pytest.raises(BadRowError, match=message):
-        load(path)
-    data = load(path, on_bad_row="drop")
-    assert [prompt.prompt for prompt in data] == ["a", "b"] and sum(data.dropped.values()) == 1
-
-
-def test_without_a_network_a_hub_id_says_what_to_set():
-    code = """
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
-from agro_lightning.data.prompts.dataset import PromptDataset, PromptSettings
-from agro_lightning.rewards import ExactMatch
-try:
-    settings = PromptSettings(path="openai/gsm8k", subset="main")
-    PromptDataset(settings, tokenizer=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE())))
-except ValueError as error:
-    print(error)
-"""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": tempfile.mkdtemp()}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert len(done.stdout.splitlines()) == 1, done.stderr
-    assert "'openai/gsm8k' is no local path, and cannot be loaded from the hub" in done.stdout
-    assert done.stdout.rstrip().endswith("Without a network, set path to a local copy of it")
-
-
 # ---------------------------------------------------------------- order and settings
 
 
@@ -531,80 +325,3 @@ def test_settings_come_from_a_config(jsonl):
     parsed = parser.instantiate(parser.parse_object({"train": given})).train
     data = PromptDataset(parsed, tokenizer=TOKENIZER)
     assert (data[0].prompt, data[0].answer) == ("q\nAnswer:", "3")
-
-
-# ---------------------------------------------------------------- fuzz
-
-TEXTS = ["", " ", "####", "#### 1,0", r"\boxed{", r"\boxed{\frac{1}{2}}", "\ud800", "</s>", "{prompt}"]
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(TEXTS),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["role", "content", "ground_truth", "x", ""]), inner, max_size=3),
-    max_leaves=6,
-)  # fmt: skip
-NAMES = st.sampled_from(
-    ["prompt", "question", "problem", "answer", "solution", "reward_model", "prompt_id", "hint", ""]
-)
-SHAPES = st.fixed_dictionaries(
-    {
-        "format": st.sampled_from(["plain", "gsm8k", "math", "dapo"]),
-        "chat": st.booleans(),
-        "template": st.sampled_from(["{prompt}", "{hint} {prompt}", "{reward_model.x}"]),
-        "max_prompt_tokens": st.sampled_from([None, 1, 8]),
-        "answer_column": st.sampled_from([None, "hint", "reward_model.ground_truth"]),
-        "id_column": st.sampled_from([None, "hint"]),
-    }
-)
-KINDS = ["a.jsonl", "a.json", "a.parquet"]
-NAMED = (BadRowError, BadFileError, ValueError)
-QUIET = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
-def check_any(content, name, shape):
-    """Loads whatever `content` is, strictly and dropping: either prompts that are sound, or a named error."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = _write(Path(folder, name), content)
-        outcomes = {}
-        for mode in ("error", "drop"):
-            try:
-                outcomes[mode] = load(path, CHATTY, on_bad_row=mode, **shape)
-            except NAMED as error:
-                assert type(error) in NAMED, f"{type(error)} came from deep inside: {error}"
-                assert str(path) in str(error), error
-                outcomes[mode] = None
-        for data in filter(None, outcomes.values()):
-            for prompt in data:
-                assert prompt.prompt_ids and prompt.prompt.strip() and prompt.answer != ""
-        strict, dropping = outcomes["error"], outcomes["drop"]
-        if strict is not None:
-            assert dropping is not None and set(strict.dropped) <= {"duplicate"}
-            assert strict.fingerprint == dropping.fingerprint
-        elif dropping is not None:
-            assert set(dropping.dropped) - {"duplicate"}
-
-
-@given(rows=st.lists(st.dictionaries(NAMES, VALUES, max_size=5), max_size=4), shape=SHAPES)
-@QUIET
-def test_any_json_rows_give_sound_prompts_or_a_named_error(rows, shape):
-    check_any("\n".join(map(json.dumps, rows)).encode(), "rows.jsonl", shape)
-
-
-@given(content=st.binary(max_size=200) | st.text(max_size=200).map(str.encode), name=st.sampled_from(KINDS))
-@QUIET
-def test_any_file_gives_sound_prompts_or_a_named_error(content, name):
-    check_any(content, name, {})
-
-
-PARQUET = write_rows(Path(tempfile.mkdtemp()) / "rows.parquet").read_bytes()
-
-
-@given(
-    place=st.integers(0, len(PARQUET) - 1),
-    byte=st.integers(0, 255),
-    cut=st.none() | st.integers(0, len(PARQUET)),
-)
-@QUIET
-def test_a_damaged_parquet_file_gives_sound_prompts_or_a_named_error(place, byte, cut):
-    damaged = bytearray(PARQUET)
-    damaged[place] = byte
-    check_any(bytes(damaged[:cut]), "rows.parquet", {})

@@ -6,8 +6,8 @@ from collections import Counter
 import lightning as L
 import numpy as np
 import pytest
+from prompt_rows import load
 from rollout_files import open_buffer, write_jsonl
-from test_prompts import load
 
 from agro_lightning import AgroDataModule, AgroModule
 from agro_lightning.data.prompts.dataset import PromptSettings
