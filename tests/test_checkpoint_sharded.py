@@ -137,8 +137,9 @@ def logged(folder):
         }
 
 
-def test_killed_and_resumed_on_two_ranks_is_bitwise_the_uninterrupted_run(tmp_path, config):
-    small = config(SMALL)
+@pytest.mark.parametrize("live", ["live", pytest.param("live, ahead: 3", marks=pytest.mark.slow)])
+def test_killed_and_resumed_on_two_ranks_is_bitwise_the_uninterrupted_run(tmp_path, config, live):
+    small = config(SMALL.replace("name: live", f"name: {live}"))
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
     steps = ["--trainer.max_steps", "7"]
     assert run_ranks(fit, 2, small, whole, steps) == [None, None]
@@ -301,13 +302,19 @@ def test_devices_and_nodes_that_are_not_what_the_launcher_started_are_refused(tm
 
 def test_rollouts_that_were_not_used_up_are_dealt_out_to_other_ranks():
     def saved(rank, first, pending, used):
-        data = {"feed": {"pending": pending, "micro_batch": 3}, "completions_used": used}
+        feed = {"pending": pending, "unfinished": [f"{one} begun" for one in pending], "micro_batch": 3}
+        data = {"feed": feed, "completions_used": used}
         return {"data_rank": rank, "first": first, "data": data, "epoch": 0}
 
     other, mine = saved(1, True, ["c", "d"], 7), (["a", "b", "x"], 6)
     states = [other, saved(0, True, *mine), saved(0, False, *mine)]  # two ranks of one tensor group
     parts = [merge_ranks(states, DataRank(rank, 3, None, True)) for rank in range(3)]
     assert [part["data"]["feed"]["pending"] for part in parts] == [["a"], ["b", "x"], ["c", "d"]]
+    assert [part["data"]["feed"]["unfinished"] for part in parts] == [
+        ["a begun"],
+        ["b begun", "x begun"],
+        ["c begun", "d begun"],
+    ]
     assert [part["data"]["completions_used"] for part in parts] == [5, 4, 4]
     assert all(part["data"]["feed"]["micro_batch"] == 3 and part["epoch"] == 0 for part in parts)
 

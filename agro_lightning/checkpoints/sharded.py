@@ -302,20 +302,23 @@ def read_rank(folder: Path, rank: int) -> dict[str, Any]:
 def merge_ranks(states: list[dict[str, Any]], place: DataRank) -> dict[str, Any]:
     """One rank's state from those that another number of ranks saved.
 
-    Cursors are global and equal on all ranks. Rollouts that were not used up are dealt out anew; random
-    generators stay as the run's seed made them.
+    Cursors are global and equal on all ranks. Rollouts that were not used up, and groups in the making, are
+    dealt out anew; random generators stay as the run's seed made them.
     """
     merged = dict(states[0])
     name = next((key for key, value in merged.items() if isinstance(value, dict) and "feed" in value), None)
     if name is None:
         return merged
     parts = [state[name] for state in sorted(states, key=lambda s: s["data_rank"]) if state["first"]]
-    pending = [group for part in parts for group in part["feed"]["pending"]]
+    dealt = {}
+    for kind in ("pending", "unfinished"):
+        groups = [group for part in parts for group in part["feed"].get(kind, ())]
+        cuts = [len(groups) * i // place.size for i in range(place.size + 1)]
+        dealt[kind] = groups[cuts[place.rank] : cuts[place.rank + 1]]
     used = sum(part["completions_used"] for part in parts)
-    cuts = [len(pending) * i // place.size for i in range(place.size + 1)]
     merged[name] = {
         **merged[name],
-        "feed": {**merged[name]["feed"], "pending": pending[cuts[place.rank] : cuts[place.rank + 1]]},
+        "feed": {**merged[name]["feed"], **dealt},
         "completions_used": used // place.size + (place.rank < used % place.size),
     }
     return merged

@@ -18,6 +18,10 @@ class Live:
 
     weight: float = 1.0
     """Share of the groups (or, within groups, of each group's completions), relative to the other sources."""
+    ahead: int = 0
+    """Groups that each rank has in the making beyond those that a step needs. A step takes the groups that
+    are whole first; completions of the others go on under the next step's weights, so that no step waits for
+    the longest. 0: each step makes its own groups, whole, on its own weights."""
     name: str = "live"
     """Name in metrics and files."""
 
@@ -97,6 +101,9 @@ def check_sources(sources: Sequence[Source]) -> None:
             )
     if sum(isinstance(source, Live) for source in sources) > 1:
         raise ValueError("data.sources has more than one Live source; one is enough: there is one policy")
+    for source in sources:
+        if isinstance(source, Live) and source.ahead < 0:
+            raise ValueError(f"source {source.name} has ahead {source.ahead}; it must be 0 or more groups")
     streams = [source for source in sources if isinstance(source, Stream)]
     for source in streams:
         if not 1 <= source.max_uses <= 255:
@@ -113,6 +120,12 @@ def check_sources(sources: Sequence[Source]) -> None:
 
 def check_streams(sources: Sequence[Source], mixing: Mixing, updates_per_rollout: int) -> None:
     """Raises ValueError where groups cannot be mixed, or a Stream's not used whole, max_uses times each."""
+    for source in sources:
+        if isinstance(source, Live) and source.ahead and mixing == "within_group":
+            raise ValueError(
+                f"source {source.name} has ahead {source.ahead}, and data.mixing within_group completes each "
+                "step's own groups; set ahead: 0, or mixing: per_group"
+            )
     if mixing == "within_group" and not any(isinstance(source, Live) for source in sources):
         raise ValueError(
             "data.mixing within_group draws the prompts of data.train, and data.sources has no Live source "

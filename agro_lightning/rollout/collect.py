@@ -99,6 +99,39 @@ def rollout_groups(
         generations = engine.generate([prompt.prompt_ids for prompt in prompts], sampling, n=n, seed=seed)
     else:
         generations = episodes.play(engine, prompts, sampling, n=n, seed=seed, max_positions=max_positions)
+    return score_groups(
+        prompts,
+        generations,
+        sampling,
+        rewards,
+        tokenizer,
+        n=n,
+        source=source,
+        policy_version=policy_version,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def score_groups(
+    prompts: Sequence[Prompt],
+    generations: Sequence[Sequence[Generation]],
+    sampling: Sampling,
+    rewards: RewardSet,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n: int,
+    source: str,
+    policy_version: int,
+    seconds: float,
+) -> tuple[list[PromptGroup], RolloutReport]:
+    """The groups that generations make with their rewards, and the report; see `rollout_groups`.
+
+    Args:
+        prompts: of the groups.
+        generations: n of each prompt.
+        sampling, rewards, tokenizer, n, source, policy_version: see `rollout_groups`.
+        seconds: that generating took.
+    """
     generated = time.perf_counter()
     failures: Counter[str] = Counter()
     kept: list[tuple[int, Generation]] = []
@@ -131,7 +164,7 @@ def rollout_groups(
         tokens=sum(len(g.completion_ids) for _, g in kept),
         failures={kind: count for kind, count in failures.items() if count},
         dropped_groups=len(prompts) - len(groups),
-        generate_seconds=generated - started,
+        generate_seconds=seconds,
         score_seconds=time.perf_counter() - generated,
     )
     return groups, report

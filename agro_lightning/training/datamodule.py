@@ -35,6 +35,7 @@ from agro_lightning.models.reference import fill_ref_logprobs
 from agro_lightning.primitives.collectives import from_rank_0
 from agro_lightning.rewards import ExactMatch, Reward, RewardSet
 from agro_lightning.rollout import AutoEngine, RolloutEngine, Sampling
+from agro_lightning.rollout.ahead import Unfinished
 from agro_lightning.rollout.environment import EnvironmentClass
 from agro_lightning.rollout.episodes import EpisodeLimits, Episodes
 from agro_lightning.training.data_checks import (
@@ -224,6 +225,9 @@ class AgroDataModule(L.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         self._check_lengths()
+        if self.train_prompts is not None and self._live.ahead:
+            self.live.attach(self.policy)
+            self.live.check_ahead(self._live.name, self._live.ahead)
         folder = self._replay_folder = ReplayFolder(Path(trainer.default_root_dir) / "replay")
         opener = SourceOpener(
             tokenizer=self.tokenizer,
@@ -313,8 +317,17 @@ class AgroDataModule(L.LightningDataModule):
     # ------------------------------------------------------------------ rollouts
 
     def sample_live(self, prompts: Sequence[Prompt], n: int, seed: int) -> list[PromptGroup]:
-        name = next(source.name for source in self.sources if isinstance(source, Live))
-        return self._place.agree(self.live.sample(prompts, n=n, seed=seed, source=name))
+        return self._place.agree(self.live.sample(prompts, n=n, seed=seed, source=self._live.name))
+
+    def sample_ahead(
+        self, groups: list[Unfinished], wanted: int
+    ) -> tuple[list[PromptGroup], list[Unfinished]]:
+        """Goes on with groups until so many are whole; returns these, scored, and the others."""
+        return self._place.agree(self.live.sample_ahead(groups, wanted, source=self._live.name))
+
+    @property
+    def _live(self) -> Live:
+        return next(source for source in self.sources if isinstance(source, Live))
 
     def push_weights(self) -> None:
         """Gives the engine the current weights; all ranks come here together, see LiveRollouts.push."""

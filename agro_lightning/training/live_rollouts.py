@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from agro_lightning.models.policy import Policy
 from agro_lightning.rewards import RewardSet
 from agro_lightning.rollout import RolloutEngine, Sampling
+from agro_lightning.rollout.ahead import Unfinished, rollout_ahead
 from agro_lightning.rollout.collect import rollout_groups
 from agro_lightning.rollout.episodes import Episodes
 from agro_lightning.types import Prompt, PromptGroup
@@ -87,6 +88,43 @@ class LiveRollouts:
         counts = self.episodes.take_counts() if self.episodes else {}
         self.record({**report.metrics(), **self.engine.take_counts(), **counts})
         return groups
+
+    def sample_ahead(
+        self, groups: Sequence[Unfinished], wanted: int, *, source: str
+    ) -> tuple[list[PromptGroup], list[Unfinished]]:
+        """Goes on with groups until so many are whole, see rollout_ahead; these, scored, and the others."""
+        taken, rest, report = rollout_ahead(
+            self.engine,
+            groups,
+            wanted,
+            self.sampling,
+            self.rewards,
+            self.tokenizer,
+            source=source,
+            policy_version=self.served_version,
+        )
+        self.record({**report.metrics(), **self.engine.take_counts()})
+        return taken, rest
+
+    def check_ahead(self, source: str, ahead: int) -> None:
+        """Refuses groups made ahead where completions cannot be suspended.
+
+        Raises:
+            ValueError: names the source and the engine, and what to set.
+        """
+        why = ""
+        if self.episodes is not None:
+            why = "episodes of data.environment are played to their end"
+        elif not self.engine.can_suspend:
+            why = (
+                f"{type(self.engine).__name__} cannot go on with a completion of this model that was begun; "
+                "BatchedDecoding can, for models whose layers all attend"
+            )
+        if why:
+            raise ValueError(
+                f"source {source} has ahead {ahead}: {why}. Set ahead: 0, or have other processes make the "
+                "groups by `rollout --follow` (a source with max_uses)"
+            )
 
     def record_sync(self, seconds: float, size: int) -> None:
         """Counts weights that were handed to another process."""

@@ -18,6 +18,7 @@ from agro_lightning.data.replay import step_of
 from agro_lightning.data.sources import Live, Mixing, Offline, Replay, Source, Stream, share_out, split_group
 from agro_lightning.data.stream import StreamReader
 from agro_lightning.models.batch import TokenBatch, pack_groups
+from agro_lightning.rollout.ahead import Unfinished
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
 
@@ -31,6 +32,13 @@ class FeedHost(Protocol):
 
     def sample_live(self, prompts: Sequence[Prompt], n: int, seed: int) -> list[PromptGroup]:
         """Generates and scores n completions of each prompt; prompts without a usable one are left out."""
+        ...
+
+    def sample_ahead(
+        self, groups: list[Unfinished], wanted: int
+    ) -> tuple[list[PromptGroup], list[Unfinished]]:
+        """Goes on with groups until so many are whole; returns these, scored, and what is left to go on
+        with."""
         ...
 
     def annotate(self, groups: list[PromptGroup]) -> list[PromptGroup]:
@@ -120,6 +128,9 @@ class TrainFeed:
         """Optimiser steps whose micro-batches were all handed out, and micro-batches of the next one."""
         self.live_position = 0
         self.cursors = {source.name: OfflineCursor() for source in sources if isinstance(source, Offline)}
+        self.ahead = next((source.ahead for source in sources if isinstance(source, Live)), 0)
+        self.unfinished: list[Unfinished] = []
+        """Live groups in the making, the oldest first: `ahead` of them from the first drawing on."""
         self.pending: list[PromptGroup] = []
         self.uses = 0
         self._num_groups = 0.0
@@ -180,6 +191,7 @@ class TrainFeed:
             "live_position": self.live_position,
             "cursors": {name: asdict(cursor) for name, cursor in self.cursors.items()},
             "pending": [asdict(group) for group in self.pending] if needed else [],
+            "unfinished": [asdict(group) for group in self.unfinished],
             "uses": self.uses,
             "num_groups": self._num_groups,
             "streams": {name: stream.state_dict() for name, stream in self.streams.items()},
@@ -193,7 +205,7 @@ class TrainFeed:
             steps: optimiser steps that the run has taken.
 
         Raises:
-            ValueError: see check_position.
+            ValueError: see check_position; or other groups in the making than `ahead`.
         """
         self.step, self.part, _ = check_position(position, steps, self.settings.accumulate)
         self.live_position = position["live_position"]
@@ -204,6 +216,13 @@ class TrainFeed:
             if name in self.streams:
                 self.streams[name].load_state_dict(stream)
         self.pending = [_group_from_dict(group) for group in position["pending"]]
+        self.unfinished = [Unfinished.from_dict(group) for group in position.get("unfinished", ())]
+        if len(self.unfinished) not in (0, self.ahead):
+            raise ValueError(
+                f"the checkpoint holds {len(self.unfinished)} live groups in the making for this rank, and "
+                f"data.sources has a Live source with ahead {self.ahead}. Go on with ahead: "
+                f"{len(self.unfinished)}, and with as many ranks as before"
+            )
         self.uses, self._num_groups = position["uses"], position["num_groups"]
 
     def _rng(self, *key: int) -> np.random.Generator:
@@ -236,16 +255,42 @@ class TrainFeed:
                 if mine.start <= place < mine.stop:
                     groups[place] = self._materialise(source, row_ids)
         live_places.sort()
-        live = self._next_prompts(len(live_places))
-        my_live = [
-            (place, prompt)
-            for place, prompt in zip(live_places, live, strict=True)
-            if mine.start <= place < mine.stop
-        ]
-        sampled = self._sample(step, [prompt for _, prompt in my_live], settings.group_size)
-        by_place = {place: sampled.get(i) for i, (place, _) in enumerate(my_live)}
-        groups |= {place: group for place, group in by_place.items() if group is not None}
+        my_places = [place for place in live_places if mine.start <= place < mine.stop]
+        if self.ahead:
+            taken = self._sample_ahead(step, live_places, len(my_places))
+            groups |= dict(zip(my_places, taken, strict=False))
+            return [groups[place] for place in sorted(groups)]
+        live = dict(zip(live_places, self._next_prompts(len(live_places)), strict=True))
+        sampled = self._sample(step, [live[place] for place in my_places], settings.group_size)
+        groups |= {place: sampled[i] for i, place in enumerate(my_places) if i in sampled}
         return [groups[place] for place in sorted(groups)]
+
+    def _sample_ahead(self, step: int, places: list[int], wanted: int) -> list[PromptGroup]:
+        """The live groups of this rank that are whole first; every rank begins as many as it takes.
+
+        Args:
+            step: optimiser steps taken.
+            places: of the live groups of all ranks.
+            wanted: those of this rank.
+        """
+        settings = self.settings
+        taken = np.bincount(
+            [place // settings.groups_per_rank for place in places], minlength=settings.world_size
+        )
+        begun = taken + self.ahead - len(self.unfinished)  # on all ranks alike: none, or `ahead`
+        first, end = begun[: settings.rank].sum(), begun[: settings.rank + 1].sum()
+        position = self.live_position
+        for number, prompt in enumerate(
+            self._next_prompts(int(begun.sum()))[first:end], position + int(first)
+        ):
+            seeds = self._rng(number, 4).integers(2**63, size=settings.group_size).tolist()
+            self.unfinished.append(Unfinished.of(prompt, seeds))
+        if not wanted:
+            return []
+        groups, self.unfinished = self.host.sample_ahead(self.unfinished, wanted)
+        groups = self.host.annotate(groups)
+        self.host.append(groups, step, settings.group_size)
+        return groups
 
     def _draw_within(self, step: int) -> list[PromptGroup]:
         """Every group mixes completions of one prompt: live ones, and rows of that prompt from the

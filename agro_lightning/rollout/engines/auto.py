@@ -72,6 +72,11 @@ class AutoEngine(RolloutEngine):
         """That of the chosen engine."""
         return self.engine.in_flight(sampling, policy_version=policy_version, caches=caches)
 
+    @property
+    def can_suspend(self) -> bool:
+        """Whether the chosen engine's completions can be."""
+        return self.engine.can_suspend
+
     def close(self) -> None:
         """Closes the chosen engine, if there is one."""
         if self._engine is not None:

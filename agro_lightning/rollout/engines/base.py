@@ -69,6 +69,16 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """What there is of a completion that goes on."""
+
+    completion_ids: tuple[int, ...] = ()
+    behavior_logprobs: tuple[float, ...] = ()
+    policy_versions: tuple[tuple[int, int], ...] = ()
+    """Runs of (version, tokens)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One completion that is wanted."""
 
@@ -77,6 +87,8 @@ class Request:
     prompt_ids: tuple[int, ...]
     seed: int
     """Of its draws: 0 or more. Requests of equal seed, prompt and weights get equal tokens."""
+    begun: Begun = Begun()
+    """What `suspend` gave of it, under the same seed; engines that `can_suspend` go on behind it."""
 
 
 class InFlightEngine(ABC):
@@ -102,6 +114,14 @@ class InFlightEngine(ABC):
     @abstractmethod
     def update_weights(self, policy_version: int) -> None:
         """Takes the policy's present weights for every token from now on."""
+
+    def suspend(self) -> dict[int, Begun]:
+        """Ends the requests in flight, and returns what there is of each, for another of these to go on with.
+
+        Raises:
+            NotImplementedError: the engine cannot go on with a completion; see RolloutEngine.can_suspend.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot go on with completions that were begun")
 
     @abstractmethod
     def close(self) -> None:
@@ -163,6 +183,11 @@ class RolloutEngine(ABC):
                 them, as the old weights made them, or "drop" them and compute them anew.
         """
         return WholeBatches(self, sampling, policy_version)
+
+    @property
+    def can_suspend(self) -> bool:
+        """Whether completions in flight can be suspended, and gone on with later; asked once attached."""
+        return False
 
     def take_counts(self) -> dict[str, float]:
         """What went wrong since the last call, by metric name; empty where the engine counts nothing."""

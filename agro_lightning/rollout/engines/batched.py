@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from agro_lightning.models.positions import LengthClasses
-from agro_lightning.rollout.engines.base import Caches, Generation, InFlightEngine, Request, Sampling
+from agro_lightning.rollout.engines.base import Begun, Caches, Generation, InFlightEngine, Request, Sampling
 from agro_lightning.rollout.engines.hf_generate import HFGenerate
 from agro_lightning.rollout.engines.kv_cache import unsupported
 from agro_lightning.rollout.engines.rows_in_flight import RowsInFlight
@@ -84,11 +84,16 @@ class BatchedDecoding(TransformersEngine):
             **options,
         )
 
+    @property
+    def can_suspend(self) -> bool:
+        """Not where rows' positions depend on each other."""
+        return self._policy is not None and LengthClasses.of(self._policy.base.config) is None
+
     def in_flight(self, sampling: Sampling, *, policy_version: int, caches: Caches) -> InFlightEngine:
         """Requests that come and go, under weights that change between tokens."""
         if self._policy is None:
             raise RuntimeError("BatchedDecoding has no policy; call attach(policy, tokenizer) first")
-        if LengthClasses.of(self._policy.base.config) is not None:  # rows' positions depend on each other
+        if not self.can_suspend:
             return super().in_flight(sampling, policy_version=policy_version, caches=caches)
         with self._policy.generating():
             rows = self._rows(self._policy.base, sampling, 0, flowing=True, version=policy_version)
@@ -135,7 +140,12 @@ class _DecodedInFlight(InFlightEngine):
             lines = self.rows.reserve(np.array([request.seed for request in some]))
             for line, request in zip(lines.tolist(), some, strict=True):
                 self._numbers[line], self._prompts[line] = request.number, prompt
-            self.rows.wait(prompt, lines)
+            fresh = [not request.begun.completion_ids for request in some]
+            if any(fresh):
+                self.rows.wait(prompt, lines[fresh])
+            for line, request in zip(lines.tolist(), some, strict=True):
+                if request.begun.completion_ids:
+                    self.rows.go_on(prompt, line, request.begun)
 
     def step(self) -> list[tuple[int, Generation]]:
         if self.rows.idle:
@@ -155,6 +165,11 @@ class _DecodedInFlight(InFlightEngine):
             self.rows.change_version(policy_version)
             if self.caches == "drop":
                 self.rows.compute_caches_anew(self._prompts)
+
+    def suspend(self) -> dict[int, Begun]:
+        begun = {number: self.rows.begun(line) for line, number in self._numbers.items()}
+        self.close()
+        return begun
 
     def close(self) -> None:
         self._numbers, self._prompts = {}, {}

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from agro_lightning.rollout.engines.base import Generation, Sampling
+from agro_lightning.rollout.engines.base import Begun, Generation, Sampling
 from agro_lightning.rollout.engines.kv_cache import Prefilled, RowsCache
 from agro_lightning.rollout.engines.sampling import draw, uniforms
 from agro_lightning.rollout.engines.transformers_engine import generation
@@ -107,6 +107,29 @@ class RowsInFlight:
         """Lines of one prompt are to be decoded."""
         self.waiting.append(_Waiting(prompt, lines))
 
+    def go_on(self, prompt: Sequence[int], line: int, begun: Begun) -> None:
+        """A line of a prompt is to be decoded behind what there is of it."""
+        count = len(begun.completion_ids)
+        self.tokens[line, :count] = begun.completion_ids
+        self.logprobs[line, :count] = begun.behavior_logprobs
+        self.counts[line] = count
+        ends = np.cumsum([tokens for _, tokens in begun.policy_versions]).tolist()
+        self.changes[line] = [
+            (version, end)
+            for (version, _), end in zip(begun.policy_versions, ends, strict=True)
+            if version != self.version
+        ]
+        self.wait([*prompt, *begun.completion_ids], np.array([line]))
+
+    def begun(self, line: int) -> Begun:
+        """What a line holds that has not ended."""
+        count = int(self.counts[line])
+        return Begun(
+            completion_ids=tuple(self.tokens[line, :count].tolist()),
+            behavior_logprobs=tuple(self.logprobs[line, :count].tolist()),
+            policy_versions=self._runs(line),
+        )
+
     def record(self, line: int) -> Generation:
         """What a line holds, once it has ended."""
         count = int(self.counts[line])
@@ -115,8 +138,13 @@ class RowsInFlight:
 
     def release(self, line: int) -> tuple[tuple[int, int], ...]:
         """Gives an ended line back; returns the runs of (version, tokens) that made it."""
-        ends = [*self.changes.pop(line, []), (self.version, int(self.counts[line]))]
+        runs = self._runs(line)
+        self.changes.pop(line, None)
         self.free.append(line)
+        return runs
+
+    def _runs(self, line: int) -> tuple[tuple[int, int], ...]:
+        ends = [*self.changes.get(line, []), (self.version, int(self.counts[line]))]
         starts = [0, *(end for _, end in ends)]
         return tuple(
             (version, end - start) for start, (version, end) in zip(starts, ends, strict=False) if end > start
