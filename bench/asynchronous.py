@@ -8,6 +8,8 @@ which a few are far longer than most (`bench._asynchronous_task`). Providers:
 - `one_step_off`: the same two processes, with whole batches of a step's completions, each made while the
   batch before it is trained on.
 - `batchwise`: one process with both cores that generates a step's completions and then trains on them.
+- `ahead`: the same one process, with a step's number of groups more in the making: a step takes the groups
+  that are whole first, and the others go on in the next one.
 - `trl`: TRL's asynchronous trainer, which sends its weights to vLLM by NCCL and so does not run without GPUs.
 
 `completions_per_s` counts completions trained on, and `trainer_idle` is the part of the time in which the
@@ -33,10 +35,12 @@ from bench._records import absent, emit, parser, record
 from bench.off_policy import mean_and_interval
 
 BENCH, ROOT = "asynchronous", Path(__file__).parents[1]
-PROVIDERS = ("ours", "one_step_off", "batchwise")
+PROVIDERS = ("ours", "one_step_off", "batchwise", "ahead")
+ALONE = ("batchwise", "ahead")
+"""Those of one process."""
 GROUPS, GROUP_SIZE = 16, 8
 """Of one step."""
-NEGATIVE_WEIGHT = {"ours": 0.3, "one_step_off": 0.3, "batchwise": 1.0}
+NEGATIVE_WEIGHT = {"ours": 0.3, "one_step_off": 0.3, "batchwise": 1.0, "ahead": 0.3}
 """Of the objective: stale completions call for less than 1 (see `bench.off_policy`)."""
 TASK = "bench._asynchronous_task"
 REWARD = {
@@ -69,7 +73,8 @@ FULL = Scale(teaching=300, steps=150, warm=10, seeds=3, validation=500)
 
 def fit_config(provider: str, policy: Path, scale: Scale) -> dict[str, Any]:
     """The settings of the process that trains."""
-    follows = provider != "batchwise"
+    follows = provider not in ALONE
+    live = {"name": "live", "ahead": GROUPS if provider == "ahead" else 0}
     weight = NEGATIVE_WEIGHT[provider]
     objective = {"class_path": "agro_lightning.objectives.Agro", "init_args": {"negative_weight": weight}}
     publish = {"class_path": "agro_lightning.training.callbacks.publish.PublishWeights"}
@@ -92,7 +97,7 @@ def fit_config(provider: str, policy: Path, scale: Scale) -> dict[str, Any]:
             "validation": {"path": "quickstart-val", "limit": scale.validation},
             "validation_samples": 2,
             "pass_at": [2],
-            "sources": [{"max_uses": 1, "timeout_s": 300}] if follows else [{"name": "live"}],
+            "sources": [{"max_uses": 1, "timeout_s": 300}] if follows else [live],
             "batch_size": GROUPS,
             "group_size": GROUP_SIZE,
             "sampling": {"max_new_tokens": LONGEST, "temperature": 1.0},
@@ -118,7 +123,7 @@ def run(provider: str, policy: Path, scale: Scale, seed: int, folder: Path) -> d
     start = [sys.executable, "-m", "agro_lightning"]
     train = ["fit", "--config", str(folder / "fit.json"), "--run_dir", str(folder / "run")]
     commands = {"fit": [*start, *train, "--seed_everything", str(seed)]}
-    if provider != "batchwise":
+    if provider not in ALONE:
         make = ["rollout", "--follow", str(folder / "run"), "--rewards", json.dumps([REWARD])]
         make += ["--prompts.path", "quickstart-train", "--sampling.max_new_tokens", str(LONGEST)]
         commands["rollout"] = [

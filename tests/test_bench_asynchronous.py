@@ -63,4 +63,4 @@ def test_the_quick_benchmark_runs_whole(tmp_path):
     records = json.loads((tmp_path / "r.json").read_text())
     for metric in ("completions_per_s", "trainer_idle"):
         found = {r["provider"] for r in records if r["metric"] == metric}
-        assert found == {"ours", "batchwise", "one_step_off"}
+        assert found == {"ours", "batchwise", "one_step_off", "ahead"}

@@ -20,6 +20,8 @@ from agro_lightning.primitives.atomic_files import replace_text
 PROGRESS_FILE = "_progress.json"
 """Written into the folder by the run, for the processes that fill it."""
 POLL_SECONDS = 0.2
+"""Between two looks at the folder, at most; a tenth of the time waited so far, so that little is lost by it."""
+SHORTEST_POLL_SECONDS = 0.01
 AGREE_SECONDS = 10.0
 """Ranks agree on what is there at least so often, so that no collective call waits long."""
 
@@ -235,10 +237,10 @@ class StreamReader:
         """Waits on rank 0 until there may be enough; the others wait for rank 0 in the next agreement."""
         if not self._reports:
             return
-        until = min(deadline, time.monotonic() + AGREE_SECONDS)
-        before = self.buffer.num_rows
-        while time.monotonic() < until:
-            time.sleep(POLL_SECONDS)
+        started, before = time.monotonic(), self.buffer.num_rows
+        until = min(deadline, started + AGREE_SECONDS)
+        while (now := time.monotonic()) < until:
+            time.sleep(min(POLL_SECONDS, max(SHORTEST_POLL_SECONDS, (now - started) / 10)))
             if self.buffer.refresh() and self.buffer.num_rows - before >= 2 * missing:
                 return
 
