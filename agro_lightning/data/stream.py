@@ -20,7 +20,7 @@ from agro_lightning.primitives.atomic_files import replace_text
 PROGRESS_FILE = "_progress.json"
 """Written into the folder by the run, for the processes that fill it."""
 POLL_SECONDS = 0.2
-"""Between two looks at the folder, at most; a tenth of the time waited so far, so that little is lost by it."""
+"""Between two looks at the folder, at most; else a tenth of the time waited so far."""
 SHORTEST_POLL_SECONDS = 0.01
 AGREE_SECONDS = 10.0
 """Ranks agree on what is there at least so often, so that no collective call waits long."""
