@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
+from test_module import fit, module
+from test_module import weights as flat_weights
 from test_sharding import full, make_groups, mesh_of
 from tiny_models import tiny_lm
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
@@ -28,6 +30,7 @@ EVERY = [
     "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "Muon", "NAdam", "RAdam",
     "RMSprop", "Rprop", "SGD",
 ]  # fmt: skip
+OWN = "test_optimizer.SignDescent"
 GROUPS = [
     ParameterGroup(pattern="norm|bias", weight_decay=0.0),
     ParameterGroup(pattern="embed_tokens", learning_rate=1e-4),
@@ -35,14 +38,13 @@ GROUPS = [
 
 
 def settings_of(name, **more):
-    options = {"SGD": {"momentum": 0.9}, "Rprop": {}}.get(name, {})
+    options = {"SGD": {"momentum": 0.9}}.get(name, {})
     decay = {} if name == "Rprop" else {"weight_decay": 0.01, "groups": GROUPS}
     if name == "Rprop":
         decay = {"groups": GROUPS[1:]}
     return OptimizerSettings(
-        class_path=f"torch.optim.{name}",
-        init_args=options,
-        **{"learning_rate": 1e-2, "warmup_steps": 0, **decay, **more},
+        class_path=name if "." in name else f"torch.optim.{name}",
+        **{"init_args": options, "learning_rate": 1e-2, "warmup_steps": 0, **decay, **more},
     )
 
 
@@ -75,10 +77,53 @@ def batch_of(groups=4, seed=0):
     return pack_groups(made, num_groups=len(made))
 
 
+class SignDescent(torch.optim.Optimizer):
+    """A user's own: steps by the sign of an average of gradients."""
+
+    def __init__(self, params, lr=1e-3, decay=0.9, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "decay": decay, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                mean = state.setdefault("mean", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - group["decay"])
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(mean.sign(), alpha=group["lr"])
+        return loss
+
+
+class Stubborn(SignDescent):
+    def step(self):
+        return super().step()
+
+
+class Newton(torch.optim.LBFGS):
+    """A class of one's own around one that is refused."""
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")
+@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec")
+def test_a_run_trains_with_a_users_own_class(tmp_path):
+    made = module(optimizer=settings_of(OWN, init_args={"decay": 0.5}, groups=GROUPS[1:]))
+    before = flat_weights(made)
+    fit(made, [pack_groups(make_groups(4), num_groups=4)], tmp_path)
+    moved = (flat_weights(made) - before).abs()
+    assert moved.max() == pytest.approx(1e-2, rel=0.1) and (moved > 0).float().mean() > 0.5
+
+
 # ---------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [*EVERY, OWN])
 def test_a_step_after_a_resume_is_bitwise_that_of_a_run_that_was_not_interrupted(name):
     settings, batch = settings_of(name), batch_of()
     policy = policy_of()
@@ -177,6 +222,9 @@ def test_groups_are_those_that_torch_would_be_given_by_hand():
         ({"class_path": "torch.optim.SDG"}, "torch.optim has no SDG. Did you mean SGD"),
         ({"class_path": "torch.nn.Linear"}, "is torch.nn.Linear, which is no optimiser"),
         ({"class_path": "torch.optim.LBFGS"}, "evaluates the loss several times"),
+        ({"class_path": "test_optimizer.Newton"}, "evaluates the loss several times"),
+        ({"class_path": "test_optimizer.Stubborn"}, "whose step takes no closure, .*Write `def step"),
+        ({"class_path": OWN, "init_args": {"decya": 0.5}}, "did you mean decay"),
         ({"class_path": "nowhere.Adam"}, "no module nowhere"),
         ({"class_path": "SGD", "init_args": {"momentun": 0.9}}, "did you mean momentum"),
         ({"class_path": "SGD", "init_args": {"momentum": -1}}, "Invalid momentum value: -1"),

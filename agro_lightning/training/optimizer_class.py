@@ -49,11 +49,19 @@ def optimizer_class(path: str) -> type[Optimizer]:
         raise ValueError(f"{_KEY} is {path}; {module} has no {name}. {_accepted(name, owner)}")
     if not (inspect.isclass(found) and issubclass(found, Optimizer)) or found is Optimizer:
         raise ValueError(f"{_KEY} is {path}, which is no optimiser. {_accepted(name)}")
-    if found.__name__ in _REFUSED and found.__module__.startswith("torch.optim"):
+    if why := next((_REFUSED[name] for name in _torchs(found) if name in _REFUSED), None):
+        raise ValueError(f"{_KEY} is {path}, which {why}; a policy cannot be trained with it")
+    if "closure" not in inspect.signature(found.step).parameters:
         raise ValueError(
-            f"{_KEY} is {path}, which {_REFUSED[found.__name__]}; a policy cannot be trained with it"
+            f"{_KEY} is {path}, whose step takes no closure, and Lightning computes the gradient in one. Write "
+            "`def step(self, closure=None)` and call it first, with gradients enabled, where it is not None"
         )
     return found
+
+
+def _torchs(kind: type[Optimizer]) -> list[str]:
+    """Names of the classes of torch.optim that a class is, or is made from."""
+    return [base.__name__ for base in kind.__mro__ if base.__module__.startswith("torch.optim")]
 
 
 def check_sharded(kind: type[Optimizer]) -> None:
@@ -62,11 +70,10 @@ def check_sharded(kind: type[Optimizer]) -> None:
     Raises:
         ValueError: names the class, why, and what steps shards.
     """
-    name, package = kind.__name__, kind.__module__.partition(".")[0]
-    path = f"torch.optim.{name}" if kind.__module__.startswith("torch.optim") else package
-    if path in _UNSHARDED:
+    paths = [kind.__module__.partition(".")[0], *(f"torch.optim.{name}" for name in _torchs(kind))]
+    if why := next((_UNSHARDED[path] for path in paths if path in _UNSHARDED), None):
         raise ValueError(
-            f"{_KEY} is {name}, which {_UNSHARDED[path]}, and the strategy Sharded splits parameters over "
+            f"{_KEY} is {kind.__name__}, which {why}, and the strategy Sharded splits parameters over "
             "ranks. Take AdamW, Muon, SGD or another of torch.optim, or train on one device"
         )
 
