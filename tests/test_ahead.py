@@ -45,9 +45,7 @@ def test_a_completion_that_was_suspended_goes_on_as_if_it_had_not_been(memory):
 
 def in_the_making(count: int) -> list[Unfinished]:
     return [
-        Unfinished.of(
-            Prompt(prompt_id=f"p{i}", prompt="", prompt_ids=PROMPTS[i % 3]), range(100 * i, 100 * i + 4)
-        )
+        Unfinished.of(Prompt(prompt_id=f"p{i}", prompt="", prompt_ids=PROMPTS[i % 3]), (2 * i, 2 * i + 1))
         for i in range(count)
     ]
 
@@ -65,14 +63,14 @@ def test_what_a_step_leaves_goes_on_under_the_next_weights_and_nothing_is_lost()
         )
 
     left, taken, fresh = [], [], iter(in_the_making(12))
-    for version, begun in enumerate((8, 4, 0, 0, 0)):
+    for version, begun in enumerate((8, 2, 2, 0, 0)):
         left += [next(fresh) for _ in range(begun)]
         again = [Unfinished.from_dict(asdict(group)) for group in left]
-        groups, left, report = draw(left, 4 if version < 2 else min(2, len(left)), version)
+        groups, left, report = draw(left, 2, version)
         assert draw(again, len(groups), version)[:2] == (groups, left)  # the state is all of it, bitwise
         taken += groups
-        assert report.completions == 4 * len(groups) and not report.failures
-    assert [group.prompt.prompt_id for group in taken] != [f"p{i}" for i in range(12)]  # the whole ones first
+        assert report.completions == 2 * len(groups) and not report.failures
+    assert [group.prompt.prompt_id for group in taken] != [f"p{i}" for i in range(10)]  # the whole ones first
     names = [group.prompt.prompt_id for group in taken] + [one.prompt.prompt_id for one in left]
     assert sorted(names) == sorted(f"p{i}" for i in range(12))
     mixed = 0
@@ -86,7 +84,7 @@ def test_what_a_step_leaves_goes_on_under_the_next_weights_and_nothing_is_lost()
                 assert one.behavior_logprobs[start : start + tokens] == pytest.approx(expected, abs=1e-4)
                 start += tokens
             assert start == len(one.completion_ids)
-    assert mixed > 3
+    assert mixed > 2
 
 
 AHEAD = """

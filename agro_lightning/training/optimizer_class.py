@@ -53,7 +53,7 @@ def optimizer_class(path: str) -> type[Optimizer]:
         raise ValueError(f"{_KEY} is {path}, which {why}; a policy cannot be trained with it")
     if "closure" not in inspect.signature(found.step).parameters:
         raise ValueError(
-            f"{_KEY} is {path}, whose step takes no closure, and Lightning computes the gradient in one. Write "
+            f"{_KEY} is {path}, whose step takes no closure, and Lightning computes gradients in one. Write "
             "`def step(self, closure=None)` and call it first, with gradients enabled, where it is not None"
         )
     return found
