@@ -33,6 +33,7 @@ from agro_lightning.commands.doctor.report import (
 )
 from agro_lightning.commands.fit import AgroCLI
 from agro_lightning.commands.lightning_compat import tensor_parallel_size
+from agro_lightning.data.sources import Live
 from agro_lightning.distributed.launch import number_of_ranks, run_folder
 from agro_lightning.primitives.quiet import quiet
 from agro_lightning.training.datamodule import AgroDataModule
@@ -330,6 +331,8 @@ def _workload(cli: DoctorCLI, ranks: int, *, gpu: bool, prompt_tokens: int, cach
     config, data = cli.trainer_config, cli.datamodule
     engine: Any = data.engine
     limit = (engine.memory_bytes or cache) if hasattr(engine, "memory_bytes") else 0  # others have their own
+    accumulate = config.get("accumulate_grad_batches") or 1
+    ahead = sum(source.ahead for source in data.sources if isinstance(source, Live))
     return Workload(
         ranks=ranks,
         tensor_parallel=tensor_parallel_size(config.get("strategy")),
@@ -338,9 +341,10 @@ def _workload(cli: DoctorCLI, ranks: int, *, gpu: bool, prompt_tokens: int, cach
         group_size=data.group_size,
         prompt_tokens=prompt_tokens,
         completion_tokens=data.sampling.max_new_tokens,
-        accumulate=config.get("accumulate_grad_batches") or 1,
+        accumulate=accumulate,
         clip=config.get("gradient_clip_val"),
         cache_bytes=limit,
+        sequences=(data.batch_size * accumulate + ahead) * data.group_size,
     )
 
 
