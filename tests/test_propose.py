@@ -28,12 +28,15 @@ def test_the_proposal_fits_and_is_taken_by_the_commands(folder, tmp_path, capsys
         "data: {group_size: 4, batch_size: 16}\n"
     )
     lengths = ("--devices", 2, "--prompt-tokens", 64, "--completion_tokens", 128)
-    said = propose(capsys, "--config", given, "--gpu_memory", 0.05, *lengths)
+    options = ("--model.policy.lora.rank", 4, "--model.optimizer.class_path=Muon", "--checkpoint_every", 7)
+    said = propose(capsys, "--config", given, "--gpu_memory", 0.05, *lengths, *options)
     found = yaml.safe_load(said)
+    assert found["model"]["policy"]["lora"] == {"rank": 4} and found["checkpoint_every"] == 7
+    assert found["model"]["optimizer"] == {"class_path": "Muon"} and "devices" not in found
     assert found["model"]["objective"]["init_args"] == {"beta": 0.5}
     assert found["data"]["batch_size"] * found["trainer"]["accumulate_grad_batches"] >= 16
     assert found["data"]["sampling"]["max_new_tokens"] == 128 and found["trainer"]["devices"] == 2
-    assert 192 <= found["model"]["max_tokens"] < 16 * (64 + 4 * 127)
+    assert 192 <= found["model"]["max_tokens"] <= 16 * (64 + 4 * 127)
     ready = tmp_path / "ready.yaml"
     ready.write_text(said)
     cli = load(["--config", str(ready)])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -20,7 +21,7 @@ from agro_lightning.commands.cli_errors import explained
 from agro_lightning.commands.defaults import TRAINER_DEFAULTS
 from agro_lightning.commands.doctor.checks import ASSUMED_PROMPT_TOKENS, check_all
 from agro_lightning.commands.doctor.memory.estimate import Estimate, Workload, simulate
-from agro_lightning.commands.doctor.propose import as_yaml, propose
+from agro_lightning.commands.doctor.propose import as_yaml, given_settings, propose
 from agro_lightning.commands.doctor.report import (
     GIB,
     CheckFailed,
@@ -39,6 +40,11 @@ from agro_lightning.primitives.quiet import quiet
 from agro_lightning.training.datamodule import AgroDataModule
 from agro_lightning.training.module import AgroModule
 
+OWN_OPTIONS = {
+    *("simulate_ranks", "model_config", "prompt_tokens", "completion_tokens", "gpu_memory_gib", "propose"),
+    *("devices", "json"),
+}
+"""Options that `fit` does not take."""
 CHATTY = ("lightning", "lightning.pytorch", "lightning.fabric", "torch.distributed.tensor")
 """Loggers that would speak between the lines of the report; what is wrong is raised."""
 DESCRIPTION = """Checks a configuration before a long run: batch arithmetic, rewards, memory, one sample with
@@ -123,7 +129,10 @@ class DoctorCLI(AgroCLI):
         )
         with architecture(self):
             found = propose(self.model, workload, has)
-        return as_yaml(found, [Path(str(file)) for file in _config_files(self)], self.model, has)
+        files = [Path(str(file)) for file in _config_files(self)]
+        known = yaml.safe_load(self.parser.dump(self.config, skip_default=True)) or {}
+        known = {name: value for name, value in known.items() if name not in OWN_OPTIONS}
+        return as_yaml(found, given_settings(files, self.args, known), self.model, has)
 
     def estimate(self, ranks: int) -> tuple[Workload, Estimate]:
         """Memory and communication of one of so many ranks, every prompt and completion at full length.
@@ -175,20 +184,12 @@ def doctor(args: list[str]) -> None:
 
 def _own_options(args: list[str]) -> list[str]:
     """The arguments; the doctor's own options may have hyphens, and --propose needs no value."""
-    own = (
-        "simulate_ranks",
-        "model_config",
-        "prompt_tokens",
-        "completion_tokens",
-        "gpu_memory_gib",
-        "propose",
-    )
     found: list[str] = []
     for arg, after in zip(args, [*args[1:], "--"], strict=True):
         name, equals, value = arg.partition("=")
         plain = name.removeprefix("--").replace("-", "_")
         plain = "gpu_memory_gib" if plain == "gpu_memory" else plain
-        found.append(f"--{plain}{equals}{value}" if name.startswith("--") and plain in own else arg)
+        found.append(f"--{plain}{equals}{value}" if name.startswith("--") and plain in OWN_OPTIONS else arg)
         if arg == "--propose" and after.startswith("--"):
             found.append("true")
     return found

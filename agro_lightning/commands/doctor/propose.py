@@ -123,8 +123,8 @@ def _largest_pass(module: AgroModule, load: Workload, limit: int) -> tuple[Propo
     return high, low.estimate
 
 
-def as_yaml(proposal: Proposal, configs: Sequence[Path], module: AgroModule, has: int) -> str:
-    """The configuration files with the proposal's settings in them, as YAML with a word on what they take."""
+def as_yaml(proposal: Proposal, given: dict[str, Any], module: AgroModule, has: int) -> str:
+    """What was given with the proposal's settings in it, as YAML with a word on what they take."""
     load, changed = proposal.workload, proposal.module
     policy, ranks = changed.policy_settings, load.ranks
     settings: dict[str, Any] = {
@@ -154,9 +154,6 @@ def as_yaml(proposal: Proposal, configs: Sequence[Path], module: AgroModule, has
             "offload_reference": changed.sharding.offload_reference,
             "replicate": 1,
         }
-    whole: dict[str, Any] = {}
-    for path in configs:
-        whole = _merged(whole, yaml.safe_load(path.expanduser().read_text()) or {})
     data = ranks // load.tensor_parallel
     step = load.groups * load.accumulate * load.group_size * data
     about = (
@@ -166,7 +163,30 @@ def as_yaml(proposal: Proposal, configs: Sequence[Path], module: AgroModule, has
         f"# {load.groups} groups x {load.group_size} completions x {data} ranks x {load.accumulate} "
         f"micro-batches = {step} completions a step\n"
     )
-    return about + yaml.safe_dump(_merged(whole, settings), sort_keys=False)
+    return about + yaml.safe_dump(_merged(given, settings), sort_keys=False)
+
+
+def given_settings(configs: Sequence[Path], options: Sequence[str], known: dict[str, Any]) -> dict[str, Any]:
+    """The configuration files, with the options of the command line in them.
+
+    Args:
+        configs: the settings of later ones count.
+        options: as they were given, such as `--model.policy.lora.rank`.
+        known: all settings of `fit` that are not the defaults, as they were understood.
+    """
+    whole: dict[str, Any] = {}
+    for path in configs:
+        whole = _merged(whole, yaml.safe_load(path.expanduser().read_text()) or {})
+    for option in options:
+        keys, value, place = option.removeprefix("--").partition("=")[0].rstrip("+").split("."), known, []
+        while isinstance(value, dict) and keys and keys[0] in value:  # down to the list, or the value
+            place.append(keys[0])
+            value = value[keys.pop(0)]
+        if option.startswith("--") and place:
+            for key in reversed(place):
+                value = {key: value}
+            whole = _merged(whole, value)
+    return whole
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
