@@ -13,7 +13,7 @@ from test_in_flight import PROMPTS, SAMPLING, drain, engine_for, logprobs_of, po
 from agro_lightning.data.sources import Live, Offline, check_sources, check_streams
 from agro_lightning.models.pretrained import load_tokenizer
 from agro_lightning.rewards import PythonReward, RewardSet
-from agro_lightning.rollout import HFGenerate
+from agro_lightning.rollout import HFGenerate, Sampling
 from agro_lightning.rollout.ahead import Unfinished, rollout_ahead
 from agro_lightning.types import Prompt
 
@@ -43,6 +43,9 @@ def test_a_completion_that_was_suspended_goes_on_as_if_it_had_not_been(memory):
         assert ended[number].behavior_logprobs == pytest.approx(one.behavior_logprobs, abs=1e-4)
 
 
+LONG = Sampling(max_new_tokens=60)
+
+
 def in_the_making(count: int) -> list[Unfinished]:
     return [
         Unfinished.of(Prompt(prompt_id=f"p{i}", prompt="", prompt_ids=PROMPTS[i % 3]), (2 * i, 2 * i + 1))
@@ -59,7 +62,7 @@ def test_what_a_step_leaves_goes_on_under_the_next_weights_and_nothing_is_lost()
     def draw(groups, wanted, version):
         swap(model, versions[version])
         return rollout_ahead(
-            engine, groups, wanted, SAMPLING, rewards, tokenizer, source="live", policy_version=version
+            engine, groups, wanted, LONG, rewards, tokenizer, source="live", policy_version=version
         )
 
     left, taken, fresh = [], [], iter(in_the_making(12))
