@@ -141,7 +141,10 @@ def not_counted(workload: Workload) -> str:
             f"fragments, {engine}. The GPU's kernels (flex attention, the Triton head) are counted by what "
             "they allocate"
         )
-    return f"not counted: the process without the model, gloo's buffers, the inside of operators, {engine}"
+    return (
+        "not counted: the process without the model, gloo's buffers, the inside of operators, what malloc keeps "
+        f"of freed blocks (MALLOC_MMAP_THRESHOLD_=1048576 gives them back), {engine}"
+    )
 
 
 def amount(size: float) -> str:
