@@ -142,8 +142,8 @@ def not_counted(workload: Workload) -> str:
             "they allocate"
         )
     return (
-        "not counted: the process without the model, gloo's buffers, the inside of operators, what malloc keeps "
-        f"of freed blocks (MALLOC_MMAP_THRESHOLD_=1048576 gives them back), {engine}"
+        "not counted: the process without the model, gloo's buffers, the inside of operators, what malloc "
+        f"keeps of freed blocks (MALLOC_MMAP_THRESHOLD_=1048576 gives them back), {engine}"
     )
 
 
