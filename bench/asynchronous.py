@@ -10,7 +10,7 @@ which a few are far longer than most (`bench._asynchronous_task`). Providers:
 - `batchwise`: one process with both cores that generates a step's completions and then trains on them.
 - `ahead`: the same one process, with a step's number of groups more in the making: a step takes the groups
   that are whole first, and the others go on in the next one.
-- `trl`: TRL's asynchronous trainer, which sends its weights to vLLM by NCCL and so does not run without GPUs.
+- `trl`: TRL's asynchronous trainer, which asks for a CUDA device when it is made: absent without one.
 
 `completions_per_s` counts completions trained on, and `trainer_idle` is the part of the time in which the
 trainer waits for them; both leave out the first steps. `sampled_accuracy` is that of the validation prompts
@@ -48,8 +48,8 @@ REWARD = {
     "init_args": {"function": f"{TASK}:answer_before_the_dashes", "timeout_s": None},
 }
 NO_TRL = (
-    "its AsyncGRPOTrainer (1.16) takes completions from a vLLM server and broadcasts the policy's weights to "
-    "it by NCCL, which needs GPUs"
+    "its AsyncGRPOTrainer (1.16) asks torch.cuda.get_device_name once made, with use_cpu too, and ends: "
+    "RuntimeError: Found no NVIDIA driver on your system. Whole weights would go to vLLM by NCCL"
 )
 
 
