@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from agro_lightning.commands import main
 from agro_lightning.data.buffer.buffer import RolloutBuffer
+from agro_lightning.data.logs.reading import FORMS
 from agro_lightning.models.pretrained import load_tokenizer
 
 LOGS = Path(__file__).parent / "data" / "logs"
@@ -389,6 +391,52 @@ def test_any_json_is_refused_by_name_in_every_form(tmp_path, capsys, form):
     log = write(tmp_path / "odd.jsonl", *odd)
     error = refused(capsys, log, tmp_path, "--form", form, "--on_bad_row", "drop")
     assert "9 refused; the first reason" in error and "Traceback" not in error
+
+
+ODD_VALUES = [
+    None, True, -1, 0.5, 10**400, math.nan, -math.inf, "", "x", "\ud800", "a" * 5000, [], [None], [[1]], {},
+]  # fmt: skip
+MORE_LOGS = {
+    "chat": {
+        "messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}],
+        "reward": 1,
+    },
+    "graded": {"question": "1+1=", "m": {"solution": "2", "is_correct": True}, "ground_truth": "2"},
+}
+
+
+def changed(value, rng):
+    """The value with something in it replaced by an odd one, or left out."""
+    if not isinstance(value, dict | list) or not value or rng.random() < 0.15:
+        return rng.choice(ODD_VALUES)
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    key = rng.choice(list(copy)) if isinstance(copy, dict) else rng.randrange(len(copy))
+    if rng.random() < 0.1:
+        copy.pop(key)
+    else:
+        copy[key] = changed(copy[key], rng)
+    return copy
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_with_any_value_in_any_place_is_read_or_refused_by_name(tmp_path, form):
+    files = {"verifiers": "traces.jsonl", "openenv": "openenv.jsonl", "lm-eval": "samples_sums.jsonl"}
+    if form in files:
+        rows = [json.loads(line) for line in (LOGS / files[form]).read_text().splitlines()[:2]]
+    elif form == "inspect":
+        with zipfile.ZipFile(LOGS / "inspect.eval") as archive:
+            names = [name for name in archive.namelist() if name.startswith("samples/")]
+            rows = [json.loads(archive.read(names[0]))]
+    else:
+        rows = [MORE_LOGS[form]]
+    rng = random.Random(0)
+    log = write(tmp_path / "odd.jsonl", *(changed(rng.choice(rows), rng) for _ in range(150)), rows[0])
+    try:
+        run(log, tmp_path / "b.parquet", "--form", form, "--on_bad_row", "drop")
+    except SystemExit:
+        pytest.fail("the whole row could not be read")
+    buffer = RolloutBuffer(tmp_path / "b.parquet", tokenizer=TOKENIZER, vocab_size=258)
+    assert buffer.num_rows and not buffer.dropped
 
 
 def test_the_out_file_must_be_new_parquet(tmp_path, capsys):

@@ -53,7 +53,9 @@ def test_plain_rows_become_prompts(jsonl):
     ("column", "expected"),
     [
         (pa.array([30.0, -2.5, 1e20], pa.float64()), ["30", "-2.5", "1" + "0" * 20]),
-        (pa.array([30.0, 2.5], pa.float32()), ["30", "2.5"]),
+        (pa.array([30.0, 2.5, 33.3, -0.1], pa.float32()), ["30", "2.5", "33.3", "-0.1"]),
+        (pa.array([0.1, 30.0], pa.float16()), ["0.1", "30"]),
+        (pa.array([[0.1, 30.0]], pa.list_(pa.float32())), [("0.1", "30")]),
         (pa.array(["30.00", "-2.50"]).cast(pa.decimal128(6, 2)), ["30", "-2.5"]),
         (pa.array([30, -0], pa.int64()), ["30", "0"]),
         (pa.array([True, False]), [("True", "true"), ("False", "false")]),

@@ -174,7 +174,9 @@ def test_no_room_under_tensorboard(tmp_path, capfd, caplog, on_error):
     trainer = L.Trainer(
         default_root_dir=tmp_path, logger=logger, accelerator="cpu", enable_checkpointing=False
     )
-    TensorBoardErrors(on_error).on_fit_start(trainer, L.LightningModule())
+    errors = TensorBoardErrors(on_error)
+    errors.watch(trainer.loggers)
+    errors.setup(trainer, L.LightningModule(), "fit")
     for step in range(3):
         logger.log_metrics({"a": 1.0}, step)
         logger.save()

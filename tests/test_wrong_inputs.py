@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import forked
 import pytest
 from test_cli import output_of
 
@@ -132,3 +133,26 @@ def test_a_file_system_without_room_or_read_only_is_named(mounted, tmp_path, mon
         assert code in (1, 2) and str(mounted) in line and line.startswith("error: "), err
         assert any(word in line for word in words), err
         assert not any((mounted / "model").glob("*")) and "Traceback" not in err, err
+
+
+START = (*FIT, "--trainer.limit_val_batches=0", "--trainer.val_check_interval=9", "--run_dir=mounted/run")
+
+
+@pytest.mark.parametrize(
+    ("mounted", "name"),
+    [
+        ("size=4k", "config.yaml"),
+        ("size=1m,nr_inodes=2", ".lock"),
+        ("size=12k", "run"),
+        ("size=64k", "run"),
+    ],
+    indirect=["mounted"],
+)
+def test_a_run_folder_without_room_is_named_at_any_moment_of_the_start(mounted, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, said = forked.run([*START], tmp_path / "log")
+    assert code == 1 and "Traceback" not in said and "Errno" not in said, said
+    *before, line = said.splitlines()
+    assert line.startswith("error: ") and not any(other.startswith("error: ") for other in before), said
+    assert name in line and "mounted" in line and ("are needed" in line or "free" in line), line
+    assert "Files already there are untouched" in line and "checkpoint: none was saved yet" in line, line

@@ -5,6 +5,7 @@ import difflib
 import importlib
 import inspect
 import logging
+import os
 import pydoc
 import re
 import sys
@@ -19,6 +20,8 @@ from typing import Any
 import yaml
 
 from agro_lightning.commands.compat import options_of, type_of
+from agro_lightning.primitives.atomic_files import DiskFullError, disk_full_error, free_space, is_disk_full
+from agro_lightning.primitives.cache import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ def command_line(args: list[str]) -> Iterator[bool]:
 
 
 @contextmanager
-def explained(*, building: bool = False) -> Iterator[None]:
+def explained(*, building: bool = False, writes_to: Path | None = None) -> Iterator[None]:
     """Turns errors into one line.
 
     The exit code is 2 where the configuration or the data are wrong, 1 where a run failed. The traceback of
@@ -62,18 +65,45 @@ def explained(*, building: bool = False) -> Iterator[None]:
 
     Args:
         building: objects are being built from the configuration, so that whatever goes wrong lies there.
+        writes_to: the run's folder, for a full disk: a library may report it without a name.
     """
     try:
         yield
     except Exception as error:
         log.debug("the error that is about to be explained", exc_info=True)
         known = isinstance(error, (ValueError, OSError, ImportError, RuntimeError))
+        if isinstance(error, OSError) and is_disk_full(error) and not isinstance(error, DiskFullError):
+            error = _disk_full(error, writes_to)
         words = _shorter(" ".join(str(error).split())) or type(error).__name__
         words = words if known else f"{type(error).__name__}: {words}"
+        if isinstance(error, DiskFullError) and writes_to is not None and "checkpoint:" not in words:
+            words += f". Last complete checkpoint: {_newest_checkpoint(writes_to)}"
         if not building and not isinstance(error, OSError) and not (known and _raised_here(error)):
-            words += f". The traceback is in {_keep_traceback()}"
+            words += _keep_traceback()
         sys.stderr.write(f"error: {words}\n")
         raise SystemExit(2 if building or isinstance(error, ValueError) else 1) from None
+
+
+def _disk_full(error: OSError, writes_to: Path | None) -> DiskFullError:
+    """With the file's name where the system says it, and else the folders that are full."""
+    if isinstance(error.filename, (str, bytes)):
+        return disk_full_error(error, Path(os.fsdecode(error.filename)))
+    places = [cache_folder(""), Path(tempfile.gettempdir()), Path("/dev/shm")]
+    places = [path for path in [writes_to, *places] if path is not None and path.exists()]
+    free = {path: os.statvfs(path) for path in places}
+    full = [path for path, about in free.items() if about.f_bavail * about.f_frsize < 1 << 20]
+    told = ", ".join(free_space(path) for path in full or places)
+    return DiskFullError(
+        error.errno,
+        f"{error.strerror}: a file could not be written, and the system does not say which; bytes: {told}. "
+        "Files already there are untouched; free space, or write elsewhere",
+    )
+
+
+def _newest_checkpoint(run: Path) -> str:
+    from agro_lightning.checkpoints.files import newest_checkpoint  # it imports torch
+
+    return str(newest_checkpoint(run / "checkpoints") or "none was saved yet")
 
 
 def _raised_here(error: BaseException) -> bool:
@@ -83,9 +113,13 @@ def _raised_here(error: BaseException) -> bool:
 
 
 def _keep_traceback() -> str:
-    with tempfile.NamedTemporaryFile("w", prefix="agro-lightning-", suffix=".txt", delete=False) as file:
-        traceback.print_exc(file=file)
-    return file.name
+    """Where the traceback is, in words; nothing where there is no room for it."""
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="agro-lightning-", suffix=".txt", delete=False) as file:
+            traceback.print_exc(file=file)
+    except OSError:
+        return ""
+    return f". The traceback is in {file.name}"
 
 
 def explain(message: str, parser: Any) -> str:

@@ -120,6 +120,9 @@ class AgroCLI(ExplainedCLI):
                 check_start(folder, ckpt_path, fitting=fitting, may_be_new=may_be_new)
             # before the given ones: the trainer's first checkpoint callback is asked for the last checkpoint
             given = [RunCheckpoint(folder / "checkpoints", every=every), *given]
+        for callback in (*given, *kept):
+            if isinstance(callback, TensorBoardErrors):
+                callback.watch(config["logger"])
         guard = [] if config.get("fast_dev_run") else [RunLock()]  # first: the others write into the folder
         config["callbacks"] = [*guard, *given, *kept]
         plugins = config.get("plugins") or []

@@ -1,5 +1,6 @@
 """What is reached of Lightning's CLI and strategies under private names (lightning 2.6)."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -32,7 +33,7 @@ class ExplainedCLI(LightningCLI):
             super()._set_seed()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        with explained():
+        with explained(writes_to=Path(self.trainer.default_root_dir)):
             super()._run_subcommand(subcommand)
 
     def _parse_ckpt_path(self) -> None:

@@ -17,6 +17,9 @@ _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 class DiskFullError(OSError):
     """No room for a file; what was there before is untouched."""
 
+    def __str__(self) -> str:
+        return str(self.strerror)
+
 
 def is_disk_full(error: OSError) -> bool:
     """Whether it says that there is no room: on the disk, in the quota, or below the limit on file sizes."""
@@ -29,9 +32,16 @@ def disk_full_error(error: OSError, target: Path, needed: int | None = None) -> 
     need = "more" if needed is None else f"{needed:,} bytes"
     return DiskFullError(
         error.errno,
-        f"no room to write {target.name}: {need} are needed, {shutil.disk_usage(folder).free:,} are free in "
-        f"{folder} ({error.strerror}). Files already there are untouched; free space, or write elsewhere",
+        f"no room to write {target.name}: {need} are needed, {free_space(folder)} ({error.strerror}). Files "
+        "already there are untouched; free space, or write elsewhere",
     )
+
+
+def free_space(folder: Path) -> str:
+    """What is free in `folder`, in words: bytes, and where few more files fit, how many."""
+    about = os.statvfs(folder)
+    files = f", and {about.f_favail} files more" if about.f_files and about.f_favail < 16 else ""
+    return f"{about.f_bavail * about.f_frsize:,} are free in {folder}{files}"
 
 
 @contextlib.contextmanager

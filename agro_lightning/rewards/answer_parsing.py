@@ -95,18 +95,37 @@ def tidy_latex(text: str) -> str:
     That is: outer dollars, spacing commands, `\\left` and `\\right`, the many kinds of `\\frac` and of degree
     and minus signs, and closing punctuation (`2.`, `7,`, `\\text{D.}`).
     """
-    text = re.sub(r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3}(?!\d))", ",", text.translate(_MINUS_SIGNS))
+    text = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\[,;:! ]|~)(?=\d{3}(?!\d))", ",", text.translate(_MINUS_SIGNS))
+    text = _fractions(f"{{{text}}}" if "\\over" in text else text)
     text = _CLOSING.sub(r"\1", _LATEX_SPACE.sub(" ", text)).strip()
     for _ in range(4):
         text = _CLOSING.sub(r"\1", _unwrapped(text)).strip()
-    text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
     text = re.sub(r"\\(?:left|right)(?![a-zA-Z])\.?", "", text)
     text = re.sub(r"(?:\^\s*)?°|\\degree(?![a-zA-Z])|\^\s*\{\s*\\circ\s*\}", r"^\\circ", text)
     return _CLOSING.sub(r"\1", text)
 
 
+_PART = r"(?:\{{(?P<{0}>[^{{}}]*)\}}|(?P<{0}_digit>\d))"
+_FRACTION = re.compile(rf"\\[dtc]?frac\s*{_PART.format('top')}\s*{_PART.format('bottom')}")
+_OVER = re.compile(r"\{([^{}\\]*)\\over(?![a-zA-Z])([^{}\\]*)\}")
+
+
+def _fractions(text: str) -> str:
+    r"""`text` with the many ways to write a fraction (`\dfrac12`, `\frac {1} 2`, `{1 \over 2}`) as one."""
+    text = _OVER.sub(r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
+
+    def written(match: re.Match[str]) -> str:
+        top, bottom = (match[part] or match[f"{part}_digit"] or "" for part in ("top", "bottom"))
+        return f"\\frac{{{top.strip()}}}{{{bottom.strip()}}}"
+
+    return _FRACTION.sub(written, text)
+
+
 def _unwrapped(text: str) -> str:
-    """`text` without math signs, or without a `\\text{}` that holds mathematics, around all of it."""
+    """`text` without math signs, braces, or a `\\text{}` that holds mathematics, around all of it."""
+    if text.startswith("{") and text.endswith("}") and _is_closed(text[1:-1]):
+        return text[1:-1]
     for start, end in _MATH_SIGNS:
         if text.startswith(start) and text.endswith(end) and len(text) >= len(start + end):
             return text[len(start) : -len(end)]
@@ -193,7 +212,7 @@ _NUMBER = re.compile(
     re.IGNORECASE,
 )
 # What may follow the number in an answer: units (`km/h`, `m^2`, `dollars.`), a degree sign, closing dollars.
-_UNITS = re.compile(r"(?:\s|[^\W\d_]|[°$€£¥₹/.^{}\\]|(?<=\^)-?\d|(?<=\^\{)-?\d(?=\}))*")
+_UNITS = re.compile(r"(?:\s|[^\W\d_]|[°$€£¥₹/.^{}\\]|(?<=\^)-?\d|(?<=\^\{)-?\d(?=\})|(?<=\s)\([^()\d]*\))*")
 
 
 def numbers(text: str, *, percent: bool = False) -> list[Fraction]:
@@ -237,7 +256,10 @@ def parse_number(text: str, *, percent: bool = False) -> Fraction | None:
     """
     if len(text) > 2 * MAX_DIGITS:
         return None
-    text = re.sub(r"^[^=≈]*[=≈]", "", _plain_notation(text), count=1).strip(" $").rstrip(".,;: ")
+    text = (
+        re.sub(r"^[^=≈]*[=≈]|^[a-zA-Z\s]+:", "", _plain_notation(text), count=1).strip(" $").rstrip(".,;: ")
+    )
+    text = re.sub(r"^- (?=[\d.$\\])", "-", text)
     if text.startswith("(") and text.endswith(")"):
         text = text[1:-1].strip()
     match = _NUMBER.match(text)
@@ -252,10 +274,10 @@ def _plain_notation(text: str) -> str:
     text = re.sub(r"(?<=\d)(?:[\u00a0\u2007\u2009\u202f']|\\[,;:! ]|\{,\}|,\\!)(?=\d{3}(?!\d))", ",", text)
     text = re.sub("[¼-¾⅐-⅞↉]", lambda match: " " + unicodedata.normalize("NFKC", match[0]), text)
     text = unicodedata.normalize("NFKC", text).translate(_MINUS_SIGNS).replace("\u2044", "/")
+    text = re.sub(r"\\approx(?![a-zA-Z])", "≈", text)
     text = text.replace("\\%", "%").replace("\\$", "$")
     text = re.sub(r"\\(?:left|right|displaystyle|[!,;: ])", " ", text)
-    text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
-    text = re.sub(r"\\frac\s?(\d)\s?(\d)", r"\\frac{\1}{\2}", text)
+    text = _fractions(text)
     text = re.sub(r"\\(?:text|mathrm|mbox|textbf|mathbf)\s?\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"\s+", " ", text)
     return re.sub(r"= - ?(?=[\d.$\\])", "= -", text)

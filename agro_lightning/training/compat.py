@@ -1,6 +1,9 @@
 """What is reached of Lightning and TensorBoard under private names, in one place (lightning 2.6)."""
 
 import io
+import os
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto import event_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
 from agro_lightning.primitives.atomic_files import append
 
@@ -61,20 +65,28 @@ class EventFile:
     """Takes the place of TensorBoard's event writer: writes in the caller's thread, whole records or none.
 
     TensorBoard's own has a thread, which prints a traceback and leaves half a record where the disk is full.
+    The file appears with the first flush.
 
     Args:
-        writer: the one whose file goes on; it is closed.
+        folder: where the file will be.
+        suffix: the end of its name.
         on_error: told the error, the file and the bytes to be written; nothing is written after the first.
     """
 
-    def __init__(self, writer: Any, on_error: Callable[[OSError, Path, int], None]) -> None:
-        writer.close()
-        self._writer, self._path = writer, Path(writer._file_name)
+    def __init__(self, folder: str, suffix: str, on_error: Callable[[OSError, Path, int], None]) -> None:
+        now = time.time()
+        self._folder = folder
+        name = (
+            f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        )
+        self._path = Path(folder) / (name + suffix)
         self._records = io.BytesIO()
         self._on_error: Callable[[OSError, Path, int], None] | None = on_error
+        proto: Any = event_pb2  # its classes are made when it is imported
+        self.add_event(proto.Event(wall_time=now, file_version="brain.Event:2"))
 
     def get_logdir(self) -> str:
-        return self._writer.get_logdir()
+        return self._folder
 
     def add_event(self, event: Any) -> None:
         RecordWriter(self._records).write(event.SerializeToString())
@@ -84,6 +96,7 @@ class EventFile:
         if not data or on_error is None:
             return
         try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             append(self._path, data)
         except OSError as error:
             self._on_error = None
@@ -96,10 +109,32 @@ class EventFile:
         """Nothing is held open."""
 
 
+class _EventWriter(FileWriter):
+    def __init__(self, events: EventFile) -> None:
+        self.event_writer: Any = events
+
+
+class _EventBoard(SummaryWriter):
+    """torch's SummaryWriter over an EventFile."""
+
+    def __init__(self, events: EventFile, **options: Any) -> None:
+        writer = _EventWriter(events)
+        self._mine = {events.get_logdir(): writer}
+        super().__init__(events.get_logdir(), **options)
+
+    def _get_file_writer(self) -> Any:
+        self.all_writers: Any = self.all_writers or dict(self._mine)
+        self.file_writer: Any = next(iter(self._mine.values()))
+        return self.file_writer
+
+
 def write_events_here(logger: TensorBoardLogger, on_error: Callable[[OSError, Path, int], None]) -> None:
-    """Replaces the logger's event writer by an EventFile."""
-    writer = logger.experiment._get_file_writer()
-    writer.event_writer = EventFile(writer.event_writer, on_error)
+    """Gives a logger that has written nothing yet an EventFile to write to."""
+    options = dict(logger._kwargs)
+    events = EventFile(logger.log_dir, options.get("filename_suffix", ""), on_error)
+    logger._experiment = _EventBoard(events, **options)
+    if (step := options.get("purge_step")) is not None:
+        drop_events_from(logger, step)
 
 
 def convert_loops(checkpoint: dict[str, Any], accumulate: int) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from agro_lightning.data.buffer.schema import BadFileError, Rejections
 from agro_lightning.data.chat import RowError
-from agro_lightning.data.logs.reading import FormName, LogFile, log_files
+from agro_lightning.data.logs.reading import ODD, FormName, LogFile, log_files
 from agro_lightning.data.logs.tokens import LogTokens
 from agro_lightning.types import Completion, Prompt, PromptGroup
 
@@ -120,6 +120,8 @@ def import_logs(
                     found.add(*tokens.rollout(answer))
                 except RowError as error:
                     rejections.add(error.reason, [number], str(error))
+                except ODD as error:
+                    log.odd_row(number, error)
         except BadFileError as error:
             if strict_files:
                 raise

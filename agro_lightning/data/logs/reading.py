@@ -36,6 +36,8 @@ FORMS: dict[str, type[LogForm]] = {
 """In the order in which a file's first row is asked."""
 assert tuple(FORMS) == get_args(FormName)
 SUFFIXES = (".jsonl", ".json", ".eval")
+ODD = (AttributeError, KeyError, IndexError, TypeError, ValueError, ArithmeticError, RecursionError)
+"""What values of other types than a form has can raise."""
 ZSTANDARD = 93
 """The number that archives give it."""
 NumberedRow = tuple[int, dict[str, Any]]
@@ -102,13 +104,17 @@ class LogFile:
                         yield number, answer
             except RowError as error:
                 self.rejections.add(error.reason, [number], str(error))
-            except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            except ODD as error:
                 if isinstance(error, BadRowError | BadFileError):
                     raise
-                said = f"is no row of the form {self.form}: {type(error).__name__} {one_line(error)}"
-                self.rejections.add("wrong_type", [number], said)
+                self.odd_row(number, error)
         if empty and not self.rejections.counts:
             raise BadFileError(f"{self.path} holds no row. {FIX_FILE}")
+
+    def odd_row(self, number: int, error: BaseException) -> None:
+        """Notes a row with a value that its form does not have, which was found by what that raised."""
+        said = f"is no row of the form {self.form}: {type(error).__name__} {one_line(error)}"
+        self.rejections.add("wrong_type", [number], said)
 
     def _recognised(self, row: Row, number: int) -> LogForm:
         name = form_of(row)

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from agro_lightning.data.buffer.schema import prompt_id_of
 from agro_lightning.data.buffer.tokenization import encode_completions, encode_prompts
-from agro_lightning.data.chat import ChatWriter, Message, RowError, check_size, special_tokens
+from agro_lightning.data.chat import ChatWriter, Message, RowError, check_size, shown, special_tokens
 from agro_lightning.data.logs.records import LoggedAnswer
 from agro_lightning.data.prompts.formats import PromptWriter
 from agro_lightning.types import (
@@ -45,6 +45,7 @@ class LogTokens:
         Raises:
             RowError: it cannot be used.
         """
+        _check_numbers(answer)
         if answer.ids:
             prompt, sequences = self._of_ids(answer)
         elif answer.messages:
@@ -198,6 +199,16 @@ class LogTokens:
         if answer.truncated or not ids or not isinstance(eos, int) or ids[-1] == eos:
             return ids
         return ids if ids[-1] in added and added[ids[-1]].special else [*ids, eos]
+
+
+def _check_numbers(answer: LoggedAnswer) -> None:
+    """Refuses what is no number where one must be; a log-prob may be infinite."""
+    known = {"temperature": [answer.temperature], "top_p": [answer.top_p], "top_k": [answer.top_k]}
+    for name, values in (known | {"logprobs": answer.logprobs or []}).items():
+        for value in values:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not (name == "logprobs" or abs(value) < 1e30):
+                raise RowError("wrong_type", f"{name} has {shown(value)}; a number is needed")
 
 
 def _check_plain(turn: Message, special: set[str]) -> None:

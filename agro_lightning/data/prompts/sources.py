@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from agro_lightning import quickstart
 from agro_lightning.data.buffer.row_files import (
     BOM,
@@ -227,14 +230,39 @@ def _read_parquet(path: Path, rejected: RejectedRows) -> Iterator[PromptRow]:
     with open_parquet(path) as file:
         for numbers, batch in parquet_batches(file, None, rejections):
             for number, columns in zip(numbers.tolist(), batch.to_pylist(), strict=True):
-                yield PromptRow(number=number, columns=_without_filler(columns), rejections=rejections)
+                row = _from_arrow(columns, file.schema_arrow)
+                yield PromptRow(number=number, columns=row, rejections=rejections)
 
 
-def _without_filler(columns: Any) -> dict[str, Any]:
-    """A row from Arrow; its lists of messages and tools without the nulls that mean missing keys."""
-    return {
+def _from_arrow(columns: Any, schema: pa.Schema) -> dict[str, Any]:
+    """A row from Arrow; its lists of messages and tools without the nulls that mean missing keys, and its
+    short floats as they were written: as a float64, the float32 0.1 is 0.10000000149011612."""
+    row = {
         name: without_filler(value) if isinstance(value, list) else value for name, value in columns.items()
     }
+    for field in schema:
+        if _short_floats(field.type):
+            row[field.name] = _as_written(row.get(field.name), field.type)
+    return row
+
+
+def _short_floats(kind: pa.DataType) -> bool:
+    """Whether there are floats of fewer than 64 bits in a type."""
+    inner = [kind.field(index).type for index in range(kind.num_fields)]
+    return pa.types.is_float32(kind) or pa.types.is_float16(kind) or any(map(_short_floats, inner))
+
+
+def _as_written(value: Any, kind: pa.DataType) -> Any:
+    if isinstance(value, float) and not kind.num_fields:
+        return float(str((np.float16 if pa.types.is_float16(kind) else np.float32)(value)))
+    if isinstance(value, list) and kind.num_fields == 1:
+        return [_as_written(item, kind.field(0).type) for item in value]
+    if isinstance(value, dict) and pa.types.is_struct(kind):
+        return {
+            name: _as_written(item, kind.field(name).type) if _short_floats(kind.field(name).type) else item
+            for name, item in value.items()
+        }
+    return value
 
 
 def _read_saved(path: str, split: str, rejected: RejectedRows) -> Iterator[PromptRow]:
@@ -248,9 +276,9 @@ def _read_saved(path: str, split: str, rejected: RejectedRows) -> Iterator[Promp
         if split not in data:
             raise BadFileError(f"{path} has the splits {', '.join(map(str, data))}, none called {split!r}")
         data = data[split]
-    rejections = rejected.open(path, "row")
+    schema, rejections = data.features.arrow_schema, rejected.open(path, "row")
     for number, columns in enumerate(data):
-        yield PromptRow(number=number, columns=_without_filler(columns), rejections=rejections)
+        yield PromptRow(number=number, columns=_from_arrow(columns, schema), rejections=rejections)
 
 
 def _read_hub(path: str, subset: str | None, split: str, rejected: RejectedRows) -> Iterator[PromptRow]:
@@ -263,6 +291,6 @@ def _read_hub(path: str, subset: str | None, split: str, rejected: RejectedRows)
             f"{path!r} is no local path, and cannot be loaded from the hub: {one_line(error)}. Without a "
             "network, set path to a local copy of it"
         ) from error
-    rejections = rejected.open(path, "row")
+    schema, rejections = data.features.arrow_schema, rejected.open(path, "row")
     for number, columns in enumerate(data):
-        yield PromptRow(number=number, columns=_without_filler(columns), rejections=rejections)
+        yield PromptRow(number=number, columns=_from_arrow(columns, schema), rejections=rejections)

@@ -34,7 +34,7 @@ def load(target: str) -> Any:
     """
     place, _, attribute = target.rpartition(":")
     if place.endswith(".py"):
-        path = Path(place).resolve()
+        path = Path(place).expanduser().resolve()
         spec = importlib.util.spec_from_file_location(f"_reward_{path.stem}", path)
         assert spec is not None and spec.loader is not None
         found: Any = importlib.util.module_from_spec(spec)

@@ -3,7 +3,7 @@
 import lightning as L
 from lightning.pytorch.cli import SaveConfigCallback
 
-from agro_lightning.primitives.atomic_files import next_free, replace_text
+from agro_lightning.primitives.atomic_files import next_free, replace_text, writing
 from agro_lightning.training.checkpointing import run_dir
 
 
@@ -22,7 +22,8 @@ class RunConfig(SaveConfigCallback):
         path.parent.mkdir(parents=True, exist_ok=True)
         text = self.parser.dump(self.config, skip_none=False)
         if path.exists() and _settings(path.read_text()) != _settings(text):
-            path.rename(next_free(path))
+            with writing(path):
+                path.rename(next_free(path))
         replace_text(path, text)
 
 

@@ -146,7 +146,12 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self.save()
+        try:
+            self.save()
+        except OSError as error:
+            if status != "failed":
+                raise
+            log.warning("the last row of metrics.csv is lost: %s", error)  # the run's own error is told
 
     def _size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
@@ -165,9 +170,10 @@ class MetricsFile(Logger):
 
     def _copy(self, rows: Iterator[dict[str, str]], before: Any = None) -> None:
         """Writes the file anew with all columns, row by row; `before` runs ahead of its replacement."""
-        with atomic_path(self.path, needed=self._size) as aside:
+        header = self._line({name: name for name in self._columns})
+        with atomic_path(self.path, needed=lambda: self._size() + len(header)) as aside:
             with aside.open("wb") as handle:
-                handle.write(self._line({name: name for name in self._columns}))
+                handle.write(header)
                 handle.writelines(map(self._line, rows))
             if before is not None:
                 before()

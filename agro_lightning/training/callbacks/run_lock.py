@@ -16,7 +16,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from agro_lightning.primitives.atomic_files import replace_text
+from agro_lightning.primitives.atomic_files import replace_text, writing
 from agro_lightning.training.checkpointing import run_dir
 
 log = logging.getLogger(__name__)
@@ -55,9 +55,10 @@ class RunLock(Callback):
 
     def _hold(self, folder: Path) -> str | None:
         """Takes the folder; returns why it cannot be taken, in words."""
-        folder.mkdir(parents=True, exist_ok=True)
-        about = folder / ".lock.json"
-        handle = self._held.enter_context((folder / ".lock").open("a"))
+        about, lock = folder / ".lock.json", folder / ".lock"
+        with writing(lock, 0):
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = self._held.enter_context(lock.open("a"))
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
