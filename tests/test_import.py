@@ -401,6 +401,13 @@ MORE_LOGS = {
         "messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}],
         "reward": 1,
     },
+    "inspect": {
+        "input": "1+1=",
+        "target": "2",
+        "messages": [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}],
+        "output": {"model": "m", "choices": [{"stop_reason": "stop"}]},
+        "scores": {"match": {"value": "C"}},
+    },
     "graded": {"question": "1+1=", "m": {"solution": "2", "is_correct": True}, "ground_truth": "2"},
 }
 
@@ -423,10 +430,6 @@ def test_a_row_with_any_value_in_any_place_is_read_or_refused_by_name(tmp_path, 
     files = {"verifiers": "traces.jsonl", "openenv": "openenv.jsonl", "lm-eval": "samples_sums.jsonl"}
     if form in files:
         rows = [json.loads(line) for line in (LOGS / files[form]).read_text().splitlines()[:2]]
-    elif form == "inspect":
-        with zipfile.ZipFile(LOGS / "inspect.eval") as archive:
-            names = [name for name in archive.namelist() if name.startswith("samples/")]
-            rows = [json.loads(archive.read(names[0]))]
     else:
         rows = [MORE_LOGS[form]]
     rng = random.Random(0)
@@ -436,7 +439,7 @@ def test_a_row_with_any_value_in_any_place_is_read_or_refused_by_name(tmp_path, 
     except SystemExit:
         pytest.fail("the whole row could not be read")
     buffer = RolloutBuffer(tmp_path / "b.parquet", tokenizer=TOKENIZER, vocab_size=258)
-    assert buffer.num_rows and not buffer.dropped
+    assert buffer.num_rows
 
 
 def test_the_out_file_must_be_new_parquet(tmp_path, capsys):

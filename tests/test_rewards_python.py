@@ -1,7 +1,10 @@
 """Python functions as rewards, in this process and in workers."""
 
 import copy
+import functools
 import os
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 
@@ -277,3 +280,34 @@ def test_rewards_with_processes_can_be_copied(python_reward):
         twin = copy.deepcopy(reward)
         assert results(twin, "abc") == [(3.0, None)]
         twin.close()
+
+
+class Scorer:
+    def __call__(self, completions):
+        return [10**400, Decimal("0.5"), Fraction(1, 4)][: len(completions)]
+
+
+def by_position(completions, /):
+    return [1.0] * len(completions)
+
+
+def test_whatever_can_be_called_has_a_name_and_one_odd_score_fails_alone():
+    prompts = [Prompt(prompt_id="a", prompt="q", prompt_ids=(1,))] * 3
+    for function in (Scorer(), functools.partial(Scorer.__call__, Scorer())):
+        reward = PythonReward(function, timeout_s=None)
+        scores = reward(prompts, ["x", "y", "z"])
+        assert [score.reward for score in scores] == [None, 0.5, 0.25]
+        assert scores[0].failure == "error" and "too large" in scores[0].message
+    assert PythonReward(Scorer(), timeout_s=None).name == "Scorer"
+    with pytest.raises(RewardUsageError, match="takes `completions` by position only.*remove the /"):
+        PythonReward(by_position, timeout_s=None)
+    with pytest.raises(RewardUsageError, match="No such file"):
+        PythonReward("~/nowhere-at-all.py:f", timeout_s=None)
+
+
+def test_a_file_in_the_home_folder_is_found(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def one(completions):\n    return [1.0] * len(completions)\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    reward = PythonReward("~/mine.py:one", timeout_s=None)
+    prompts = [Prompt(prompt_id="a", prompt="q", prompt_ids=(1,))]
+    assert [score.reward for score in reward(prompts, ["x"])] == [1.0] and reward.name == "one"

@@ -166,14 +166,15 @@ def read_marker(folder: Path) -> dict[str, Any]:
         marker = json.loads(path.read_text())
         named = {"ranks", "global_step"} <= marker.keys() <= {"ranks", "global_step", "files"}
         files = marker.setdefault("files", None)
-        if not named or not isinstance(marker["ranks"], int) or not isinstance(files, dict | None):
+        numbers = isinstance(marker.get("ranks"), int) and isinstance(marker.get("global_step"), int | None)
+        if not named or not numbers or not isinstance(files, dict | None):
             raise ValueError("its entries are not those of a checkpoint")
     except FileNotFoundError:
         raise ValueError(
             f"checkpoint {folder} is not complete (it has no {MARKER}): its writers were stopped, or it "
             "was copied in part. Give an older one"
         ) from None
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise damaged(path, error) from None
     return marker
 

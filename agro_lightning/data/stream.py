@@ -64,11 +64,18 @@ def stream_dir(source: Stream, run_dir: Path) -> Path:
 
 
 def read_progress(folder: Path) -> StreamProgress:
-    """What the run wrote last; all zeros before its first step."""
+    """What the run wrote last; all zeros before its first step.
+
+    Raises:
+        ValueError: the file is damaged; names it.
+    """
+    path = folder / PROGRESS_FILE
     try:
-        return StreamProgress(**json.loads((folder / PROGRESS_FILE).read_text()))
+        return StreamProgress(**json.loads(path.read_text()))
     except FileNotFoundError:
         return StreamProgress()
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"{path} is damaged; remove it, and the run writes it at its next step") from None
 
 
 class UseCounts:

@@ -221,7 +221,8 @@ def safetensors_files(path: str) -> dict[str, Path]:
 
     index = file_of(folder, INDEX)
     if index is not None:
-        parts: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        with explained(path, "model"):
+            parts: dict[str, str] = json.loads(index.read_text())["weight_map"]
         paths = {part: file_of(folder, part) for part in sorted(set(parts.values()))}
         if lost := [part for part, found in paths.items() if found is None]:
             raise FileNotFoundError(f"{path} has no {lost[0]}, which its {INDEX} names; download it again")

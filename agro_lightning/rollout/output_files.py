@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from agro_lightning.data.buffer.group_plan import runs
+from agro_lightning.data.buffer.row_files import open_parquet
 from agro_lightning.data.prompts.dataset import PromptDataset
 from agro_lightning.primitives.atomic_files import sync_directory, write_once
 from agro_lightning.types import Prompt
@@ -94,7 +94,8 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], name: str = SETTINGS
     """Notes in a folder what it is filled with, or checks that it is filled with just that.
 
     Raises:
-        ValueError: it is filled with something else; names the first setting that differs.
+        ValueError: it is filled with something else (names the first setting that differs), or what it is
+            filled with cannot be read.
     """
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +104,12 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], name: str = SETTINGS
     try:
         write_once(path, json.dumps(settings, indent=1, sort_keys=True).encode())
     except FileExistsError:
-        found = json.loads(path.read_text())
+        try:
+            found = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError, RecursionError):
+            raise ValueError(
+                f"{path}, which says what the folder holds, is damaged; give another folder"
+            ) from None
         wanted = json.loads(json.dumps(settings))
         for key in sorted(found.keys() | wanted.keys()):
             if found.get(key) != wanted.get(key):
@@ -132,6 +138,7 @@ class CommittedGroups:
         """Counts the files that have appeared."""
         for path in self._folder.glob("part-*.parquet"):
             if path.name not in self._known:
-                ids = pq.read_table(path, columns=["prompt_id"]).column("prompt_id").to_numpy()
+                with open_parquet(path) as file:
+                    ids = np.array(file.read(columns=["prompt_id"]).column("prompt_id").to_pylist())
                 sizes = np.diff(runs(ids), append=len(ids))
                 self.note(path.name, int((sizes >= 2).sum()))

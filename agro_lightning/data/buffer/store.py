@@ -263,7 +263,8 @@ class RowStore:
     def _cached(self, path: Path, stat: os.stat_result) -> dict[str, Any]:
         entry = self._directory / self._key(path, stat)
         with FileLock(self._directory / f"lock-{entry.name[:2]}"):  # one process packs, the others wait
-            if not (entry / "meta.json").exists():
+            if not _is_whole(entry):
+                shutil.rmtree(entry, ignore_errors=True)
                 self._make_entry(path, entry)
         meta = json.loads((entry / "meta.json").read_text())
         if meta["dropped"] and self._strict:
@@ -337,6 +338,18 @@ def _scratch_file(directory: Path) -> tuple[BinaryIO, Segment]:
     os.unlink(name)
     segment = Segment(descriptor)
     return os.fdopen(descriptor, "r+b", buffering=0, closefd=False), segment
+
+
+def _is_whole(entry: Path) -> bool:
+    """Whether an entry of the cache is there and complete, and not torn by a power loss or a copy."""
+    try:
+        meta = json.loads((entry / "meta.json").read_text())
+        index = np.load(entry / "index.npy", mmap_mode="r", allow_pickle=False)
+        end = int(index["end"][-1]) if len(index) else 0
+        known = meta.keys() >= {"dropped", "first", "digest"} and index.dtype == _INDEX
+        return known and (entry / "rows.bin").stat().st_size == end
+    except (OSError, ValueError, AttributeError, IndexError, EOFError):
+        return False
 
 
 @lru_cache(maxsize=256)

@@ -30,7 +30,7 @@ class LmEvalSamples:
         used = row.get("filter")
         self.filter = self.filter or used
         if used != self.filter:
-            self.passed_over[f"rows of the filter {used}"] += 1
+            self.passed_over[f"rows of the filter {str(used)[:80]}"] += 1
             return
         prompt, options = _request(row)
         responses = needed(row, "resps", list, "a list of responses")

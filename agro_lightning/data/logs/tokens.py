@@ -46,6 +46,12 @@ class LogTokens:
             RowError: it cannot be used.
         """
         _check_numbers(answer)
+        for text, name in (
+            (answer.prompt_id, "id"),
+            (answer.answer, "reference answer"),
+            (answer.source, "source"),
+        ):
+            check_size(text or "", f"the {name}")
         if answer.ids:
             prompt, sequences = self._of_ids(answer)
         elif answer.messages:

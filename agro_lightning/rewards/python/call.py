@@ -3,7 +3,9 @@
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Iterable
+from decimal import Decimal
 from difflib import get_close_matches
+from numbers import Real
 from typing import Any, Literal
 
 from agro_lightning.rewards.pool.worker import load
@@ -21,6 +23,14 @@ SINGLE_NAMES = ("prompt", "completion", "answer", "fields")
 
 class UnusableFunctionError(Exception):
     """The function cannot be loaded, cannot be called, or does not return one number per completion."""
+
+
+def name_of(function: str | Callable[..., Any]) -> str:
+    """What a function is called; partial functions and objects that are called have no name of their own."""
+    if isinstance(function, str):
+        return function
+    function = getattr(function, "func", function)
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def load_function(target: str) -> Callable[..., Any]:
@@ -80,7 +90,7 @@ class FunctionCall:
         timeout_s: float | None,
         concurrency: int,
     ) -> None:
-        self._name = function if isinstance(function, str) else function.__name__
+        self._name = name_of(function)
         self._function = load_function(function) if isinstance(function, str) else function
         self._batched = batched
         self._options = options
@@ -104,6 +114,12 @@ class FunctionCall:
             for p in parameters
             if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         ]
+        for p in parameters:
+            if p.kind is p.POSITIONAL_ONLY and p.name in known:
+                raise UnusableFunctionError(
+                    f"{self._name!r} takes `{p.name}` by position only, and is called with keywords; remove "
+                    "the / from its parameters"
+                )
         unknown = [name for name in needed if name not in (*known, *self._options) or name not in named]
         excess = [] if takes_all else [name for name in self._options if name not in named]
         if unknown or excess or not (takes_all or known[1] in named):
@@ -187,8 +203,13 @@ def score(value: Any) -> float | Failure | None:
     """A returned value as a float, None where it is None, or a failure where it is no number."""
     if hasattr(value, "item"):
         value = value.item()
-    if value is None or isinstance(value, int | float):
-        return value if value is None else float(value)
+    if value is None:
+        return None
+    if isinstance(value, Real | Decimal):
+        try:
+            return float(value)
+        except (OverflowError, ValueError) as error:  # 10**400, a signalling NaN
+            return "error", f"the function returned a score that is no float: {error}"
     return "error", f"the function returned {value!r} ({type(value).__name__}) as a score; a number is needed"
 
 

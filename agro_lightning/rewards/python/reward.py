@@ -14,6 +14,7 @@ from agro_lightning.rewards.python.call import (
     FunctionCall,
     Scores,
     UnusableFunctionError,
+    name_of,
     target_of,
 )
 from agro_lightning.types import Prompt
@@ -79,7 +80,7 @@ class PythonReward(PooledReward):
             raise ValueError(f"timeout_s is {timeout_s}; it must be a positive number of seconds, or null")
         if concurrency < 1:
             raise ValueError(f"concurrency is {concurrency}; it must be at least 1")
-        self.name = name or (function.rpartition(":")[2] if isinstance(function, str) else function.__name__)
+        self.name = name or name_of(function).rpartition(":")[2]
         self.weight = weight
         self._batched, self._timeout_s, self._concurrency = batched, timeout_s, concurrency
         self._runner: asyncio.Runner | None = None
