@@ -4,6 +4,8 @@ Prompts read "37+48=" and answers "85"; the first operand of a subtraction is ne
 """
 
 import random
+import re
+from collections.abc import Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -20,10 +22,17 @@ SLIPS = 0.3
 """How often the careless pupil's answer is then off by one in the ones or the tens."""
 
 
-def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of single characters that puts <bos> before a text; a sequence ends with <eos>."""
-    tokenizer = Tokenizer(models.WordLevel(dict(VOCABULARY), unk_token=UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+def build_tokenizer(max_length: int, pieces: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A tokenizer of single characters that puts <bos> before a text; a sequence ends with <eos>.
+
+    Args:
+        max_length: of a context.
+        pieces: further texts that are one token each.
+    """
+    vocabulary = {**VOCABULARY, **{piece: len(VOCABULARY) + i for i, piece in enumerate(pieces)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
+    pattern = "|".join([*map(re.escape, pieces), r"[\s\S]"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, VOCABULARY[BOS])]

@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from test_policy import make_groups
+from test_policy_mask import masked
 from tiny_models import tiny_lm
 
 from agro_lightning.models.batch import TokenBatch, pack_groups
@@ -79,12 +80,13 @@ def one_gradient(made, batches, tmp_path, **kwargs):
     return kept[0]
 
 
+@pytest.mark.parametrize("made", [make_groups, lambda **changes: masked(make_groups(**changes))])
 @pytest.mark.parametrize(
     "objective",
     [Agro(0.1), Agro(0.1, 0.3), Agro(0.1, 0.3, True), Rloo(0.1), RegularizedPG(0.1), AgroScoreTerm(0.1)],
 )
-def test_accumulation_equals_one_big_batch(objective, tmp_path):
-    groups = make_groups(groups=SHAPES)
+def test_accumulation_equals_one_big_batch(objective, made, tmp_path):
+    groups = made(groups=SHAPES)
     whole = one_gradient(module(objective=objective), [pack_groups(groups, num_groups=4)], tmp_path)
     parts = [pack_groups(groups[:1], num_groups=4), pack_groups(groups[1:], num_groups=4)]
     split = one_gradient(module(objective=objective), parts, tmp_path, accumulate_grad_batches=2)
@@ -93,16 +95,16 @@ def test_accumulation_equals_one_big_batch(objective, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:some prompts and completions have more tokens:UserWarning")
+@pytest.mark.parametrize("made", [make_groups, lambda **changes: masked(make_groups(**changes))])
 @pytest.mark.parametrize("max_tokens", [12, 25])
 @pytest.mark.parametrize(
     "objective", [Agro(0.1), Agro(0.1, 0.3), Agro(0.1, 0.3, True), Rloo(0.1), Grpo(), AgroScoreTerm(0.1)]
 )
-def test_groups_above_the_token_budget_give_the_same_gradient(objective, max_tokens, tmp_path):
-    batch = pack_groups(make_groups(groups=SHAPES), num_groups=4)
+def test_groups_above_the_token_budget_give_the_same_gradient(objective, max_tokens, made, tmp_path):
+    batch = pack_groups(made(groups=SHAPES), num_groups=4)
     assert batch.num_tokens > 2 * max_tokens
     whole = one_gradient(module(objective=objective), [batch], tmp_path)
-    made = module(objective=objective, max_tokens=max_tokens)
-    pieces = one_gradient(made, [batch], tmp_path)
+    pieces = one_gradient(module(objective=objective, max_tokens=max_tokens), [batch], tmp_path)
     assert whole.norm() > 1e-3
     assert (pieces - whole).norm() / whole.norm() < 1e-5
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +23,8 @@ from agro_lightning.primitives.device import choose_device
 from agro_lightning.rewards import ExactMatch, Reward, RewardSet
 from agro_lightning.rollout import AutoEngine, RolloutEngine, Sampling
 from agro_lightning.rollout.collect import RolloutReport, rollout_groups
+from agro_lightning.rollout.environment import EnvironmentClass, check_own_reward, with_tools
+from agro_lightning.rollout.episodes import EpisodeLimits, Episodes
 from agro_lightning.rollout.flow import GroupFlow, InFlight
 from agro_lightning.rollout.follow_run import FollowedRun
 from agro_lightning.rollout.output_files import OutputFiles, WorkerShare, claim_folder
@@ -38,6 +40,8 @@ def rollout(
     sampling: Sampling = Sampling(max_new_tokens=5),  # noqa: B008
     temperature: float | None = None,
     engine: RolloutEngine = AutoEngine(),  # noqa: B008
+    environment: dict[str, Any] | None = None,
+    episode_limits: EpisodeLimits = EpisodeLimits(),  # noqa: B008
     in_flight: InFlight = InFlight(),  # noqa: B008
     follow: str | None = None,
     groups: int | None = None,
@@ -65,8 +69,11 @@ def rollout(
         sampling: how completions are sampled.
         temperature: overrides sampling.temperature.
         engine: what generates.
+        environment: class_path and init_args of a class that answers the policy in turns (docs/agents.md).
+        episode_limits: of its episodes and calls.
         in_flight: with follow: how many completions are made at the same time, and what new weights do to
-            them.
+            them. Episodes are made a file at a time, each under the weights that were newest when it was
+            begun.
         follow: the folder of a run that trains on what is made here: `fit` with a Stream source and the
             callback PublishWeights. Completions that are being made go on under the newest weights, until the
             run ends.
@@ -95,6 +102,8 @@ def rollout(
             raise ValueError(f"{name} is {value}; it must be at least {least}")
     if temperature is not None:
         sampling = replace(sampling, temperature=temperature)
+    world = None if environment is None else EnvironmentClass(environment)
+    check_own_reward(world, rewards)
     mine = WorkerShare.parse(shard)
     folder = Path(out) if out is not None else Path(str(follow)) / "stream"
     run = None
@@ -112,6 +121,10 @@ def rollout(
     size = run.per_file if run else groups_per_file or 64
     model, tokenizer = _policy(policy, run, sampling)
     model.to(placed := choose_device(device))
+    episodes = None
+    if world is not None:
+        episodes = Episodes(world, episode_limits, tokenizer, prompts.chat_template_options)
+        prompts = with_tools(prompts, episodes.schemas)
     data = PromptDataset(prompts, tokenizer=tokenizer, on_bad_row=on_bad_row, vocab_size=model.vocab_size)
     total = groups if run or groups else len(data)
     parts = OutputFiles(
@@ -131,13 +144,14 @@ def rollout(
             "groups": total,
             "groups_per_file": size,
             "seed": seed,
+            **({"environment": environment, "episode_limits": asdict(episode_limits)} if episodes else {}),
         },
     )
     engine.attach(model, tokenizer)
-    maker = _Maker(model, tokenizer, engine, scorer, sampling, completions, source)
+    maker = _Maker(model, tokenizer, engine, scorer, sampling, completions, source, episodes)
     try:
-        if run is None:
-            _fill(parts, mine, maker)
+        if run is None or episodes is not None:
+            _fill(parts, mine, maker, run)
         else:
             _flow(parts, mine, maker, run, in_flight)
     finally:
@@ -171,6 +185,7 @@ class _Maker:
     sampling: Sampling
     n: int
     source: str
+    episodes: Episodes | None = None
 
     def write(self, parts: OutputFiles, part: int, groups: list[PromptGroup]) -> None:
         """Puts a file's groups where they belong; there is no file of none."""
@@ -185,12 +200,21 @@ class _Maker:
             ) from None
 
 
-def _fill(parts: OutputFiles, shard: WorkerShare, maker: _Maker) -> None:
-    """Makes this shard's missing files, one after another."""
+def _fill(parts: OutputFiles, shard: WorkerShare, maker: _Maker, run: FollowedRun | None) -> None:
+    """Makes this shard's missing files, one after another; for a run, under its newest weights."""
     remove_temporaries(parts.folder)
     tally = _Tally(total=parts.count(shard))
-    maker.engine.update_weights(-1)
+    version = -1 if run is None else run.weights.policy_version
+    maker.engine.update_weights(version)
     for part in parts.missing(shard):
+        if run is not None:
+            while not run.has_ended() and not run.has_room(0):
+                run.wait()
+            if run.has_ended():
+                break
+            if run.update(maker.policy):
+                version = run.weights.policy_version
+                maker.engine.update_weights(version)
         groups, report = rollout_groups(
             maker.engine,
             parts.prompts_of(part),
@@ -200,12 +224,19 @@ def _fill(parts: OutputFiles, shard: WorkerShare, maker: _Maker) -> None:
             n=maker.n,
             seed=parts.sampling_seed(part),
             source=maker.source,
-            policy_version=-1,
+            policy_version=version,
+            episodes=maker.episodes,
+            max_positions=maker.policy.max_positions,
         )
         maker.write(parts, part, groups)
+        if run is not None:
+            run.made(parts.path(part).name, len(groups))
         tally.add(groups, report)
-        tally.show(part, -1)
-    tally.finish(parts.folder, 0.0)
+        tally.show(part, version, every=0.0 if run is None else 1.0)
+    tally.finish(parts.folder, 0.0 if run is None else run.waited)
+    if maker.episodes is not None:
+        counts = sorted(maker.episodes.take_counts().items())
+        print(", ".join(f"{name.removeprefix('rollout/')} {count:.0f}" for name, count in counts))
 
 
 def _flow(

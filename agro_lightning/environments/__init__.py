@@ -1,5 +1,6 @@
 """Environments that ship. A class of one's own needs no base class: docs/agents.md has the contract."""
 
+from agro_lightning.environments.calculator import Calculator
 from agro_lightning.environments.guess import GuessNumber
 
-__all__ = ["GuessNumber"]
+__all__ = ["Calculator", "GuessNumber"]

@@ -33,14 +33,15 @@ _LINEAR = nn.Linear.forward
 
 
 def resolve_path(path: str) -> str:
-    """The folder of "quickstart" in the package, of "smollm2" in the cache, else the path itself.
+    """The folder of "quickstart" or "calculator" in the package, of "smollm2" in the cache, else the path
+    itself.
 
     Raises:
         ImportError: "smollm2" is not installed.
         FileNotFoundError: the path looks like a local folder and is not one, or holds no config.json.
     """
-    if path == "quickstart":
-        return str(quickstart.FOLDER / "policy")
+    if path in quickstart.POLICIES:
+        return str(quickstart.FOLDER / quickstart.POLICIES[path])
     if path == smollm2.NAME:
         return str(smollm2.model_folder())
     folder = Path(path).expanduser()
@@ -49,7 +50,7 @@ def resolve_path(path: str) -> str:
         what = "does not exist" if not folder.exists() else "is a file"
         raise FileNotFoundError(
             f"model folder {path} {'has no config.json' if folder.is_dir() else what}; give a folder written "
-            "by save_pretrained, a hub id such as Qwen/Qwen3-0.6B, quickstart, or smollm2"
+            "by save_pretrained, a hub id such as Qwen/Qwen3-0.6B, quickstart, calculator, or smollm2"
         )
     return str(folder) if folder.exists() else path
 

@@ -1,5 +1,7 @@
-"""What ships with the package for a first run: a policy, prompts, and another policy's answers."""
+"""What ships with the package for a first run: policies, prompts, and another policy's answers."""
 
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+POLICIES = {"quickstart": "policy", "calculator": "calculator"}
+"""Folders of policies, by what `model.policy.path` says to mean them."""

@@ -5,11 +5,15 @@ import importlib
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from transformers.utils.chat_template_utils import get_json_schema
+
+from agro_lightning.data.prompts.dataset import PromptSettings
+from agro_lightning.rewards import EnvironmentReward, Reward
 
 logger = logging.getLogger(__name__)
 _RESERVED = {"reset", "respond", "get_reward", "close"}
@@ -78,6 +82,36 @@ class EnvironmentClass:
                     f"argument: {error}"
                 ) from error
         return found
+
+
+def check_own_reward(environment: EnvironmentClass | None, rewards: Sequence[Reward]) -> None:
+    """Checks that an environment's own reward counts, and that a reward that asks for it gets it.
+
+    Raises:
+        ValueError: one without the other.
+    """
+    scored = any(isinstance(reward, EnvironmentReward) for reward in rewards)
+    gives = environment is not None and environment.rewards
+    if scored != gives:
+        raise ValueError(
+            "the rewards have EnvironmentReward, and no environment has get_reward"
+            if scored
+            else "the environment has get_reward: list agro_lightning.rewards.EnvironmentReward in the "
+            "rewards, with weight 0 where it is not to count"
+        )
+
+
+def with_tools(settings: PromptSettings, schemas: Sequence[dict[str, Any]]) -> PromptSettings:
+    """The settings, with an environment's tools for the chat template.
+
+    Raises:
+        ValueError: tools, and prompts that are no chat.
+    """
+    if not schemas:
+        return settings
+    if not settings.chat:
+        raise ValueError(f"an environment with tools needs prompts of {settings.path} with chat: true")
+    return replace(settings, chat_template_options={**settings.chat_template_options, "tools": list(schemas)})
 
 
 def drawn_seed(*key: object) -> int:

@@ -10,9 +10,9 @@ from agro_lightning.data.buffer.buffer import RolloutBuffer
 from agro_lightning.data.prompts.dataset import PromptDataset
 from agro_lightning.data.sources import Source
 from agro_lightning.models.policy import Policy
-from agro_lightning.rewards import EnvironmentReward, Reward
+from agro_lightning.rewards import Reward
 from agro_lightning.rollout import Sampling
-from agro_lightning.rollout.environment import EnvironmentClass
+from agro_lightning.rollout.environment import EnvironmentClass, check_own_reward
 
 
 def check_numbers(**values: int) -> None:
@@ -43,14 +43,7 @@ def check_rewards(
             f"a reward and a source are both named {', '.join(sorted(both))}, and the metric reward/NAME "
             "would mean either; give one of them another name"
         )
-    scored = any(isinstance(reward, EnvironmentReward) for reward in rewards)
-    if scored != (environment is not None and environment.rewards):
-        raise ValueError(
-            "data.rewards has EnvironmentReward, and no data.environment has get_reward"
-            if scored
-            else "data.environment has get_reward: list agro_lightning.rewards.EnvironmentReward in "
-            "data.rewards, with weight 0 where it is not to count"
-        )
+    check_own_reward(environment, rewards)
 
 
 def check_lengths(

@@ -5,7 +5,6 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +35,7 @@ from agro_lightning.primitives.collectives import from_rank_0
 from agro_lightning.rewards import ExactMatch, Reward, RewardSet
 from agro_lightning.rollout import AutoEngine, RolloutEngine, Sampling
 from agro_lightning.rollout.ahead import Unfinished
-from agro_lightning.rollout.environment import EnvironmentClass
+from agro_lightning.rollout.environment import EnvironmentClass, with_tools
 from agro_lightning.rollout.episodes import EpisodeLimits, Episodes
 from agro_lightning.training.data_checks import (
     check_lengths,
@@ -214,7 +213,7 @@ class AgroDataModule(L.LightningDataModule):
         self.train_prompts = self._prompts(self.train_settings) if live and stage == "fit" else None
 
     def _prompts(self, settings: PromptSettings) -> PromptDataset:
-        settings = with_tools(settings, self.episodes)
+        settings = with_tools(settings, self.episodes.schemas if self.episodes else ())
         return PromptDataset(settings, tokenizer=self.tokenizer, on_bad_row=self.on_bad_row)
 
     @property
@@ -465,18 +464,3 @@ class AgroDataModule(L.LightningDataModule):
             f"one step = {self.batch_size} groups × {accumulate} micro-batches × {ranks} ranks = {groups} "
             f"groups × {self.group_size} completions = {groups * self.group_size} completions"
         )
-
-
-def with_tools(settings: PromptSettings, episodes: Episodes | None) -> PromptSettings:
-    """The settings, with an environment's tools for the chat template.
-
-    Raises:
-        ValueError: tools, and prompts that are no chat.
-    """
-    if episodes is None or not episodes.schemas:
-        return settings
-    if not settings.chat:
-        raise ValueError(f"an environment with tools needs prompts of {settings.path} with chat: true")
-    return replace(
-        settings, chat_template_options={**settings.chat_template_options, "tools": episodes.schemas}
-    )

@@ -35,6 +35,8 @@ SHIPPED = {
     "apples-train": "apples_train.jsonl",
     "apples-val": "apples_val.jsonl",
     "guess": "guess.jsonl",
+    "calculator-train": "calculator_train.jsonl",
+    "calculator-val": "calculator_val.jsonl",
 }
 SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 MAX_LIST_BYTES = 1 << 30
