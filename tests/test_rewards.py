@@ -5,6 +5,7 @@ import importlib
 import json
 import logging
 import math
+import shutil
 
 import pytest
 import torch
@@ -342,6 +343,16 @@ def test_a_reward_model_loads_safetensors_from_a_local_folder_only(llama_folder,
         RewardModel(str(tmp_path))
     with pytest.raises(ValueError, match="batch_size .* is 0"):
         RewardModel(str(llama_folder), batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("config.json", "[]"), ("model.safetensors", ""), ("tokenizer.json", "{")]
+)
+def test_a_damaged_reward_model_is_named(llama_folder, tmp_path, file, content):
+    shutil.copytree(llama_folder, tmp_path / "rm")
+    (tmp_path / "rm" / file).write_text(content)
+    with pytest.raises(RewardUsageError, match="rm' cannot be loaded"):
+        RewardModel(str(tmp_path / "rm"), device="cpu").start()
 
 
 # ---------------------------------------------------------------- gym tasks

@@ -32,6 +32,14 @@ def broken_folders(root: Path) -> None:
         file.unlink()
     (root / "unknown-type" / "config.json").write_text('{"model_type": "martian"}')
     (root / "no-weights" / "model.safetensors").unlink()
+    for name, file, key, value in (
+        ("no-layers", "config.json", "num_hidden_layers", -1),
+        ("end-text", "generation_config.json", "eos_token_id", "x"),
+    ):
+        shutil.copytree(FOLDER / "policy", root / name)
+        path = root / name / file
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**known, key: value}))
 
 
 CASES = [
@@ -69,6 +77,8 @@ CASES = [
     (*FIT, "--model.policy.path", "no-tokenizer"),
     (*FIT, "--model.policy.path", "unknown-type"),
     (*FIT, "--model.policy.path", "no-weights"),
+    (*FIT, "--model.policy.path", "no-layers"),
+    (*FIT, "--model.policy.path", "end-text"),
     (*FIT, "--data.train.path", "nowhere.jsonl"),
     (*FIT, "--data.train.path", "empty"),
     (*FIT, "--data.validation.path", "torn.parquet"),

@@ -143,7 +143,24 @@ def load_lm(settings: PolicySettings) -> PreTrainedModel:
             f"model folder {settings.path} has no weights for {missing[0]} ({len(missing)} such); config and "
             "weights are not of one model"
         )
+    _check_configs(settings.path, lm)
     return lm.eval()
+
+
+def _check_configs(path: str, lm: PreTrainedModel) -> None:
+    """Refuses values that transformers takes and that nothing can work with."""
+    layers = getattr(lm.config.get_text_config(), "num_hidden_layers", 1)
+    if not isinstance(layers, int) or layers < 1:
+        raise ValueError(
+            f"model folder {path}: num_hidden_layers in config.json is {layers!r}; 1 or more are needed"
+        )
+    ends = getattr(lm.generation_config, "eos_token_id", None)
+    ids = ends if isinstance(ends, list) else [ends]
+    if not all(end is None or isinstance(end, int) for end in ids):
+        raise ValueError(
+            f"model folder {path}: eos_token_id in generation_config.json is {ends!r}; a token id or a list "
+            "of them is needed"
+        )
 
 
 def require_safetensors(path: str) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from safetensors import SafetensorError
+
 from agro_lightning.rewards.base import RewardUsageError, Score
 from agro_lightning.types import Prompt
 
@@ -73,9 +75,22 @@ class RewardModel:
         self._local_rank, self._rank_device = local_rank, device
 
     def start(self) -> None:
-        """Loads the model and its tokenizer."""
-        if self._loaded is None:
+        """Loads the model and its tokenizer.
+
+        Raises:
+            RewardUsageError: a file in the folder cannot be used; names the folder.
+        """
+        if self._loaded is not None:
+            return
+        try:
             self._loaded = self._load()
+        except RewardUsageError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            reason = " ".join(str(error).split()).split(". ")[0][:200]
+            raise RewardUsageError(
+                f"reward model {self.path!r} cannot be loaded: {type(error).__name__}: {reason}"
+            ) from error
 
     def close(self) -> None:
         """Frees the model; the next call would load it again."""
