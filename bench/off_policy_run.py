@@ -261,9 +261,10 @@ def train_subject(
 
     Returns:
         The run's settings; `points`, the figures after some steps; the `staleness_min` and
-        `staleness_max` that the trainer logged of each step; `seconds`; and `stopped`, why it ended early.
+        `staleness_max` that the trainer logged of each step; `seconds` and `processor_seconds`; and
+        `stopped`, why it ended early.
     """
-    started = time.perf_counter()
+    started, processor = time.perf_counter(), time.process_time()
     L.seed_everything(run.seed, verbose=False)
     module = AgroModule(
         policy=subject.policy,
@@ -303,5 +304,6 @@ def train_subject(
         "staleness_min": [logged.get("train/staleness_min") for logged in watch.logged],
         "staleness_max": [logged.get("train/staleness_max") for logged in watch.logged],
         "seconds": time.perf_counter() - started,
+        "processor_seconds": time.process_time() - processor,
         "stopped": stopped,
     }

@@ -20,7 +20,7 @@ the one setting of `bench.off_policy`), `regularized_pg`, `topr`, `rloo_frozen_k
 and beta 0.02 (GRPO's and TOPR's beta, too). `--search` gives each the same twelve settings of its own, on the
 data that it is reported on, with a seed that is not used again.
 
-Cases: `DATA` (30 steps), `DATA/step15`, `DATA/120_steps`. Metrics, on the 64 held-out prompts:
+Cases: `DATA` (30 steps), `DATA/120_steps`. Metrics, on the 64 held-out prompts:
 `sampled_accuracy` (4 answers each, at temperature 1), `greedy_accuracy`, `kl_to_reference` (nats a
 completion, of the sampled answers). Figures are means over the seeds that were made; `NAME_interval` is half
 the width of the 95% interval (Student's t; none for a single seed), and the note holds the seeds' own
@@ -76,7 +76,7 @@ FULL = Plan(
     unsearched=Settings(5e-4, 0.02, 0.3),
     seeds=3,
     steps=30,
-    measure_at=(15, 30),
+    measure_at=(30,),
     long_steps=120,
     long_seeds=3,
     metric="sampled_accuracy",
