@@ -143,18 +143,19 @@ def prepare(folder: Path, scale: Scale) -> dict[str, Any]:
         return made
     torch.set_num_threads(1)
     mine = subject(folder, scale)
+    base, prompts = replace(POLICY, lora=None), replace(mine.train, limit=scale.train_prompts)
     rollout(
-        out=str(folder / "reference"), policy=POLICY, prompts=replace(mine.train, limit=scale.train_prompts),
-        rewards=mine.rewards, n=scale.group_size, sampling=SAMPLING, source="reference",
+        out=str(folder / "reference"), policy=base, prompts=prompts, rewards=mine.rewards,
+        n=scale.group_size, sampling=SAMPLING, source="reference",
     )  # fmt: skip
     policy, tokenizer = Policy(POLICY), load_tokenizer(POLICY.path)
     rows = RolloutBuffer(folder / "reference", tokenizer=tokenizer, vocab_size=policy.vocab_size)
     rewards = [row.reward for group in rows.iter_groups() for row in group.completions]
     untrained = SimpleNamespace(policy=policy, reference=AdapterOffReference(policy))
-    prompts = list(PromptDataset(mine.validation, tokenizer=tokenizer))
+    held_out = list(PromptDataset(mine.validation, tokenizer=tokenizer))
     made = {
         "sizes": sizes,
-        "untrained": measure(untrained, tokenizer, prompts, SAMPLES),
+        "untrained": measure(untrained, tokenizer, held_out, SAMPLES),
         "buffer": {"reward": sum(rewards) / len(rewards), "completions": len(rewards)},
     }
     about.write_text(json.dumps(made, indent=1))

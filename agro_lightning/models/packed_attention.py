@@ -170,7 +170,9 @@ def _dense_attention(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    heads, width = query.shape[1], value.shape[-1]
+    heads, width, dtype = query.shape[1], value.shape[-1], query.dtype
+    if not query.is_cuda:  # torch's half-precision attention on CPUs has a backward 5 times as slow as fp32's
+        query, key, value = query.float(), key.float(), value.float()
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, width)
     outputs = []
     for block in layout.blocks:
@@ -188,7 +190,7 @@ def _dense_attention(
             scores = softcap * torch.tanh(scores / softcap)
             out = scores.float().masked_fill(~visible, -torch.inf).softmax(-1).to(v.dtype) @ v
         outputs.append(out.transpose(1, 2).reshape(-1, heads, width))
-    return torch.cat(outputs)[layout.inverse][None]
+    return torch.cat(outputs)[layout.inverse][None].to(dtype)
 
 
 def block_mask(sees: Callable[..., Tensor], size: int, device: torch.device) -> BlockMask:
@@ -307,8 +309,10 @@ def packed_attention(
             "attention with sliding windows and soft-capping only. Set `model.policy.packing: plain`"
         )
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings leave fp32
-    attend = _flex_attention if packed_layout.flex else _dense_attention
-    return attend(query, key, value, packed_layout, scaling, sliding_window, softcap), None
+    if packed_layout.flex:
+        return _flex_attention(query, key, value, packed_layout, scaling, sliding_window, softcap), None
+    with torch.autocast(query.device.type, enabled=False):
+        return _dense_attention(query, key, value, packed_layout, scaling, sliding_window, softcap), None
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -21,6 +21,7 @@ from agro_lightning.models import packed_attention as attention
 from agro_lightning.models.batch import TokenBatch, repeat_prompts, select_sequences
 from agro_lightning.models.compat import attention_name, decoder_of, set_attention
 from agro_lightning.models.config import PolicySettings
+from agro_lightning.models.frozen_casts import keep_casts
 from agro_lightning.models.pieces import like_lengths
 from agro_lightning.models.positions import LengthClasses, joined
 from agro_lightning.models.pretrained import add_lora, load_lm
@@ -120,6 +121,8 @@ class Policy(nn.Module):
             for module in {id(m): m for m in (base, decoder_of(base))}.values():
                 module.forward = _autocasting(module.forward, self.compute_dtype)
         self.lm: nn.Module = add_lora(base, settings.lora) if settings.lora else base
+        if self.autocasts and settings.lora:
+            keep_casts(decoder_of(base), self.compute_dtype)
         self.use_packing("shared" if settings.packing == "auto" else settings.packing)
         self.train(False)
 
