@@ -1,7 +1,5 @@
 """Frozen linear layers in half precision, whose weights are cast once and not in each forward."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -20,14 +18,14 @@ class _CastLinear:
         self._made_from: tuple[int, int] | None = None
         self._copy = torch.empty(0, dtype=dtype)
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, input: Tensor) -> Tensor:
         weight = self.layer.weight
         if weight.requires_grad or not torch.is_autocast_enabled(weight.device.type):
-            return _FORWARD(self.layer, hidden)
+            return _FORWARD(self.layer, input)
         now = weight.data_ptr(), weight._version
         if now != self._made_from:
             self._copy, self._made_from = weight.detach().to(self.dtype), now
-        return linear(hidden, self._copy, self.layer.bias)
+        return linear(input, self._copy, self.layer.bias)
 
 
 def keep_casts(module: nn.Module, dtype: torch.dtype) -> None:
@@ -39,5 +37,4 @@ def keep_casts(module: nn.Module, dtype: torch.dtype) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Linear) and type(layer).forward is _FORWARD and "forward" not in vars(layer):
             if not layer.weight.requires_grad:
-                forward: Callable[[Tensor], Tensor] = _CastLinear(layer, dtype)
-                layer.forward = forward
+                layer.forward = _CastLinear(layer, dtype)
