@@ -12,10 +12,12 @@ import sys
 
 import lightning as L
 import pytest
+from jsonargparse import ArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from agro_lightning.primitives.atomic_files import DiskFullError
 from agro_lightning.training.callbacks import run_lock
+from agro_lightning.training.callbacks.config_file import RunConfig
 from agro_lightning.training.callbacks.csv_log import MetricsFile, whole_rows
 from agro_lightning.training.callbacks.run_lock import RunLock
 from agro_lightning.training.callbacks.summary import plot_rewards
@@ -271,3 +273,26 @@ def test_a_torn_lock_file_is_no_holder(tmp_path):
     (tmp_path / ".lock.json").write_text('{"host": "a", "pro')
     lock(tmp_path)
     assert not (tmp_path / ".lock.json").exists()
+
+
+def test_a_byte_order_mark_and_an_endless_cell_lose_no_other_row(tmp_path):
+    path = write(tmp_path, 4).path
+    whole = path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + whole + b"9" * 200_000 + b"\n")
+    damaged = []
+    names, *rows = whole_rows(path, damaged)
+    assert list(names)[0] == "step" and [row["step"] for row in rows] == list("0123")
+    assert damaged == [6]
+
+
+@pytest.mark.filterwarnings("ignore")  # of names that Lightning calls
+def test_settings_that_are_no_text_are_put_aside(tmp_path):
+    (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00")
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, logger=False, accelerator="cpu", enable_checkpointing=False
+    )
+    parser = ArgumentParser()
+    parser.add_argument("--a", type=int, default=1)
+    RunConfig(parser, parser.get_defaults()).save_config(trainer, L.LightningModule(), "fit")
+    assert "a: 1" in (tmp_path / "config.yaml").read_text()
+    assert (tmp_path / "config-1.yaml").read_bytes() == b"\xff\xfe\x00"

@@ -21,7 +21,7 @@ class RunConfig(SaveConfigCallback):
         path = run_dir(trainer) / "config.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         text = self.parser.dump(self.config, skip_none=False)
-        if path.exists() and _settings(path.read_text()) != _settings(text):
+        if path.exists() and _settings(path.read_text(encoding="utf-8", errors="replace")) != _settings(text):
             with writing(path):
                 path.rename(next_free(path))
         replace_text(path, text)

@@ -33,8 +33,11 @@ def whole_rows(path: Path, damaged: list[int] | None = None) -> Iterator[dict[st
     def lines() -> Iterator[tuple[int, list[str]]]:
         with path.open("rb") as handle:
             for number, line in enumerate(handle, 1):
-                text = line.decode(errors="replace")
-                yield number, next(csv.reader([text]), []) if text.endswith("\n") else []
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors="replace")
+                try:
+                    yield number, next(csv.reader([text]), []) if text.endswith("\n") else []
+                except csv.Error:  # a cell of more than 128 KiB
+                    yield number, []
 
     widths = Counter(len(cells) for number, cells in lines() if number > 1 and _is_row(cells))
     names = next((cells for _, cells in lines()), [])
