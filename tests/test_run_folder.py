@@ -20,6 +20,7 @@ from agro_lightning.training.callbacks import run_lock
 from agro_lightning.training.callbacks.config_file import RunConfig
 from agro_lightning.training.callbacks.csv_log import MetricsFile, whole_rows
 from agro_lightning.training.callbacks.run_lock import RunLock
+from agro_lightning.training.callbacks.samples import tables_after
 from agro_lightning.training.callbacks.summary import plot_rewards
 from agro_lightning.training.callbacks.tensorboard_log import TensorBoardErrors
 
@@ -296,3 +297,10 @@ def test_settings_that_are_no_text_are_put_aside(tmp_path):
     RunConfig(parser, parser.get_defaults()).save_config(trainer, L.LightningModule(), "fit")
     assert "a: 1" in (tmp_path / "config.yaml").read_text()
     assert (tmp_path / "config-1.yaml").read_bytes() == b"\xff\xfe\x00"
+
+
+def test_only_the_runs_own_sample_tables_are_dropped(tmp_path):
+    names = ("training-step-00000002", "validation-step-00000003", "training-step-x", "mine")
+    for name in names:
+        (tmp_path / f"{name}.parquet").touch()
+    assert [file.stem for file in tables_after(tmp_path, 2)] == ["validation-step-00000003"]

@@ -44,9 +44,8 @@ class SampleTable(StepCallback):
             kept = [table for table, at in tables if int(at) <= step]
             if len(kept) < len(tables):
                 replace_text(path, "".join(kept))
-        for file in run_dir(trainer).glob("samples/*-step-*.parquet"):
-            if int(file.stem.rpartition("-")[2]) > step:
-                file.unlink()
+        for file in tables_after(run_dir(trainer) / "samples", step):
+            file.unlink()
         self._show_answers(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -83,6 +82,12 @@ class SampleTable(StepCallback):
         append_rollouts(
             file.parent, groups[: self.groups], name=file.stem, tokenizer_id=data_of(trainer).tokenizer_id
         )
+
+
+def tables_after(folder: Path, step: int) -> list[Path]:
+    """The tables of later steps; files of other names are somebody else's."""
+    numbered = ((file, re.search(r"-step-(\d+)$", file.stem)) for file in folder.glob("*.parquet"))
+    return [file for file, number in numbered if number is not None and int(number[1]) > step]
 
 
 def _append(path: Path, text: str) -> None:
