@@ -64,7 +64,7 @@ class Plan:
     measure_at: tuple[int, ...] = (50, 100)
     long_steps: int | None = 400
     """A second comparison of so many steps, with the settings chosen for the first."""
-    long_seeds: int = 2
+    long_seeds: int = 1
     prompts: int = 8
     metric: str = "exact_accuracy"
     """What settings are chosen by."""
