@@ -256,7 +256,8 @@ def test_a_plan_is_searched_made_kept_and_drawn(
     monkeypatch.setattr(off_policy_plan, "PROVIDERS", providers)
     plan = off_policy_plan.Plan(
         scale=SCALE, providers=("ours", "grpo"), data=("offline_reference", "offline_other"),
-        rates=(1e-4, 1e-3), seeds=2, steps=2, measure_at=(1, 2), long_steps=3, prompts=2,
+        rates=(1e-4, 1e-3), seeds=2, steps=2, measure_at=(1, 2), long_steps=3, long_seeds=2,
+        prompts=2,
     )  # fmt: skip
     records = off_policy.run_plan(plan, task, workers=1)
     assert all(set(FIELDS) <= set(item) for item in records)

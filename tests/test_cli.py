@@ -121,8 +121,10 @@ def localised(config, local):
     return config
 
 
+# The calculator's needs its own tokenizer, whose template writes tool calls: its test runs it.
 @pytest.mark.parametrize(
-    "name", sorted(path.name for path in CONFIGS.glob("*.yaml") if path.stem != "quickstart")
+    "name",
+    sorted(path.name for path in CONFIGS.glob("*.yaml") if path.stem not in ("quickstart", "calculator")),
 )
 def test_every_config_parses_and_instantiates(name, local_copies, tmp_path):
     assert output_of("fit", "--config", CONFIGS / name, "--print_config")[2] == 0

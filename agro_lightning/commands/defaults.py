@@ -2,7 +2,7 @@
 
 DATA_DEFAULTS = {
     "sources": [
-        {"weight": 0.875, "name": "live"},
+        {"weight": 0.875, "ahead": 0, "name": "live"},
         {"paths": ["quickstart"], "weight": 0.125, "repeat": True, "score": False, "name": "offline"},
     ],
     "rewards": [{"class_path": "agro_lightning.rewards.ExactMatch"}],
