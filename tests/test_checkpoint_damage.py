@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -132,3 +133,19 @@ def test_shards(tmp_path, checkpoint):  # noqa: F811
         with pytest.raises(DamagedCheckpointError, match=name.replace(".", r"\.")):
             check_checkpoint(copy)
         shutil.rmtree(copy)
+
+
+def test_a_file_of_something_else_is_named_and_the_one_before_taken(tmp_path):
+    save(tmp_path, 3)
+    other = tmp_path / "step-00000005.ckpt"
+    for content in ({"a": 1}, [1], {"state_dict": {}}):
+        torch.save(content, other)
+        with pytest.raises(DamagedCheckpointError, match=f"{other.name}.*no state_dict and global_step"):
+            DurableCheckpointIO().load_checkpoint(other)
+    with zipfile.ZipFile(other, "w") as archive:
+        archive.writestr("a", "b")
+    with pytest.raises(DamagedCheckpointError, match="an archive of something else"):
+        DurableCheckpointIO().load_checkpoint(other)
+    last = DurableCheckpointIO()
+    last.fall_back = True
+    assert last.load_checkpoint(other)["global_step"] == 3

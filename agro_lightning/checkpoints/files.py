@@ -113,10 +113,13 @@ def check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
+            of_torch = any(name.endswith("/data.pkl") for name in archive.namelist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
         raise damaged(path, error) from None
     if bad is not None:
         raise damaged(path, f"the checksum of {bad} is wrong")
+    if not of_torch:
+        raise damaged(path, "it is an archive of something else")
 
 
 def _sha256(handle: BinaryIO, count: int) -> str:

@@ -8,6 +8,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from agro_lightning.checkpoints.files import (
     check_checkpoint,
+    damaged,
     first_sound,
     is_sharded,
     older_checkpoints,
@@ -55,8 +56,14 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: no such file.
-            DamagedCheckpointError: its bytes have changed, or it holds objects that only code could rebuild.
+            DamagedCheckpointError: its bytes have changed, it holds objects that only code could rebuild, or
+                something else than a run's state.
         """
         path = Path(path).resolve()
         sound = first_sound([path, *(older_checkpoints(path) if self.fall_back else ())], check_checkpoint)
-        return load_whole(sound) if is_sharded(sound) else read_plain(sound)
+        if is_sharded(sound):
+            return load_whole(sound)
+        found = read_plain(sound)
+        if not isinstance(found, dict) or not {"state_dict", "global_step"} <= found.keys():
+            raise damaged(sound, "it holds no state_dict and global_step of a run")
+        return found
