@@ -183,7 +183,8 @@ def table(records: Records, plan: Plan) -> str:
             cells = [(found[case, name, m], found[case, name, f"{m}_interval"]) for m in shown]
             fields = ("learning_rate", "beta", "negative_weight")
             rate, beta, weight = (found.get((f"chosen/{data}", name, field), math.nan) for field in fields)
-            figures = "".join(f"{mean:.3f} ± {half:.3f}".rjust(17) for mean, half in cells)
+            shown_cells = (f"{m:.3f}" if half is None else f"{m:.3f} ± {half:.3f}" for m, half in cells)
+            figures = "".join(cell.rjust(17) for cell in shown_cells)  # one seed has no interval
             lines.append(f"{case:<18} {name:<24} {rate:>7g} {beta:>5g} {weight:>6g}{figures}")
     return "\n".join(lines)
 
