@@ -315,7 +315,7 @@ def test_another_class_takes_nothing_from_the_former_one(tmp_path):
     path.write_text(f"model: {{objective: {{class_path: {OBJECTIVE}.Rloo}}}}")
     _, err, code = output_of("fit", "--config", path)
     assert code == 2 and "required: beta" in err and err.count("\n") == 1
-    assert objective("--model.objective.beta", 0.5) == {"beta": 0.5, "negative_weight": 0.3, "taper": False}
+    assert objective("--model.objective.beta", 0.5) == {"beta": 0.5, "negative_weight": 1.0, "taper": False}
 
 
 @pytest.mark.parametrize(

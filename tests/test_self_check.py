@@ -47,7 +47,13 @@ def test_every_architecture_gets_a_packing_that_is_exact(name, dtype, caplog):
     error = (got - expected).abs()
     # logits of the model itself are rounded to bf16
     scale = max(1.0, float(expected.abs().max()))
-    assert error.max() < 1e-5 * scale if dtype == "float32" else error.mean() < 0.01 * scale, error.max()
+    if dtype == "bfloat16":
+        assert error.mean() < 0.01 * scale, error.mean()
+        return
+    allowed = torch.full_like(error, 1e-5 * scale)
+    if not (error < allowed).all():  # a recurrence amplifies rounding: by as much as fp32 alone is off
+        allowed += 2 * (alone(policy, groups, copy.deepcopy(lm).double()) - expected).abs()
+    assert (error < allowed).all() and allowed.max() < 0.01, error.max()
 
 
 @pytest.mark.parametrize("name", sorted({*SINGLE, *PLAIN}))

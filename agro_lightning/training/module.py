@@ -79,7 +79,7 @@ class AgroModule(L.LightningModule):
     def __init__(
         self,
         policy: PolicySettings = PolicySettings(),  # noqa: B008 - a dataclass of settings, read by the CLI
-        objective: Objective = Agro(beta=0.02, negative_weight=0.3),  # noqa: B008
+        objective: Objective = Agro(beta=0.02),  # noqa: B008
         optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008
         reference: ReferenceKind = "auto",
         reference_id: str | None = None,

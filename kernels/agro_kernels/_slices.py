@@ -60,8 +60,9 @@ def fused_shape(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
 
 
 def fused_buffer(hidden: Tensor, rows: int, columns: int) -> Tensor:
-    """Room for one slice, in hidden's dtype, with padded rows."""
-    return hidden.new_empty(rows * (-(-columns // ALIGNMENT) * ALIGNMENT))
+    """Room for one slice, in hidden's dtype, with padded rows. Zeros: a CPU's 16-bit matmul (AMX) multiplies
+    what lies beyond an odd number of columns by 0, and 0 * NaN would be NaN."""
+    return hidden.new_zeros(rows * (-(-columns // ALIGNMENT) * ALIGNMENT))
 
 
 def fused_slice(buffer: Tensor, rows: int, columns: int) -> Tensor:
